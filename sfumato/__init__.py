@@ -1,0 +1,60 @@
+"""Latent diffusion models for anything you have: `sfumato.fit(...)`, `sfumato.load(...)`, `model.generate(...)`.
+
+The public names are imported when first used, so that `import sfumato` takes no time and loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sfumato.config import Settings
+    from sfumato.errors import UserError
+    from sfumato.modality import register
+    from sfumato.model import Model, load
+    from sfumato.tasks.evaluate import evaluate
+    from sfumato.tasks.generate import generate
+    from sfumato.tasks.info import info
+    from sfumato.tasks.reconstruct import reconstruct
+    from sfumato.training import fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Model",
+    "Settings",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "fit",
+    "generate",
+    "info",
+    "load",
+    "reconstruct",
+    "register",
+]
+
+_HOMES = {
+    "Model": "model",
+    "Settings": "config",
+    "UserError": "errors",
+    "evaluate": "tasks.evaluate",
+    "fit": "training",
+    "generate": "tasks.generate",
+    "info": "tasks.info",
+    "load": "model",
+    "reconstruct": "tasks.reconstruct",
+    "register": "modality",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public name `name`, imported now."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sfumato' has no attribute '{name}'")
+    value = globals()[name] = getattr(import_module(f"sfumato.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, imported yet or not."""
+    return sorted(__all__)

@@ -1,0 +1,6 @@
+"""`python -m sfumato`, and `accelerate launch -m sfumato fit ...`."""
+
+from sfumato.apps.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""A line that shows how far a task is: a moving bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def format_seconds(seconds: float) -> str:
+    """`75` as `1:15`, `3700` as `1:01:40`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def format_facts(facts: Mapping[str, float]) -> str:
+    """`{"eta": 75, "loss": 0.1234, "items/s": 1890}` as `eta 1:15  loss 0.1234  1890 items/s`."""
+    words: list[str] = []
+    for name, value in facts.items():
+        if name == "eta":
+            words.append(f"eta {format_seconds(value)}")
+        else:
+            words.append(f"{value:.4g} {name}" if name.endswith("/s") else f"{name} {value:.4g}")
+    return "  ".join(words)
+
+
+class ProgressLine:
+    """Called by a task as it goes on, and closed when it ends.
+
+    Tasks call `progress(stage, done, total, facts)`: the name of what is being done, how much of it is done, how much
+    there is, and numbers to show beside it (`eta` in seconds, others by their names).
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.moving = sys.stderr.isatty()
+        self.stage = ""
+        self.shown = 0.0
+        self.bar: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int, facts: Mapping[str, float] | None = None) -> None:
+        """Show that `done` of `total` is done in `stage`."""
+        if self.quiet:
+            return
+        text = format_facts(facts or {})
+        if self.moving:
+            self._move(stage, done, total, text)
+        else:
+            self._print(stage, done, total, text)
+        self.stage = stage
+
+    def _move(self, stage: str, done: int, total: int, text: str) -> None:
+        if self.bar is None:
+            self.bar = make_bar()
+            self.bar.start()
+        if stage != self.stage:
+            self.task = self.bar.add_task(stage, total=total, text=text)
+        self.bar.update(self.task, completed=done, total=total, text=text)
+
+    def _print(self, stage: str, done: int, total: int, text: str) -> None:
+        now = time.monotonic()
+        if stage == self.stage and done < total and now - self.shown < SECONDS_BETWEEN_LINES:
+            return
+        self.shown = now
+        share = 100 * done // max(total, 1)
+        print(f"{stage:<12} {share:3d} %  {text}".rstrip(), file=sys.stderr, flush=True)
+
+
+def make_bar() -> Any:
+    """Rich's bar, on the error stream, so that what the command prints can be piped."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    columns = TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}")
+    return Progress(*columns, console=Console(stderr=True))

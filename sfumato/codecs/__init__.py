@@ -1,0 +1,6 @@
+"""Codecs: data to latents of zero mean and unit variance, and back."""
+
+from sfumato.codecs.base import Codec
+from sfumato.codecs.image import ImageCodec
+
+__all__ = ["Codec", "ImageCodec"]

@@ -1,0 +1,67 @@
+"""What every codec promises: data in, latents of zero mean and unit variance out, and back."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.types import Latent
+
+
+class Codec(nn.Module):
+    """Encoder, bottleneck and decoder around a whitened latent space.
+
+    The networks work on raw codes h; everything outside sees z = (h − μ) / σ with μ, σ per channel, measured over
+    the training set by `whiten` and stored with the weights. So no scaling factor exists anywhere else.
+
+    Args:
+        latent_shape: Shape of one item's latent, channels first: (c, *spatial) for a grid, (d,) for a vector.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+    encoder: nn.Module
+    bottleneck: nn.Module
+    decoder: nn.Module
+
+    def __init__(self, latent_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.latent_shape = latent_shape
+        per_channel = (latent_shape[0], *(1 for _ in latent_shape[1:]))
+        self.register_buffer("latent_mean", torch.zeros(per_channel))
+        self.register_buffer("latent_std", torch.ones(per_channel))
+
+    @property
+    def latent_size(self) -> int:
+        """How many numbers one item's latent holds."""
+        return math.prod(self.latent_shape)
+
+    def encode(self, x: Tensor) -> Latent:
+        """Latents z (B, *latent_shape) of data x; deterministic (the posterior's mean, the nearest code)."""
+        h = self.bottleneck.mode(self.encoder(x)).float()  # type: ignore[operator]
+        return Latent((h - self.latent_mean) / self.latent_std)
+
+    def decode(self, latent: Latent | Tensor) -> Tensor:
+        """Data of latents z (B, *latent_shape); discrete bottlenecks first snap to their nearest code."""
+        z = latent.z if isinstance(latent, Latent) else latent
+        h = self.bottleneck.snap(z * self.latent_std + self.latent_mean)  # type: ignore[operator]
+        return self.decoder(h).float()
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The training path: reconstruction of x, the bottleneck's loss per item (B,), and what it has to tell."""
+        h, loss, info = self.bottleneck(self.encoder(x), generator)
+        return self.decoder(h), loss, info
+
+    @torch.no_grad()
+    def whiten(self, h: Tensor, floor: float = 1e-3) -> Tensor:
+        """Set μ and σ per channel from the raw codes h (N, *latent_shape) of the training set, and give their z.
+
+        A dead channel (σ below `floor` of the largest) keeps that floor, so that whitening never amplifies rounding.
+        Call it once, while μ = 0 and σ = 1: then `encode` gives raw codes.
+        """
+        axes = (0, *range(2, h.ndim))
+        std, mean = torch.std_mean(h, axes, correction=0)
+        std = std.clamp(min=max(floor * float(std.max()), 1e-8))
+        self.latent_mean.copy_(mean.view_as(self.latent_mean))
+        self.latent_std.copy_(std.view_as(self.latent_std))
+        return (h - self.latent_mean.to(h)) / self.latent_std.to(h)

@@ -1,0 +1,53 @@
+"""Closed tables of named choices: what a name means, and what was probably meant by a wrong one."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import TypeVar
+
+from ..errors import UserError
+
+T = TypeVar("T")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Words that lead from a wrong name to the right one: "did you mean 'flow'? (one of: cosine, flow)"."""
+    names = sorted(names)
+    close = get_close_matches(name, names, n=1, cutoff=0.4)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"(one of: {', '.join(names) or 'none'})"
+
+
+def choose(table: Mapping[str, T], what: str, name: str) -> T:
+    """Look up a name.
+
+    Args:
+        table: The closed table.
+        what: What the table holds, for the message.
+        name: The name asked for.
+
+    Raises:
+        UserError: The name is not in the table; the nearest one is suggested.
+    """
+    if name not in table:
+        raise UserError(f"unknown {what} {name!r}: {nearest(name, table)}")
+    return table[name]
+
+
+def build(table: Mapping[str, Callable[..., T]], what: str, name: str, settings: Mapping[str, object]) -> T:
+    """Call the constructor named, with settings its signature knows.
+
+    Args:
+        table: Name to constructor.
+        what: What the table holds, for the message.
+        name: The name asked for.
+        settings: Arguments of the constructor.
+
+    Raises:
+        UserError: The name or a setting is unknown; the nearest one is suggested.
+    """
+    constructor = choose(table, what, name)
+    known = inspect.signature(constructor).parameters
+    for key in settings:
+        if key not in known:
+            raise UserError(f"unknown setting {key!r} of {what} {name!r}: {nearest(key, known)}")
+    return constructor(**settings)

@@ -1,0 +1,160 @@
+r"""The denoiser: whatever the network predicts, only $\hat z = E[z | z_t]$ leaves this module.
+
+$\hat z = c_{skip} z_t + c_{out} F(c_{in} z_t, c_{noise})$. With latents of unit variance, preconditioning in the way
+of EDM is the row `v` up to the sign of F, and needs none of its own.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..types import Cond
+from .choice import choose
+from .schedule import Schedule
+
+CLOCK_LIMIT = 1.75  # log(sigma / alpha) within +-7: beyond it training sees next to nothing and a sampler starts there
+ALPHA_MIN = 1e-3  # the row eps divides by alpha
+
+
+class Prediction(NamedTuple):
+    """What F means: (alpha, sigma) -> (c_skip, c_out), and (z, eps, alpha, sigma) -> the target of F."""
+
+    coefficients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _z(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(alpha), torch.ones_like(alpha)
+
+
+def _eps(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    alpha = alpha.clamp_min(ALPHA_MIN)
+    return 1 / alpha, -sigma / alpha
+
+
+def _v(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    square = alpha**2 + sigma**2
+    return alpha / square, -sigma / square.sqrt()
+
+
+def _flow(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    return 1 / (alpha + sigma), -sigma / (alpha + sigma)
+
+
+def _z_target(z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return z
+
+
+def _eps_target(z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return eps
+
+
+def _v_target(z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return (alpha * eps - sigma * z) / torch.sqrt(alpha**2 + sigma**2)
+
+
+def _flow_target(z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return eps - z
+
+
+PREDICT: dict[str, Prediction] = {
+    "z": Prediction(_z, _z_target),
+    "eps": Prediction(_eps, _eps_target),
+    "v": Prediction(_v, _v_target),
+    "flow": Prediction(_flow, _flow_target),
+}
+
+
+def aligned(value: Tensor, like: Tensor) -> Tensor:
+    """A value per leading index on the device of `like`: (B,) or (B, N) -> (B, 1, ...) or (B, N, 1, ...)."""
+    return value.to(like.device).reshape(value.shape + (1,) * (like.ndim - value.ndim))
+
+
+def trail(value: Tensor, like: Tensor) -> Tensor:
+    """The same, cast to multiply `like`."""
+    return aligned(value.to(like.dtype), like)
+
+
+class Denoiser(nn.Module):
+    r"""$\hat z = E[z | z_t]$ from a network, a schedule and a meaning of the network's output.
+
+    Args:
+        net: `net(z_in, clocks, cond, mask) -> F` with F in the shape of z_in (B, \*latent_shape).
+        schedule: The path z_t lies on.
+        predict: What F means: `z`, `eps`, `v` or `flow` (eps - z).
+        clock: t -> what the network is told of the time, in the shape of t; default $\log(\sigma / \alpha) / 4$.
+        c_in: t -> the scale of the network's input; default $1 / \sqrt{\alpha^2 + \sigma^2}$.
+
+    Raises:
+        UserError: Unknown `predict`.
+
+    References:
+        Karras et al., https://arxiv.org/abs/2206.00364 (eq. 7); Salimans and Ho, https://arxiv.org/abs/2202.00512.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        schedule: Schedule,
+        predict: str = "flow",
+        clock: Callable[[Tensor], Tensor] | None = None,
+        c_in: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.schedule = schedule
+        self.predict = predict
+        self.row = choose(PREDICT, "prediction", predict)
+        self.clock = clock or self._clock
+        self.c_in = c_in or self._c_in
+
+    def _clock(self, t: Tensor) -> Tensor:
+        return (-self.schedule.logsnr(t) / 8).clamp(-CLOCK_LIMIT, CLOCK_LIMIT)
+
+    def _c_in(self, t: Tensor) -> Tensor:
+        alpha, sigma = self.schedule(t)
+        return torch.rsqrt(alpha**2 + sigma**2)
+
+    def coefficients(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
+        """(c_skip, c_out) at t (B,) or (B, N), float64 on the CPU, with axes of one up to `ndim`."""
+        shape = t.shape + (1,) * (ndim - t.ndim)
+        c_skip, c_out = self.row.coefficients(*self.schedule(t))
+        return c_skip.reshape(shape), c_out.reshape(shape)
+
+    def target(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What F should be, straight from z and eps (B, ...): never by a division by c_out."""
+        alpha, sigma = self.schedule(t)
+        return self.row.target(z, eps, trail(alpha, z), trail(sigma, z))
+
+    def noised(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """z_t = alpha_t z + sigma_t eps, in the dtype of z."""
+        alpha, sigma = self.schedule(t)
+        return trail(alpha, z) * z + trail(sigma, z) * eps
+
+    def output(self, z_t: Tensor, t: Tensor, cond: Cond | None = None, mask: Tensor | None = None) -> Tensor:
+        """The network's raw output F (B, ...), in float32. The one place where dtypes meet.
+
+        Under autocast the weights, and so the input, are float32, and the network's own layers cast.
+        """
+        weight = next(self.net.parameters(), z_t)
+        z_in = (trail(self.c_in(t), z_t) * z_t).to(weight.dtype)
+        clocks = self.clock(t).to(z_t)  # float32 even for a bf16 network: its features need the digits
+        clocks = clocks[:, None] if t.ndim == 1 else clocks.flatten(1)[..., None]  # (B, 1) or (B, N, 1)
+        return self.net(z_in, clocks, cond or Cond(), mask).to(z_t.dtype)
+
+    def forward(self, z_t: Tensor, t: Tensor, cond: Cond | None = None, mask: Tensor | None = None) -> Tensor:
+        """The expected data $E[z | z_t]$.
+
+        Args:
+            z_t: Noisy latents (B, ...), float32.
+            t: Times (B,), or (B, N) for one per leading position.
+            cond: What the network is told.
+            mask: (B, N), true where a padded item has data.
+
+        Returns:
+            z_hat (B, ...), float32.
+        """
+        c_skip, c_out = self.coefficients(t, z_t.ndim)
+        return c_skip.to(z_t) * z_t + c_out.to(z_t) * self.output(z_t, t, cond, mask)

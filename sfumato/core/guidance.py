@@ -1,0 +1,71 @@
+"""Guidance: wrappers of `denoise(z, t) -> z_hat`. One formula, z_hat = lerp(reference, conditional, w); w = 1 is off.
+
+For example `cfg(conditional, null, interval(2.0, 0.1, 0.8), rescale(0.7))`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .denoiser import trail
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+Weight = Callable[[Tensor], Tensor]
+Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def lerp(reference: Tensor, conditional: Tensor, w: Tensor) -> Tensor:
+    """Give reference + w (conditional - reference), with w over leading axes."""
+    return torch.lerp(reference, conditional, trail(w, conditional))
+
+
+def rescale(phi: float, combine: Combine = lerp) -> Combine:
+    r"""Give the guided z_hat back the deviation of the conditional one, by a share phi.
+
+    References:
+        Lin et al., Common Diffusion Noise Schedules and Sample Steps Are Flawed, https://arxiv.org/abs/2305.08891
+        (eq. 14 to 16).
+    """
+
+    def rescaled(reference: Tensor, conditional: Tensor, w: Tensor) -> Tensor:
+        guided = combine(reference, conditional, w)
+        axes = tuple(range(1, guided.ndim))
+        gain = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True).clamp_min(1e-8)
+        return guided * (1 - phi + phi * gain)
+
+    return rescaled
+
+
+def interval(w: float, lo: float = 0.0, hi: float = 1.0) -> Weight:
+    """The weight w at times lo <= t <= hi, and 1 (off) outside.
+
+    References:
+        Kynkäänniemi et al., Applying Guidance in a Limited Interval, https://arxiv.org/abs/2404.07724.
+    """
+    return lambda t: torch.where((t >= lo) & (t <= hi), w, 1.0)
+
+
+def cfg(conditional: Denoise, reference: Denoise, w: float | Tensor | Weight, combine: Combine = lerp) -> Denoise:
+    """Guide a denoiser away from a reference: the null condition (CFG) or a weaker model (autoguidance).
+
+    Args:
+        conditional: The denoiser to guide.
+        reference: What to move away from; not called at times where every weight is 1.
+        w: Weight: a number, a tensor (B,), or a function of t such as `interval`.
+        combine: (reference, conditional, w) -> z_hat; `lerp`, or `rescale(phi)`.
+
+    References:
+        Ho and Salimans, Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598;
+        Karras et al., Guiding a Diffusion Model with a Bad Version of Itself, https://arxiv.org/abs/2406.02507.
+    """
+
+    def guided(z: Tensor, t: Tensor) -> Tensor:
+        weight = w(t) if callable(w) else torch.as_tensor(w)
+        z_hat = conditional(z, t)
+        return z_hat if bool((weight == 1).all()) else combine(reference(z, t), z_hat, weight)
+
+    return guided
+
+
+autoguide = cfg

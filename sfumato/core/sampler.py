@@ -1,0 +1,282 @@
+r"""Samplers: one loop over a time grid; a sampler is a rule for one step, with its memory handed in and out.
+
+A denoiser gives $\hat z$, and with it $\hat\epsilon = (z_t - \alpha_t \hat z) / \sigma_t$. Along the probability flow
+$dz = \hat z \, d\alpha + \hat\epsilon \, d\sigma$. The rules are written with the increments of (alpha, sigma)
+themselves, so none depends on how fast a schedule runs through them. The step that ends at t = 0 returns $\hat z$.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .choice import choose
+from .denoiser import aligned, trail
+from .schedule import Schedule, time
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+Draw = Callable[[], Tensor]
+OnStep = Callable[[int, Tensor, Tensor, Tensor], None]
+
+_TINY = 1e-20
+
+
+class Knot(NamedTuple):
+    """The path at one time, float64 in the shape of t: alpha, sigma (both kept above zero), log(alpha / sigma)."""
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    lam: Tensor
+
+
+class Past(NamedTuple):
+    """A multistep rule's memory: where the last step started, and what the denoiser said there and one step earlier."""
+
+    knot: Knot
+    z: Tensor
+    z_hat: Tensor
+    before: tuple[Tensor, Tensor] | None  # (lam, z_hat)
+
+
+State = Past | None
+Stepped = tuple[Tensor, State, Tensor]
+Ask = Callable[[Tensor, Knot], Tensor]
+Move = Callable[[Tensor, Tensor, Knot, Knot, Draw | None], Tensor]
+
+
+class Step(Protocol):
+    """One step of a sampler from time t to time s < t.
+
+    Args:
+        denoise: (z, t) -> z_hat, with conditions and guidance bound; t has the leading axes of z.
+        schedule: The path.
+        z: State (B, ...) at time t, float32.
+        t: Now: a scalar, (B,), or any shape that broadcasts with the leading axes of z.
+        s: Next, in the same shape.
+        noise: Draws standard normal noise in the shape of z; only stochastic rules call it.
+        state: What the last step handed on; None at first.
+
+    Returns:
+        z at time s, the state to hand on, and z_hat at time t.
+    """
+
+    def __call__(
+        self, denoise: Denoise, schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, noise: Draw | None, state: State
+    ) -> Stepped: ...
+
+
+def _knot(schedule: Schedule, t: Tensor) -> Knot:
+    alpha, sigma = (x.clamp_min(_TINY) for x in schedule(t))
+    return Knot(t, alpha, sigma, alpha.log() - sigma.log())
+
+
+def _by(c: Tensor, z: Tensor) -> Tensor:
+    """A coefficient ready to multiply z; a scalar already is (it does not promote z, on whatever device)."""
+    return c if c.ndim == 0 else trail(c, z)
+
+
+def _transport(z: Tensor, z_hat: Tensor, now: Knot, then: Knot, noise: Draw | None = None) -> Tensor:
+    r"""$z_s = (\sigma_s / \sigma_t) z_t + (\alpha_s - \alpha_t \sigma_s / \sigma_t) \hat z$: no new noise."""
+    ratio = then.sigma / now.sigma
+    return _by(ratio, z) * z + _by(then.alpha - ratio * now.alpha, z) * z_hat
+
+
+def _renoise(z: Tensor, z_hat: Tensor, now: Knot, then: Knot, noise: Draw | None) -> Tensor:
+    r"""A draw from $q(z_s | z_t, \hat z)$; with $e^{-h} = (\sigma_s / \alpha_s) (\alpha_t / \sigma_t)$ that is.
+
+    $z_s = (\sigma_s / \sigma_t) e^{-h} z_t + \alpha_s (1 - e^{-2h}) \hat z + \sigma_s \sqrt{1 - e^{-2h}} w$.
+    """
+    if noise is None:
+        raise ValueError("a stochastic sampler (ddpm, sde) needs `noise`")
+    ratio = then.sigma / now.sigma
+    shrink = ratio * now.alpha / then.alpha
+    fresh = 1 - shrink**2
+    mean = _by(ratio * shrink, z) * z + _by(then.alpha * fresh, z) * z_hat
+    return mean + _by(then.sigma * fresh.sqrt(), z) * noise().to(z)
+
+
+class Rule(ABC):
+    """A `Step` that ends well: what arrives at s = 0 is z_hat (and what already was at t = 0 stays)."""
+
+    @abstractmethod
+    def advance(self, ask: Ask, z: Tensor, now: Knot, then: Knot, noise: Draw | None, state: State) -> Stepped:
+        """The step itself, where s > 0."""
+
+    def __call__(
+        self, denoise: Denoise, schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, noise: Draw | None, state: State
+    ) -> Stepped:
+        def ask(z: Tensor, knot: Knot) -> Tensor:
+            return denoise(z, knot.t.expand(z.shape[: max(1, t.ndim)]))
+
+        now, then, arrives, clean = _knot(schedule, t), _knot(schedule, s), s <= 0, t <= 0
+        if arrives.all() and not clean.any():
+            z_hat = ask(z, now)
+            return z_hat, None, z_hat
+        z_s, state, z_hat = self.advance(ask, z, now, then, noise, state)
+        if arrives.any():
+            z_s = torch.where(aligned(arrives, z), torch.where(aligned(clean, z), z, z_hat), z_s)
+        return z_s, state, z_hat
+
+
+@dataclass(frozen=True)
+class Heun(Rule):
+    r"""Two calls a step, second order: the trapezium of $\hat z$ and $\hat\epsilon$ at both ends.
+
+    References:
+        Karras et al., https://arxiv.org/abs/2206.00364 (algorithm 1, without churn).
+    """
+
+    def advance(self, ask: Ask, z: Tensor, now: Knot, then: Knot, noise: Draw | None, state: State) -> Stepped:
+        z_hat = ask(z, now)
+        z_s = _transport(z, z_hat, now, then)
+        z_hat_s = ask(z_s, then)
+        eps = _by(1 / now.sigma, z) * z - _by(now.alpha / now.sigma, z) * z_hat
+        eps_s = _by(1 / then.sigma, z) * z_s - _by(then.alpha / then.sigma, z) * z_hat_s
+        dalpha, dsigma = _by((then.alpha - now.alpha) / 2, z), _by((then.sigma - now.sigma) / 2, z)
+        return z + dalpha * (z_hat + z_hat_s) + dsigma * (eps + eps_s), None, z_hat
+
+
+@dataclass(frozen=True)
+class Multistep(Rule):
+    """One call a step; z_hat is held (order 1) or continued on the line through the last two (order 2).
+
+    Args:
+        move: How z gets from t to s given z_hat: `_transport` (no noise) or `_renoise`.
+        order: 1 or 2.
+        correct: Whether each call first does the step before again, now that z_hat at its end is known.
+    """
+
+    move: Move
+    order: int = 1
+    correct: bool = False
+
+    def advance(self, ask: Ask, z: Tensor, now: Knot, then: Knot, noise: Draw | None, state: State) -> Stepped:
+        z_hat = middle = ask(z, now)
+        if self.order == 1:
+            return self.move(z, z_hat, now, then, noise), None, z_hat
+        if state is not None:
+            ahead = (then.lam - now.lam) / (2 * (now.lam - state.knot.lam))
+            middle = z_hat + _by(ahead, z) * (z_hat - state.z_hat)
+            z = _corrected(state, now, z_hat) if self.correct else z
+        before = None if state is None else (state.knot.lam, state.z_hat)
+        return self.move(z, middle, now, then, noise), Past(now, z, z_hat, before), z_hat
+
+
+def _corrected(past: Past, now: Knot, z_hat: Tensor) -> Tensor:
+    """The last step again (UniC), now that z_hat at its end is known."""
+    if past.before is None:
+        return _transport(past.z, torch.lerp(past.z_hat, z_hat, 0.5), past.knot, now)
+    lam, earlier = past.before
+    h = now.lam - past.knot.lam
+    r = (lam - past.knot.lam) / h
+    phi_1 = torch.expm1(-h)
+    b_1 = (phi_1 / -h - 1) / phi_1
+    b_2 = 2 * ((phi_1 / -h - 1) / -h - 0.5) / phi_1
+    back = (b_1 - b_2) / (1 - r)
+    slope = _by(back / r, z_hat) * (earlier - past.z_hat) + _by(b_1 - back, z_hat) * (z_hat - past.z_hat)
+    return _transport(past.z, past.z_hat + slope, past.knot, now)
+
+
+# ddim: Song et al. 2020, https://arxiv.org/abs/2010.02502 (eq. 12, eta = 0). It *is* Euler's rule along the path,
+#   z + z_hat dalpha + eps_hat dsigma: on `flow` the Euler step of flow matching, on `edm` that of Karras et al.
+# ddpm: Ho et al. 2020, https://arxiv.org/abs/2006.11239 (eq. 6 and 7).
+# dpmpp_2m, sde: Lu et al. 2022, DPM-Solver++ and SDE-DPM-Solver++ (2M), https://arxiv.org/abs/2211.01095.
+# unipc: Zhao et al. 2023, https://arxiv.org/abs/2302.04867 (UniPC-2, B(h) = e^h - 1; its predictor is dpmpp_2m).
+SAMPLERS: dict[str, Step] = {
+    "ddpm": Multistep(_renoise),
+    "ddim": Multistep(_transport),
+    "euler": Multistep(_transport),
+    "heun": Heun(),
+    "dpmpp_2m": Multistep(_transport, order=2),
+    "unipc": Multistep(_transport, order=2, correct=True),
+    "sde": Multistep(_renoise, order=2),
+}
+
+
+def sample(
+    denoise: Denoise,
+    schedule: Schedule,
+    z: Tensor,
+    grid: Tensor,
+    sampler: str | Step = "heun",
+    noise: Draw | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Follow a time grid from noise to data. Call it under `torch.no_grad()` unless gradients are wanted.
+
+    Args:
+        denoise: (z, t) -> z_hat, with conditions and guidance bound; t is (B,), or as wide as the grid says.
+        schedule: The path.
+        z: Where to start (B, ...), at time grid[0].
+        grid: Times (steps + 1,), falling; or (steps + 1, ...) with axes that broadcast with the leading ones of z,
+            for a time per item, token or segment.
+        sampler: A name of `SAMPLERS`, or a rule.
+        noise: Draws noise in the shape of z, for the stochastic rules.
+        on_step: Called as on_step(i, t, z, z_hat) after each step, with z at the step's end.
+
+    Returns:
+        z (B, ...) at time grid[-1], float32 (or float64, if z came so); where that is 0, the last z_hat.
+
+    Raises:
+        UserError: Unknown sampler.
+    """
+    step = choose(SAMPLERS, "sampler", sampler) if isinstance(sampler, str) else sampler
+    z, state = z.to(torch.promote_types(z.dtype, torch.float32)), None
+    for i, (t, s) in enumerate(pairwise(time(grid))):
+        z, state, z_hat = step(denoise, schedule, z, t, s, noise, state)
+        if on_step is not None:
+            on_step(i, t, z, z_hat)
+    return z
+
+
+def prior(schedule: Schedule, noise: Draw, t: float = 1.0) -> Tensor:
+    """Where sampling starts: noise with the variance alpha^2 + sigma^2 that unit-variance latents have at time t."""
+    alpha, sigma = schedule(t)
+    return float(torch.hypot(alpha, sigma)) * noise()
+
+
+def _even_logsnr(low: Tensor, high: Tensor, u: Tensor) -> Tensor:
+    return torch.lerp(low, high, u)
+
+
+def _karras(low: Tensor, high: Tensor, u: Tensor, rho: float = 7.0) -> Tensor:
+    first, last = torch.exp(-low / (2 * rho)), torch.exp(-high / (2 * rho))  # (sigma / alpha)^(1 / rho)
+    return -2 * rho * torch.lerp(first, last, u).log()
+
+
+SPACINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"logsnr": _even_logsnr, "karras": _karras}
+GRIDS = ("uniform", *SPACINGS)
+
+
+def time_grid(schedule: Schedule, steps: int, kind: str = "uniform", t_max: float = 1.0, t_min: float = 0.0) -> Tensor:
+    """Falling times from t_max to t_min, (steps + 1,), float64.
+
+    Args:
+        schedule: The path the times are for.
+        steps: Number of steps, at least 1.
+        kind: `uniform` in t, `logsnr` (even in the log signal-to-noise ratio) or `karras` (even in
+            (sigma / alpha)^(1/7)). The last two span sigma / alpha in [0.002, 80] and add t_max and t_min as they are.
+        t_max: First time.
+        t_min: Last time.
+
+    Raises:
+        UserError: Unknown kind, or no steps.
+    """
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, not {steps}")
+    if kind == "uniform":
+        return torch.linspace(t_max, t_min, steps + 1, dtype=torch.float64)
+    spacing = choose(SPACINGS, "time grid", kind)
+    low, high = schedule.logsnr(torch.tensor([t_max, t_min])).clamp(-2 * math.log(80.0), -2 * math.log(0.002))
+    inner = steps if schedule.inverse(high) > t_min + 1e-9 else steps + 1  # t_min beyond the span is a step of its own
+    u = torch.linspace(0, 1, inner, dtype=torch.float64)
+    grid = torch.cat([schedule.inverse(spacing(low, high, u)), u.new_full((steps + 1 - inner,), t_min)])
+    grid[0], grid[-1] = t_max, t_min
+    return grid

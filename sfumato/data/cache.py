@@ -1,0 +1,163 @@
+"""Worth keeping between runs: decoded pixels, encoded latents. Every write is atomic; a damaged file is no file."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import UserError
+
+IN_MEMORY = 2 * 2**30  # bytes of pixels held in memory; more are mapped from a file
+
+
+def cache_root() -> Path:
+    """The user's cache folder: $SFUMATO_CACHE, else ~/.cache/sfumato."""
+    return Path(os.environ.get("SFUMATO_CACHE") or Path.home() / ".cache" / "sfumato")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and goes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def key_of(*parts: object) -> str:
+    """sha256 of JSON-able parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def allocate(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """An array in memory, or mapped from a nameless temporary file when it is over 2 GiB."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if size <= IN_MEMORY:
+        return np.empty(shape, dtype)
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told here, not by a bus error later
+            return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+    except OSError as error:
+        room = f"{size / 2**30:.1f} GiB for the decoded images"
+        raise UserError(
+            f"{tempfile.gettempdir()}: no room for {room} ({error}); free some or set TMPDIR", code=1
+        ) from error
+
+
+def save_pixels(key: str, pixels: NDArray[Any], mode: str) -> None:
+    """Keep decoded pixels for the next run; a cache that cannot be written is no error."""
+    path = cache_root() / "decoded" / f"{key}.{mode.replace(';', '_')}.npy"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < 3 * pixels.nbytes:
+            return
+        with atomic(path) as temporary, temporary.open("wb") as file:
+            np.save(file, pixels, allow_pickle=False)
+    except OSError:
+        return
+
+
+def load_pixels(key: str) -> tuple[NDArray[Any], str] | None:
+    """Pixels and mode kept under `key`, or None."""
+    for path in (cache_root() / "decoded").glob(f"{key}.*.npy"):
+        try:
+            large = path.stat().st_size > IN_MEMORY
+            pixels = np.load(path, mmap_mode="r" if large else None, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            continue
+        return pixels, path.name.split(".")[1].replace("_", ";")
+    return None
+
+
+def save_listing(stamp: str, place: Mapping[str, int]) -> None:
+    """Keep where each file lies in an archive; a cache that cannot be written is no error."""
+    try:
+        with atomic(cache_root() / "listing" / f"{stamp}.json") as temporary:
+            temporary.write_text(json.dumps(place), encoding="utf-8")
+    except OSError:
+        return
+
+
+def load_listing(stamp: str) -> dict[str, int] | None:
+    """What `save_listing` kept, or None."""
+    try:
+        return json.loads((cache_root() / "listing" / f"{stamp}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def latent_key(fingerprint: str, codec_hash: str, settings: Mapping[str, object]) -> str:
+    """Name of the latents of one data set under one codec and one way of encoding."""
+    return key_of("latents", fingerprint, codec_hash, settings)
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Encoded tensors on disk, one safetensors file per key (see `latent_key`); dtypes are preserved.
+
+    Args:
+        folder: Where the files lie.
+        key: Which one.
+    """
+
+    folder: Path
+    key: str
+
+    @property
+    def path(self) -> Path:
+        """The file of this key."""
+        return Path(self.folder) / f"{self.key}.safetensors"
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep `tensors`, in place of what was there."""
+        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with atomic(self.path) as temporary:
+            save_file(ready, temporary, metadata={"key": self.key, "sha256": _checksum(ready)})
+
+    def get(self) -> dict[str, Tensor] | None:
+        """What was kept, or None when there is nothing or it is damaged."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError):
+            return None
+        intact = metadata.get("key") == self.key and metadata.get("sha256") == _checksum(tensors)
+        return tensors if intact else None
+
+    def compute(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What was kept, else what `make` returns, kept for the next time."""
+        tensors = self.get()
+        if tensors is None:
+            tensors = dict(make())
+            self.put(tensors)
+        return tensors
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

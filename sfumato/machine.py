@@ -1,0 +1,132 @@
+"""What this machine can do, measured: peaks of matrix product and convolution, memory bandwidth, bf16 or not.
+
+The plan chooses the precision and counts time by these numbers; `sfumato doctor` prints them. The training log divides
+a step's floating-point operations by `measure_peak` to say which share of the machine it uses.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+BF16_GAIN = 1.15  # bf16 has to be this much faster than fp32 to be worth its rounding
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "sve", "bf16")
+MATRIX_SIZES = ((2048, 256, 1024), (1024, 1024, 1024), (2048, 2048, 2048))  # (rows, in, out), as in training here
+GPU_MATRIX_SIZES = ((8192, 8192, 8192),)
+
+
+def default_device() -> str:
+    """The name of the best device at hand: an accelerator if there is one, else the CPU."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def cpu_flags() -> list[str]:
+    """Those of the CPU's instruction sets that matter for speed here (empty where the system does not say)."""
+    source = Path("/proc/cpuinfo")
+    known = set(source.read_text().split()) if source.exists() else set[str]()
+    return [flag for flag in CPU_FLAGS if flag in known]
+
+
+def cpu_name() -> str:
+    """The CPU's model name."""
+    source = Path("/proc/cpuinfo")
+    lines = source.read_text().splitlines() if source.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def memory_bytes() -> int:
+    """Bytes of main memory (0 where the system does not say)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
+@cache
+def measure_peak(precision: str = "fp32", device: str = "cpu", seconds: float = 0.4) -> float:
+    """Floating-point operations per second of the best matrix product: what speeds are judged against.
+
+    Args:
+        precision: `fp32` or `bf16`.
+        device: Where to measure.
+        seconds: About how long to measure each size.
+    """
+    import torch
+
+    sizes = MATRIX_SIZES if device == "cpu" else GPU_MATRIX_SIZES
+    dtype = getattr(torch, DTYPES[precision])
+    return max(_matrix_rate(*size, dtype, device, seconds / len(sizes)) for size in sizes)
+
+
+@cache
+def measure_convolution_peak(precision: str = "fp32", device: str = "cpu", seconds: float = 0.4) -> float:
+    """Floating-point operations per second of a 3x3 convolution, channels last, of the size codecs use."""
+    import torch
+
+    dtype = getattr(torch, DTYPES[precision])
+    batch, channels, side = (32, 64, 32) if device == "cpu" else (128, 256, 64)
+    x = torch.randn(batch, channels, side, side, device=device, dtype=dtype)
+    weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+    x, weight = x.to(memory_format=torch.channels_last), weight.to(memory_format=torch.channels_last)
+    flops = 2 * batch * side**2 * channels**2 * 9
+    return flops / _fastest(lambda: torch.conv2d(x, weight, padding=1), device, seconds)
+
+
+@cache
+def measure_bandwidth(device: str = "cpu", seconds: float = 0.4) -> float:
+    """Bytes per second that a copy moves, read and written ones both counted."""
+    import torch
+
+    source = torch.zeros(32 * 2**20 if device == "cpu" else 512 * 2**20, device=device)  # far above any cache
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device, seconds)
+
+
+@cache
+def best_precision(device: str = "cpu") -> str:
+    """`bf16` where it is faster for matrix products and convolutions both, else `fp32`."""
+    import torch
+
+    if device.startswith("cuda"):
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device != "cpu" or not {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_flags()):
+        return "fp32"
+    gains = [
+        peak("bf16", device, 0.15) / peak("fp32", device, 0.15) for peak in (measure_peak, measure_convolution_peak)
+    ]
+    return "bf16" if min(gains) > BF16_GAIN else "fp32"
+
+
+def _matrix_rate(rows: int, inner: int, columns: int, dtype: "torch.dtype", device: str, seconds: float) -> float:
+    import torch
+
+    x = torch.randn(rows, inner, device=device, dtype=dtype)
+    weight = torch.randn(columns, inner, device=device, dtype=dtype)
+    return 2 * rows * inner * columns / _fastest(lambda: torch.nn.functional.linear(x, weight), device, seconds)
+
+
+def _fastest(call: Callable[[], object], device: str, seconds: float) -> float:
+    """Seconds of the fastest of several calls: the machine's best, whatever else runs beside."""
+    import torch
+
+    wait = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
+    best, end, calls = float("inf"), time.perf_counter() + seconds, 0
+    with torch.inference_mode():
+        while calls < 4 or time.perf_counter() < end:
+            start = time.perf_counter()
+            call()
+            wait()
+            best, calls = min(best, time.perf_counter() - start), calls + 1
+    return best

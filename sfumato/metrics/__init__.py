@@ -1,0 +1,55 @@
+"""Numbers about samples, each beside what real held-out data scores."""
+
+from sfumato.metrics.distances import (
+    Moments,
+    density_coverage,
+    frechet,
+    kernel_distance,
+    memorisation,
+    moments,
+    nearest,
+    precision_recall,
+    psnr,
+    ssim,
+)
+from sfumato.metrics.features import (
+    Extractor,
+    Images,
+    NamedExtractor,
+    Reference,
+    cached_network,
+    classifier_extractor,
+    extract,
+    find_inception,
+    inception_extractor,
+    reference,
+)
+from sfumato.metrics.images import Report, Samples, image_report, label_accuracy, reconstruction_report
+
+__all__ = [
+    "Extractor",
+    "Images",
+    "Moments",
+    "NamedExtractor",
+    "Reference",
+    "Report",
+    "Samples",
+    "cached_network",
+    "classifier_extractor",
+    "density_coverage",
+    "extract",
+    "find_inception",
+    "frechet",
+    "image_report",
+    "inception_extractor",
+    "kernel_distance",
+    "label_accuracy",
+    "memorisation",
+    "moments",
+    "nearest",
+    "precision_recall",
+    "psnr",
+    "reconstruction_report",
+    "reference",
+    "ssim",
+]

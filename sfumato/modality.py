@@ -1,0 +1,73 @@
+"""The table of modalities. A new one is a reader, a codec, a writer, and one row here (or `sfumato.register(row)`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.codecs import Codec, ImageCodec
+from sfumato.config import DataSettings
+from sfumato.data import Data, read_source, sample_sheet, write_images
+from sfumato.errors import UserError
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One row: everything that is particular to one kind of data.
+
+    Args:
+        name: As in `--modality`.
+        recognises: Whether a source looks like this kind.
+        read: Source and data settings -> (training part, held-out part).
+        codec: The codec's class; its constructor's arguments are stored in `codec/config.json`.
+        write: (folder, items (N, ...), a row of facts per item, mode, overwrite) -> the files.
+        sheet: (items (N, ...), columns or None) -> a picture to look at.
+    """
+
+    name: str
+    recognises: Callable[[str], bool]
+    read: Callable[[str, DataSettings], tuple[Data, Data]]
+    codec: Callable[..., Codec]
+    write: Callable[[Path, Tensor, list[dict[str, Any]], str, bool], None]
+    sheet: Callable[[Tensor, int | None], Any]
+
+
+def _read_images(source: str, settings: DataSettings) -> tuple[Data, Data]:
+    return read_source(
+        source,
+        resolution=settings.resolution,
+        mode=settings.mode,
+        label_from=settings.label_from,
+        skip_bad=settings.skip_bad,
+        held_out=settings.held_out,
+    )
+
+
+def _write_images(out: Path, items: Tensor, rows: list[dict[str, Any]], mode: str, overwrite: bool) -> None:
+    write_images(out, items, rows, mode=mode, overwrite=overwrite)
+
+
+MODALITIES: dict[str, Modality] = {
+    "image": Modality("image", lambda source: True, _read_images, ImageCodec, _write_images, sample_sheet),
+}
+
+
+def register(row: Modality) -> None:
+    """Add a modality from outside the package, in front of those that are there."""
+    rows = {row.name: row, **MODALITIES}
+    MODALITIES.clear()
+    MODALITIES.update(rows)
+
+
+def find_modality(name: str) -> Modality:
+    """The row called `name`."""
+    if name not in MODALITIES:
+        raise UserError(f"unknown modality '{name}': there are {', '.join(MODALITIES)}")
+    return MODALITIES[name]
+
+
+def recognise(source: str) -> Modality:
+    """The first row that recognises what is there."""
+    return next(row for row in MODALITIES.values() if row.recognises(source))

@@ -1,0 +1,272 @@
+"""A model: codec, conditioner and denoiser, built from one folder's JSON and safetensors."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sfumato import __version__
+from sfumato.codecs import Codec
+from sfumato.conditioners import Conditioner, make_conditioner
+from sfumato.core import Denoiser, Noise, cfg, from_settings, prior, sample, time_grid
+from sfumato.core.noise import item_generator
+from sfumato.core.sampler import OnStep
+from sfumato.errors import UserError
+from sfumato.machine import default_device
+from sfumato.modality import Modality, find_modality
+from sfumato.nn import make_net
+from sfumato.types import Latent
+
+FORMAT = 1
+PARTS = ("codec", "conditioner", "denoiser")
+
+
+@dataclass
+class Card:
+    """What `model.json` holds, and the configuration of each part.
+
+    Args:
+        modality: Row of the table of modalities.
+        shape: Shape of one item.
+        mode: How the item's numbers are meant ("L", "RGB", …).
+        label_names: Name of each class; empty without classes.
+        codec: Arguments of the codec's constructor.
+        conditioner: Name and arguments of the conditioner.
+        denoiser: `net` (name and arguments), `schedule` (name and arguments) and `predict`.
+        sample: What `generate` does unless told otherwise: sampler, steps, guidance, grid.
+    """
+
+    modality: str
+    shape: tuple[int, ...]
+    mode: str
+    label_names: list[str]
+    codec: dict[str, Any]
+    conditioner: dict[str, Any]
+    denoiser: dict[str, Any]
+    sample: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Sampling:
+    """How a sampler is run: its name, number of steps, guidance weight (1 = off) and time grid."""
+
+    sampler: str = "heun"
+    steps: int = 15
+    guidance: float = 1.0
+    grid: str = "uniform"
+
+
+class Model:
+    """Encode, decode and sample; every task works on this.
+
+    Args:
+        card: What to build. Weights are random until loaded or trained.
+    """
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.modality: Modality = find_modality(card.modality)
+        self.codec: Codec = self.modality.codec(**card.codec)
+        self.conditioner: Conditioner = make_conditioner(**card.conditioner)
+        net = make_net(
+            card.denoiser["net"]["name"],
+            latent_shape=self.codec.latent_shape,
+            cond_dim=self.conditioner.dim,
+            **{key: value for key, value in card.denoiser["net"].items() if key != "name"},
+        )
+        self.denoiser = Denoiser(net, from_settings(card.denoiser["schedule"]), card.denoiser["predict"])
+        self.device = torch.device("cpu")
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The three networks by the name of their folder."""
+        return {"codec": self.codec, "conditioner": self.conditioner, "denoiser": self.denoiser.net}
+
+    @property
+    def sampling(self) -> Sampling:
+        """The sampling defaults that `fit` chose."""
+        return Sampling(**self.card.sample)
+
+    def to(self, device: str | torch.device) -> "Model":
+        """Move the weights, and compute there from now on."""
+        self.device = torch.device(device)
+        for part in self.parts.values():
+            part.to(self.device)
+        return self
+
+    def eval(self) -> "Model":
+        """Freeze the model for use."""
+        for part in self.parts.values():
+            part.eval().requires_grad_(False)
+        return self
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, batch: int = 256) -> Tensor:
+        """Latents (N, *latent_shape), on the CPU, of data (N, ...)."""
+        return torch.cat([self.codec.encode(part.to(self.device)).z.cpu() for part in x.split(batch)])
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, batch: int = 256) -> Tensor:
+        """Data (N, ...), on the CPU, of latents z (N, *latent_shape)."""
+        return torch.cat([self.codec.decode(Latent(part.to(self.device))).cpu() for part in z.split(batch)])
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Encode and decode: what the codec keeps of data (N, ...)."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        items: Sequence[int],
+        label: Tensor | None = None,
+        *,
+        seed: int = 0,
+        how: Sampling | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Latents z (B, *latent_shape) of new items.
+
+        Args:
+            items: Their numbers; item i gets the same noise whatever the batch, the device or the processes.
+            label: Class numbers (B,), None for no condition.
+            seed: Seed of the noise.
+            how: Sampler, steps, guidance; default what `fit` chose.
+            on_step: Called as (i, t, z, ẑ) after each step.
+        """
+        how = how or self.sampling
+        schedule = self.denoiser.schedule
+        noise = Noise(seed, items, self.codec.latent_shape)
+        draw = lambda: noise().to(self.device)  # noqa: E731
+        denoise = self._denoise(label, len(items))
+        if how.guidance != 1 and label is not None:
+            denoise = cfg(denoise, self._denoise(None, len(items)), how.guidance)
+        grid = time_grid(schedule, how.steps, how.grid)
+        return sample(denoise, schedule, prior(schedule, draw), grid, how.sampler, draw, on_step)
+
+    def _denoise(self, label: Tensor | None, count: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """The denoiser with its condition bound: (z, t) -> ẑ."""
+        cond = self.conditioner(label, count)
+        return lambda z, t: self.denoiser(z, t, cond)
+
+    def labels_for(self, items: Sequence[int], seed: int) -> Tensor | None:
+        """Class numbers that go evenly through the classes, shuffled within each round; None without classes.
+
+        An item's class depends on the seed and its number alone.
+        """
+        classes = self.conditioner.classes
+        if not classes:
+            return None
+        rounds = {
+            k: torch.randperm(classes, generator=item_generator(seed, k, "label"))
+            for k in {item // classes for item in items}
+        }
+        return torch.tensor([int(rounds[item // classes][item % classes]) for item in items])
+
+    def class_number(self, label: str) -> int:
+        """The number of the class called `label` (or its number)."""
+        names = self.card.label_names
+        if not names:
+            raise UserError(f"label '{label}': this model was trained without labels")
+        if label in names:
+            return names.index(label)
+        if label.isdigit() and int(label) < len(names):
+            return int(label)
+        shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+        raise UserError(f"label '{label}' is unknown to the model: it knows {shown}")
+
+    def generate(self, n: int = 64, **settings: Any) -> Any:
+        """New items: see `sfumato.generate`."""
+        from sfumato.tasks.generate import generate
+
+        return generate(self, n=n, **settings)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `model.json` and, for each part, `config.json` and `model.safetensors`."""
+        folder = Path(folder)
+        for name, module in self.parts.items():
+            save_part(folder / name, module, getattr(self.card, name))
+        facts = {
+            "format": FORMAT,
+            "sfumato": __version__,
+            "modality": self.card.modality,
+            "shape": list(self.card.shape),
+            "mode": self.card.mode,
+            "label_names": self.card.label_names,
+            "latent_shape": list(self.codec.latent_shape),
+            "sample": self.card.sample,
+        }
+        write_json(folder / "model.json", facts)
+
+
+def save_part(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
+    """Write one part's `config.json` and `model.safetensors`, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    write_tensors(folder / "model.safetensors", module.state_dict())
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> None:
+    """A safetensors file under a temporary name, then renamed."""
+    partial = path.with_name(path.name + ".partial")
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, facts)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file under a temporary name, then renamed."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is {path.parent} a model's folder?") from None
+    except ValueError:
+        raise UserError(f"{path}: damaged, it is not JSON", code=1) from None
+
+
+def load(folder: str | Path, device: str | None = None) -> Model:
+    """The model in a folder, ready for use.
+
+    Args:
+        folder: What `fit --out` wrote.
+        device: Where to compute; default the best at hand.
+
+    Raises:
+        UserError: There is no model, or its files are damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "model.json").is_file():
+        unfinished = (folder / "run.json").is_file()
+        hint = "its training has not finished: go on with --resume" if unfinished else "there is no model.json"
+        raise UserError(f"no model in '{folder}': {hint}")
+    facts = read_json(folder / "model.json")
+    if facts.get("format") != FORMAT:
+        raise UserError(f"{folder}/model.json: format {facts.get('format')} is not known; update sfumato")
+    keys = ("modality", "shape", "mode", "label_names", "sample")
+    configs = {name: read_json(folder / name / "config.json") for name in PARTS}
+    model = Model(Card(**{key: facts[key] for key in keys}, **configs))
+    for name, module in model.parts.items():
+        load_part(folder / name, module)
+    return model.eval().to(device or default_device())
+
+
+def load_part(folder: Path, module: nn.Module) -> None:
+    """Read one part's weights; every name must be there, and no other."""
+    path = folder / "model.safetensors"
+    try:
+        module.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, so the model cannot be loaded", code=1) from None
+    except Exception as error:
+        raise UserError(f"{path}: damaged or of another model ({str(error).splitlines()[0]})", code=1) from None

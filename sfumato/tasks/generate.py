@@ -1,0 +1,119 @@
+"""New items from a model."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sfumato.model import Model, Sampling
+    from sfumato.tasks.common import Progress
+
+
+@dataclass
+class Result:
+    """Items (N, ...) in the range of the data, and for each a row of facts: label, seed, item number, settings."""
+
+    items: "Tensor"
+    rows: list[dict[str, Any]]
+    seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """What was made, in a few numbers."""
+        return {"items": len(self.items), "seconds": round(self.seconds, 2), **self.facts}
+
+
+def generate(
+    model: "Path | str | Model",
+    *,
+    n: int = 64,
+    out: Path | None = None,
+    label: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    seed: int = 0,
+    batch: int = 500,
+    overwrite: bool = False,
+    device: str | None = None,
+    progress: "Progress | None" = None,
+) -> Result:
+    """Generate new items.
+
+    Without a label, a model with classes goes evenly through them, shuffled. Item i is the same whatever n and batch.
+
+    Args:
+        model: Folder of the model.
+        n: How many items.
+        out: Folder to write them to: the items, and metadata.jsonl.
+        label: Class of all items (default: every class in turn).
+        steps: Steps of the sampler (default: what fit chose).
+        guidance: Weight of the condition; 1 is off (default: what fit chose).
+        sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc or sde (default: what fit chose).
+        seed: Seed of the noise.
+        batch: Items computed at once.
+        overwrite: Replace what is in the output folder.
+        device: Where to compute, such as cpu or cuda.
+        progress: Called with the stage, how much of it is done, and how much there is.
+
+    Returns:
+        The items and their facts.
+
+    Raises:
+        UserError: No such model, label or sampler; the folder is not empty or cannot be written.
+    """
+    import time
+
+    import torch
+
+    from sfumato.tasks.common import check_target, gathered, open_model, shard, tell
+
+    start = time.perf_counter()
+    loaded = open_model(model, device)
+    how = _sampling(loaded, n, steps, guidance, sampler)
+    if out is not None:
+        check_target(out, overwrite)
+    fixed = None if label is None else loaded.class_number(label)
+    mine = shard(n)
+    labels = loaded.labels_for(mine, seed) if fixed is None else torch.full((len(mine),), fixed)
+    parts: list[Tensor] = []
+    for first in range(0, len(mine), batch):
+        some = slice(first, first + batch)
+        z = loaded.sample(mine[some], None if labels is None else labels[some], seed=seed, how=how)
+        parts.append(loaded.decode(z).clamp(-1, 1))
+        tell(progress, "generate", min(first + batch, len(mine)), len(mine))
+    items = gathered(torch.cat(parts), n)
+    rows = _rows(loaded, n, seed, fixed, how)
+    if out is not None:
+        loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)
+    return Result(items, rows, time.perf_counter() - start, vars(how).copy())
+
+
+def _sampling(model: "Model", n: int, steps: int | None, guidance: float | None, sampler: str | None) -> "Sampling":
+    """The model's own sampling defaults with what the user fixed, checked."""
+    from dataclasses import replace
+
+    from sfumato.core.choice import choose
+    from sfumato.core.sampler import SAMPLERS
+    from sfumato.errors import UserError
+
+    if n < 1:
+        raise UserError(f"-n must be at least 1, not {n}")
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps must be at least 1, not {steps}")
+    if sampler is not None:
+        choose(SAMPLERS, "sampler", sampler)
+    given = {"steps": steps, "guidance": guidance, "sampler": sampler}
+    return replace(model.sampling, **{key: value for key, value in given.items() if value is not None})
+
+
+def _rows(model: "Model", n: int, seed: int, fixed: int | None, how: "Sampling") -> list[dict[str, Any]]:
+    """A row of facts per item; labels as the data had them (integers stay integers)."""
+    labels = model.labels_for(range(n), seed) if fixed is None else [fixed] * n
+    facts = {"seed": seed, "sampler": how.sampler, "steps": how.steps, "guidance": how.guidance}
+    if labels is None:
+        return [{"item": i, **facts} for i in range(n)]
+    names = [int(name) if name.isdigit() else name for name in model.card.label_names]
+    return [{"label": names[int(k)], "item": i, **facts} for i, k in enumerate(labels)]

@@ -1,0 +1,73 @@
+"""What a model is, read from its folder's JSON files and the headers of its weights; nothing is built or run."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+from sfumato.errors import UserError
+
+PARTS = ("codec", "conditioner", "denoiser")
+
+
+def info(model: Path | str) -> dict[str, Any]:
+    """Say what a model is: its data, sizes, plan and metrics.
+
+    Args:
+        model: Folder of the model.
+
+    Returns:
+        A dictionary that JSON can hold: `path`, `modality`, `latent_shape`, `parameters` and `bytes` per part, and
+        what the run recorded of its data, plan, metrics and versions.
+
+    Raises:
+        UserError: If there is no model in that folder, or its files cannot be read.
+    """
+    folder = Path(model)
+    if not (folder / "model.json").is_file():
+        raise UserError(f"no model in '{model}': there is no model.json (train one with: sfumato fit SOURCE --out RUN)")
+    card, run = _read_json(folder / "model.json"), _read_json(folder / "run.json")
+    weights = {part: folder / part / "model.safetensors" for part in PARTS}
+    present = {part: path for part, path in weights.items() if path.is_file()}
+    facts = {
+        "path": str(folder),
+        "modality": card.get("modality"),
+        "latent_shape": _latent_shape(card, folder),
+        "labels": card.get("label_names"),
+        "parameters": {part: count_numbers(path) for part, path in present.items()},
+        "bytes": {part: path.stat().st_size for part, path in present.items()},
+    }
+    recorded = {key: run[key] for key in ("data", "plan", "metrics", "seed", "versions") if key in run}
+    return {key: value for key, value in facts.items() if value} | recorded
+
+
+def count_numbers(path: Path) -> int:
+    """How many numbers a safetensors file holds, from its header alone.
+
+    The file starts with the header's length (8 bytes, little endian) and the header, JSON of name to
+    `{"dtype", "shape", "data_offsets"}`.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+        raise UserError(f"'{path}' is damaged: its header cannot be read", code=1) from None
+
+
+def _latent_shape(card: dict[str, Any], folder: Path) -> list[int] | None:
+    return card.get("latent_shape") or _read_json(folder / "codec" / "config.json").get("latent_shape")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"'{path}' is damaged: it is not JSON", code=1) from None
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}

@@ -1,0 +1,124 @@
+"""From settings to the things that are trained."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sfumato.codecs.losses import Perceptual, load_vgg
+from sfumato.config import Settings
+from sfumato.core import Objective, make_times, make_weight
+from sfumato.data import Data
+from sfumato.model import Card, Model
+from sfumato.nn.classifier import Classifier, fit_classifier
+from sfumato.training.job import Job
+from sfumato.training.plan import ADVERSARIAL_START
+from sfumato.training.steps import CodecStep, DiffusionStep
+
+FEATURE_WIDTH = 16  # channels of the feature network's stem
+
+
+def build_card(settings: Settings, data: Data, modality: str, classes: int) -> Card:
+    """The model that a complete plan describes."""
+    codec, denoiser, sample = settings.codec, settings.denoiser, settings.sample
+    vector = codec.latent == "vector"
+    options: dict[str, Any] = {
+        "shape": list(data.shape),
+        "bottleneck": codec.bottleneck,
+        "downsample": codec.downsample,
+        "channels": codec.channels,
+        "latent_dim": codec.latent_dim if vector else 0,
+        "width": codec.width,
+        "depth": codec.depth,
+        "codebook_size": codec.codebook_size,
+        "levels": None if codec.levels is None else list(codec.levels),
+    }
+    net: dict[str, Any] = {"name": denoiser.net, "width": denoiser.width, "depth": denoiser.depth}
+    if denoiser.net != "mlp":
+        net["heads"] = denoiser.heads
+    if denoiser.net == "dit":
+        net["patch"] = denoiser.patch
+    dropout = denoiser.class_dropout
+    return Card(
+        modality=modality,
+        shape=data.shape,
+        mode=data.mode,
+        label_names=list(data.label_names) if classes else [],
+        codec=options,
+        conditioner={"name": "label", "classes": classes, "dropout": dropout} if classes else {"name": "none"},
+        denoiser={
+            "net": net,
+            "schedule": {"name": denoiser.schedule, **(denoiser.schedule_settings or {})},
+            "predict": denoiser.predict,
+        },
+        sample={"sampler": sample.sampler, "steps": sample.steps, "guidance": sample.guidance},
+    )
+
+
+def uses_features(settings: Settings) -> bool:
+    """Whether the perceptual term compares features of a network trained on the data at hand."""
+    kind, weight = settings.codec.perceptual, settings.codec.perceptual_weight
+    return bool(weight) and (kind == "features" or (kind == "auto" and load_vgg() is None))
+
+
+def feature_network(job: Job, steps: int) -> Classifier:
+    """A small classifier of the training data (of its orientation where there are no labels), for features."""
+    data, bf16 = job.train, job.precision == "bf16"
+    return fit_classifier(
+        data, job.classes, steps=steps, width=FEATURE_WIDTH, seed=job.settings.seed, device=job.device, bf16=bf16
+    )
+
+
+def perceptual_term(settings: Settings, network: Classifier | None) -> nn.Module | None:
+    """The perceptual distance: LPIPS or VGG where its weights are at hand, the feature network, or none."""
+    if network is not None:
+        return Perceptual(network.pyramid)
+    if not settings.codec.perceptual_weight or settings.codec.perceptual == "none":
+        return None
+    return load_vgg()
+
+
+def codec_step(model: Model, settings: Settings, network: Classifier | None, steps: int) -> CodecStep:
+    """The first stage of a model, `steps` long."""
+    codec = settings.codec
+    start = round(ADVERSARIAL_START * steps)
+    return CodecStep(
+        model.codec,
+        perceptual_term(settings, network),
+        kind=codec.reconstruction or "l1",
+        perceptual_weight=codec.perceptual_weight or 0.0,
+        bottleneck_weight=(codec.kl_weight or 0.0) if codec.bottleneck == "kl" else 1.0,
+        adversarial_weight=codec.adversarial_weight or 0.0,
+        start=start,
+        lead=max(1, start // 10),
+        channels=model.card.shape[0],
+    )
+
+
+def denoiser_step(model: Model, settings: Settings) -> DiffusionStep:
+    """The second stage of a model."""
+    denoiser = settings.denoiser
+    weight = make_weight(denoiser.weight or "uniform", **(denoiser.weight_settings or {}))
+    times = make_times(denoiser.times or "uniform", **(denoiser.times_settings or {}))
+    return DiffusionStep(model.denoiser, model.conditioner, Objective(weight, times))
+
+
+def keep_network(path: Path, network: Classifier) -> None:
+    """Keep the feature network beside the checkpoint."""
+    from sfumato.model import write_tensors
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, network.state_dict())
+
+
+def kept_network(path: Path, job: Job) -> Classifier | None:
+    """The feature network kept by an earlier session; None if there is none."""
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        return None
+    classes = load_file(path)["head.weight"].shape[0]
+    network = Classifier(job.train.shape, classes, FEATURE_WIDTH)
+    network.load_state_dict(load_file(path))
+    return network.to(device=job.device, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -1,0 +1,63 @@
+"""Where batches come from: which items a step gets depends on the seed, the stage and the step's number alone."""
+
+import torch
+from torch import Tensor
+
+from sfumato.config import StageSettings
+from sfumato.core import step_generator
+from sfumato.data import Data
+from sfumato.types import Batch
+
+
+class Order:
+    """Epochs of permutations, each drawn from an address of its own.
+
+    Args:
+        count: Number of items.
+        batch: Items a step.
+        seed: Seed of the run.
+        stage: Name of the stage.
+    """
+
+    def __init__(self, count: int, batch: int, seed: int, stage: str) -> None:
+        self.count, self.batch, self.seed, self.stage = count, batch, seed, stage
+        self.epochs: dict[int, Tensor] = {}
+
+    def __getitem__(self, step: int) -> Tensor:
+        """The items of a step, (batch,)."""
+        first, last = step * self.batch, (step + 1) * self.batch - 1
+        wanted = range(first // self.count, last // self.count + 1)
+        self.epochs = {epoch: self.epochs.get(epoch, None) if epoch in self.epochs else self._draw(epoch) for epoch in wanted}
+        return torch.cat(list(self.epochs.values()))[first - wanted.start * self.count :][: self.batch]
+
+    def _draw(self, epoch: int) -> Tensor:
+        return torch.randperm(self.count, generator=step_generator(self.seed, f"{self.stage}/order", epoch))
+
+
+class DataFeed:
+    """Batches of data, read as they are needed."""
+
+    def __init__(self, data: Data, settings: StageSettings, seed: int, device: str) -> None:
+        self.data, self.device = data, torch.device(device)
+        self.order = Order(len(data), settings.batch or 1, seed, "codec")
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step."""
+        batch = self.data.batch(self.order[step])
+        batch.data = batch.data.to(self.device)
+        return batch
+
+
+class LatentFeed:
+    """Batches of latents (N, *latent_shape) and labels (N,), all of them in memory."""
+
+    def __init__(self, z: Tensor, label: Tensor | None, settings: StageSettings, seed: int, device: str) -> None:
+        self.z = z.to(device)
+        self.label = label
+        self.order = Order(len(z), settings.batch or 1, seed, "denoiser")
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step."""
+        index = self.order[step]
+        label = None if self.label is None else self.label[index]
+        return Batch(self.z[index.to(self.z.device)], index, label)

@@ -1,0 +1,74 @@
+"""What every part of a run needs to know."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from sfumato.config import Settings
+from sfumato.data import Data
+from sfumato.modality import Modality
+from sfumato.model import write_json
+from sfumato.training.log import Log
+
+
+@dataclass
+class Job:
+    """A run under way.
+
+    Args:
+        source: What was read.
+        folder: Where the run lives.
+        settings: Every setting; decided by the plan.
+        modality: Row of the table.
+        train: Training part of the data.
+        held: Held-out part.
+        accelerator: Devices, precision, processes.
+        log: Records and progress.
+        started: When the budget's clock started (`time.monotonic`).
+        record: What `run.json` holds.
+        fresh: Whether the plan was made in this session, so that the clock may amend it.
+    """
+
+    source: str
+    folder: Path
+    settings: Settings
+    modality: Modality
+    train: Data
+    held: Data
+    accelerator: Accelerator
+    log: Log
+    started: float
+    record: dict[str, Any] = field(default_factory=dict)
+    fresh: bool = True
+
+    @property
+    def device(self) -> str:
+        """Where to compute."""
+        return str(self.accelerator.device)
+
+    @property
+    def precision(self) -> str:
+        """`bf16` or `fp32`."""
+        return "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; 0 without labels, or with one only."""
+        return len(self.train.label_names) if self.train.labels is not None and len(self.train.label_names) > 1 else 0
+
+    def done(self, stage: str) -> bool:
+        """Whether a stage is complete and its result is in the folder."""
+        return stage in self.record.get("done", [])
+
+    def finish(self, stage: str, **metrics: Any) -> None:
+        """Note that a stage is complete."""
+        self.record.setdefault("metrics", {}).update(metrics)
+        self.record["done"] = [*self.record.get("done", []), stage]
+        self.write()
+
+    def write(self) -> None:
+        """Bring `run.json` up to date."""
+        if self.accelerator.is_main_process:
+            write_json(self.folder / "run.json", self.record)

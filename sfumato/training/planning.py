@@ -1,0 +1,116 @@
+"""From a job to its plan: measures the machine and a few real steps, and decides what is still open."""
+
+import platform
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from sfumato import __version__
+from sfumato.errors import UserError
+from sfumato.machine import measure_peak
+from sfumato.model import Model
+from sfumato.training.build import build_card, codec_step, denoiser_step, feature_network, uses_features
+from sfumato.training.feeds import DataFeed, LatentFeed
+from sfumato.training.job import Job
+from sfumato.training.measure import Speed, measure_step
+from sfumato.training.plan import ADVERSARIAL_START, CODEC_SHARE, EFFICIENCY, FEATURE_STEPS, Facts, make_plan
+
+FINISH = 0.03  # share of the budget kept for choosing the guidance, the last sheets and saving
+WITHOUT_BUDGET = 600.0  # seconds that sizes are planned for where steps are given
+
+
+def decide(job: Job, steps: int | None, size: str | None) -> None:
+    """Fix every setting and write them to `run.json`: from here on the run is deterministic."""
+    job.log.show("plan", 0, 1)
+    peak = measure_peak(job.precision, job.device)
+    facts = Facts(job.train.shape, len(job.train), job.classes, job.precision, EFFICIENCY * peak)
+    budget = job.settings.budget_seconds
+    left = WITHOUT_BUDGET if steps is not None or budget is None else budget - (time.monotonic() - job.started)
+    job.settings = make_plan(job.settings, facts, left, size)
+    job.record.update(
+        {
+            "source": job.source,
+            "sfumato": __version__,
+            "seed": job.settings.seed,
+            "device": job.device,
+            "peak": peak,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "data": {
+                "fingerprint": job.train.fingerprint,
+                "items": len(job.train),
+                "held_out": len(job.held),
+                "shape": list(job.train.shape),
+                "mode": job.train.mode,
+                "classes": job.classes,
+            },
+        }
+    )
+    if steps is not None:
+        divide_steps(job, steps)
+    else:
+        assert budget is not None
+        divide_time(job, budget)
+    job.record["plan"] = job.settings.model_dump()
+    job.write()
+    job.log.show("plan", 1, 1)
+
+
+def divide_steps(job: Job, steps: int) -> None:
+    """Share out a number of steps between the stages."""
+    codec, denoiser = job.settings.train.codec, job.settings.train.denoiser
+    first = min(steps - 1, max(1, round(steps * CODEC_SHARE)))
+    codec.steps, denoiser.steps = codec.steps or first, denoiser.steps or steps - first
+    if job.settings.codec.perceptual_steps is None:
+        job.settings.codec.perceptual_steps = min(FEATURE_STEPS, steps)
+
+
+def divide_time(job: Job, budget: float) -> None:
+    """Share out the budget's seconds, by the measured time of real steps.
+
+    Raises:
+        UserError: So little is left for training that nothing would be learned.
+    """
+    codec, denoiser = job.settings.train.codec, job.settings.train.denoiser
+    speeds = measure_stages(job)
+    features = speeds.pop("features")
+    if job.settings.codec.perceptual_steps is None:
+        affordable = int(0.08 * budget / max(features.seconds, 1e-6))
+        job.settings.codec.perceptual_steps = max(20, min(FEATURE_STEPS, affordable))
+    fixed = job.settings.codec.perceptual_steps * features.seconds
+    fixed += len(job.train) / (codec.batch or 1) * speeds["codec"].seconds / 5  # encoding everything once
+    left = budget * (1 - FINISH) - (time.monotonic() - job.started) - fixed - 3.0
+    if left < 0.25 * budget:
+        need = (budget - left) / 0.7
+        raise UserError(f"--budget {budget:g}s is too small for these data on this machine; give at least {need:.0f}s")
+    shares = {"codec": CODEC_SHARE * left, "denoiser": (1 - CODEC_SHARE) * left}
+    for name, stage in (("codec", codec), ("denoiser", denoiser)):
+        stage.steps = stage.steps or max(1, int(shares[name] / speeds[name].seconds))
+    job.record["measured"] = {name: asdict(speed) for name, speed in speeds.items()}
+    job.record["seconds"] = shares
+
+
+def measure_stages(job: Job) -> dict[str, Speed]:
+    """Seconds and operations of a real step of each stage, on copies that are thrown away."""
+    settings = job.settings
+    with torch.random.fork_rng(devices=[]):
+        model = Model(build_card(settings, job.train, job.modality.name, job.classes)).to(job.device)
+        began = time.perf_counter()
+        network = feature_network(job, steps=6) if uses_features(settings) else None
+        features = Speed((time.perf_counter() - began) / 8, 0.0)  # the first step is a slow one
+        kit: dict[str, Any] = {"seed": settings.seed, "accelerator": job.accelerator}
+        z = torch.randn(4096, *model.codec.latent_shape)
+        label = torch.arange(4096) % job.classes if job.classes else None
+        speeds = {"features": features}
+        step = codec_step(model, settings, network, 100).to(job.device)
+        feed = DataFeed(job.train, settings.train.codec, settings.seed, job.device)
+        speeds["codec"] = measure_step(step, settings.train.codec, feed, stage="codec", **kit)
+        if settings.codec.adversarial_weight:
+            late = measure_step(step, settings.train.codec, feed, stage="codec", first=99, **kit)
+            share = 1 - ADVERSARIAL_START
+            speeds["codec"] = Speed(*((1 - share) * a + share * b for a, b in zip(speeds["codec"], late, strict=True)))
+        feed = LatentFeed(z, label, settings.train.denoiser, settings.seed, job.device)
+        step = denoiser_step(model, settings).to(job.device)
+        speeds["denoiser"] = measure_step(step, settings.train.denoiser, feed, stage="denoiser", **kit)
+    return speeds

@@ -1,0 +1,185 @@
+"""The two stages of a run, one after the other, from wherever its checkpoint left them."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.config import StageSettings
+from sfumato.metrics import reconstruction_report
+from sfumato.metrics.features import NamedExtractor
+from sfumato.model import Model, load_part, save_part
+from sfumato.nn import count_parameters
+from sfumato.nn.classifier import Classifier
+from sfumato.training.build import (
+    build_card,
+    codec_step,
+    denoiser_step,
+    feature_network,
+    keep_network,
+    kept_network,
+    uses_features,
+)
+from sfumato.training.card import write_card
+from sfumato.training.choose import choose_guidance
+from sfumato.training.feeds import DataFeed, LatentFeed
+from sfumato.training.job import Job
+from sfumato.training.loop import Feed, Horizon, Trainer
+from sfumato.training.state import State, save_state
+from sfumato.training.steps import TrainStep
+
+SHEET = 64  # items on a sample sheet
+PAIRS = 32  # items on a reconstruction sheet
+CHECKED = 2_000  # held-out items the codec is measured on
+ENCODED = 500  # items encoded at once
+
+Sheet = Callable[[], tuple[str, Any]]
+
+
+def train_stages(job: Job, state: State | None) -> Model:
+    """Train what is left to train, and leave the model in the folder.
+
+    Args:
+        job: The run.
+        state: Its checkpoint, or None.
+    """
+    torch.manual_seed(job.settings.seed)
+    model = Model(build_card(job.settings, job.train, job.modality.name, job.classes)).to(job.device)
+    network = features(job) if uses_features(job.settings) else None
+    if job.done("codec"):
+        load_part(job.folder / "codec", model.codec)
+    else:
+        train_codec(job, model, network, state)
+    model.codec.eval().requires_grad_(False)
+    z = encode_all(job, model)
+    if not job.done("codec"):
+        save_part(job.folder / "codec", model.codec, model.card.codec)
+        job.finish("codec", **measure_codec(job, model, network))
+    train_denoiser(job, model, z, state)
+    model.eval()
+    if job.settings.sample.guidance is None:
+        job.log.show("choose", 0, 1)
+        model.card.sample["guidance"], tried = choose_guidance(job, model, network)
+        job.record["guidance"] = tried
+    model.save(job.folder)
+    job.record["seconds_taken"] = round(time.monotonic() - job.started, 1)
+    job.finish("denoiser", parameters={k: count_parameters(v) for k, v in model.parts.items()})
+    write_card(job, model)
+    return model
+
+
+def features(job: Job) -> Classifier:
+    """The feature network: trained now, or kept by an earlier session."""
+    path = job.folder / "checkpoint-features" / "model.safetensors"
+    network = kept_network(path, job)
+    if network is None:
+        job.log.show("features", 0, 1)
+        network = feature_network(job, job.settings.codec.perceptual_steps or 1)
+        keep_network(path, network)
+        job.log.show("features", 1, 1)
+    return network
+
+
+def make_trainer(job: Job, step: TrainStep, settings: StageSettings, stage: str, state: State | None) -> Trainer:
+    """A stage's trainer, where its checkpoint left it."""
+    clock = job.record.get("seconds", {}).get(stage, math.inf) if job.fresh else math.inf
+    trainer = Trainer(
+        step,
+        settings,
+        Horizon(settings.steps or 1, clock),
+        stage=stage,
+        seed=job.settings.seed,
+        accelerator=job.accelerator,
+        flops=job.record.get("measured", {}).get(stage, {}).get("flops", 0.0),
+        peak=job.record["peak"],
+    )
+    if state is not None and state[1]["stage"] == stage:
+        trainer.load(*state)
+        job.log.rewind(stage, trainer.done)
+    return trainer
+
+
+def drive(job: Job, trainer: Trainer, feed: Feed, sheet: Sheet) -> None:
+    """Run a trainer to its end: records, a sheet at each quarter, checkpoints; the average becomes the weights."""
+
+    def save() -> None:
+        if job.accelerator.is_main_process:
+            save_state(job.folder / "checkpoint", trainer.state())
+        job.accelerator.wait_for_everyone()
+
+    quarter = 4 * trainer.done // trainer.steps
+    try:
+        for report in trainer.run(feed, save):
+            job.log.report(report)
+            if quarter < 4 * report.step // report.steps < 4:
+                quarter = 4 * report.step // report.steps
+                with trainer.averaged():
+                    job.log.picture(*sheet(), report.step)
+    finally:
+        save()
+    job.record.setdefault("amendments", {})[trainer.stage] = trainer.horizon.amendments
+    trainer.ema.apply()
+    job.log.picture(*sheet(), trainer.done)
+
+
+def train_codec(job: Job, model: Model, network: Classifier | None, state: State | None) -> None:
+    """First stage."""
+    settings = job.settings.train.codec
+    step = codec_step(model, job.settings, network, settings.steps or 1).to(job.device)
+    trainer = make_trainer(job, step, settings, "codec", state)
+    feed = DataFeed(job.train, settings, job.settings.seed, job.device)
+    some = job.held.batch(torch.arange(min(len(job.held), PAIRS))).data
+
+    def sheet() -> tuple[str, Any]:
+        """Originals, each above its reconstruction."""
+        columns = min(8, len(some))
+        x = some[: len(some) // columns * columns].unflatten(0, (-1, columns))
+        x_hat = model.codec.eval().decode(model.codec.encode(x.flatten(0, 1).to(job.device))).cpu().unflatten(0, (-1, columns))
+        model.codec.train()
+        return "reconstructions", job.modality.sheet(torch.stack([x, x_hat.clamp(-1, 1)], 1).flatten(0, 2), columns)
+
+    drive(job, trainer, feed, torch.no_grad()(sheet))
+
+
+@torch.no_grad()
+def encode_all(job: Job, model: Model) -> Tensor:
+    """Latents (N, *latent_shape) of the training part; sets the codec's statistics when they are not known yet."""
+    job.log.show("encode", 0, 1)
+    parts: list[Tensor] = []
+    for index in torch.arange(len(job.train)).split(ENCODED):
+        x = job.train.batch(index).data.to(job.device)
+        with job.accelerator.autocast():
+            parts.append(model.codec.encode(x).z.float().cpu())
+        job.log.show("encode", int(index[-1]) + 1, len(job.train))
+    z = torch.cat(parts)
+    return z if job.done("codec") else model.codec.whiten(z)
+
+
+def measure_codec(job: Job, model: Model, network: Classifier | None) -> dict[str, Any]:
+    """PSNR, SSIM and, with a feature network, rFD of held-out items."""
+    x = job.held.batch(torch.arange(min(len(job.held), CHECKED))).data
+    extractor = None if network is None else NamedExtractor("features", network.features, job.device)
+    report = reconstruction_report(x, model.reconstruct(x), extractor)
+    job.log.record({"stage": "codec", "step": job.settings.train.codec.steps or 0, **report})
+    return {"codec": {k: round(v, 4) for k, v in report.items()}}
+
+
+def train_denoiser(job: Job, model: Model, z: Tensor, state: State | None) -> None:
+    """Second stage."""
+    settings = job.settings.train.denoiser
+    trainer = make_trainer(job, denoiser_step(model, job.settings).to(job.device), settings, "denoiser", state)
+    label = torch.from_numpy(job.train.labels) if job.classes and job.train.labels is not None else None
+    feed = LatentFeed(z, label, settings, job.settings.seed, job.device)
+    items = range(SHEET)
+
+    def sheet() -> tuple[str, Any]:
+        """Items that a class each row would show, from the average so far."""
+        labels = torch.arange(SHEET) % job.classes if job.classes else None
+        with job.accelerator.autocast():
+            x = model.decode(model.sample(items, labels, seed=job.settings.seed).float())
+        return "samples", job.modality.sheet(x.clamp(-1, 1), None)
+
+    drive(job, trainer, feed, sheet)

@@ -1,0 +1,34 @@
+"""The few things every layer hands to the next."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Items on their way into training: data (B, ...), their index in the data set (B,), and what is known of them."""
+
+    data: Tensor
+    index: Tensor
+    label: Tensor | None = None
+    text: list[str] | None = None
+
+
+@dataclass
+class Latent:
+    """Codes of zero mean and unit variance, (B, *latent_shape); `mask` (B, N) is true where a padded item has data."""
+
+    z: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass
+class Cond:
+    """What the network is told: a vector (B, D), tokens (B, M, D) with their mask (B, M), channels to concatenate."""
+
+    vector: Tensor | None = None
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    concat: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,166 @@
+"""The command line: flags from signatures, errors in one line, exit codes."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from sfumato import __version__
+from sfumato.apps import cli
+from sfumato.errors import UserError
+
+seen: dict[str, Any] = {}
+
+
+def paint(
+    model: Path | str,
+    source: str,
+    *,
+    n: int = 64,
+    out: Path | str | None = None,
+    sampler: Literal["ddim", "heun"] | None = None,
+    guidance: float | None = None,
+    skip_bad: bool = False,
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    progress: Callable[..., None] | None = None,
+) -> dict[str, Any]:
+    """Paint.
+
+    Args:
+        n: How many.
+    """
+    seen.clear()
+    seen.update(locals())
+    if isinstance(error := ERRORS.get(source), BaseException):
+        raise error
+    return {"painted": n}
+
+
+ERRORS = {
+    "user": UserError("label 'z' is unknown:\nit knows a, b"),
+    "data": UserError("3 files cannot be read", code=1),
+    "stop": KeyboardInterrupt(),
+    "full": OSError(28, "No space left on device", "/runs/x"),
+    "rust": RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "memory": RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+    "bug": ZeroDivisionError("float division by zero"),
+}
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+    cli.command(app, paint, report=lambda result, values: result, required=("out",))
+    return app
+
+
+def invoke(app: typer.Typer, *words: str) -> Any:
+    return CliRunner().invoke(app, list(words))
+
+
+def test_flags_are_the_signature(app: typer.Typer):
+    words = "m digits --out o -n 3 --sampler ddim --guidance 1.5 --skip-bad --set a.b=1 --set c=d".split()
+    assert invoke(app, *words).exit_code == 0
+    progress = seen.pop("progress")
+    assert callable(progress)
+    assert seen == {
+        "model": "m",
+        "source": "digits",
+        "n": 3,
+        "out": "o",
+        "sampler": "ddim",
+        "guidance": 1.5,
+        "skip_bad": True,
+        "resume": False,
+        "overrides": ["a.b=1", "c=d"],
+    }
+
+
+def test_defaults_are_those_of_the_signature(app: typer.Typer):
+    assert invoke(app, "m", "digits", "--out", "o").exit_code == 0
+    assert (seen["n"], seen["sampler"], seen["guidance"], seen["overrides"]) == (64, None, None, [])
+
+
+def test_help_shows_defaults_and_arguments(app: typer.Typer):
+    text = " ".join(invoke(app, "--help").output.split())
+    for part in ("MODEL", "SOURCE", "How many. [default: 64]", "--set KEY=VALUE", "--json", "heun"):
+        assert part in text
+
+
+def test_json(app: typer.Typer):
+    assert json.loads(invoke(app, "m", "digits", "--out", "o", "--json").stdout) == {"painted": 64}
+    assert invoke(app, "m", "digits", "--out", "o").stdout.split() == ["painted", "64"]
+
+
+@pytest.mark.parametrize("words", ["m", "m d", "m d --out o --oot p", "m d --out o -n many", "m d --out o --sampler x"])
+def test_wrong_usage_is_2(app: typer.Typer, words: str):
+    assert invoke(app, *words.split()).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "said"),
+    [
+        ("user", 2, "sfumato: label 'z' is unknown: it knows a, b"),
+        ("data", 1, "sfumato: 3 files cannot be read"),
+        ("stop", 130, "sfumato: interrupted; go on with: sfumato fit d --out r --resume"),
+        ("full", 1, "sfumato: No space left on device: /runs/x"),
+        ("rust", 1, "sfumato: No space left on device"),
+        ("memory", 1, "sfumato: out of memory"),
+        ("bug", 1, "sfumato: internal error: ZeroDivisionError: float division by zero; rerun with SFUMATO_DEBUG=1"),
+    ],
+)
+def test_errors_are_one_line(app: typer.Typer, monkeypatch: pytest.MonkeyPatch, source: str, code: int, said: str):
+    monkeypatch.setattr("sys.argv", ["sfumato", "fit", "d", "--out", "r", "--overwrite"])
+    monkeypatch.delenv("SFUMATO_DEBUG", raising=False)
+    result = invoke(app, "m", source, "--out", "o")
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert result.stderr.startswith(said)
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", ["flag", "variable"])
+def test_debug_shows_where(app: typer.Typer, monkeypatch: pytest.MonkeyPatch, way: str):
+    if way == "variable":
+        monkeypatch.setenv("SFUMATO_DEBUG", "1")
+    result = invoke(app, "m", "bug", "--out", "o", *(["--debug"] if way == "flag" else []))
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert "raise error" in result.stderr
+
+
+def test_other_processes_say_nothing(app: typer.Typer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "1")
+    result = invoke(app, "m", "digits", "--out", "o")
+    assert (result.exit_code, result.output) == (0, "")
+    assert seen["progress"].quiet
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | str | None:
+    monkeypatch.setattr("sys.argv", ["sfumato", *words])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code
+
+
+def test_wrong_words_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    for words in (["fitt"], ["fit"], ["fit", "digits"], ["generate", "m", "--oot", "x"], ["--nonsense"]):
+        assert run_main(monkeypatch, *words) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("sfumato: ")
+        assert captured.err.count("\n") == 1
+
+
+def test_codes_reach_the_shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert run_main(monkeypatch, "info", str(tmp_path)) == 2
+    assert capsys.readouterr().err.startswith("sfumato: no model in")
+    assert run_main(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"sfumato {__version__}\n"
+    assert run_main(monkeypatch) == 0
+    assert "Commands:" in capsys.readouterr().out

@@ -1,0 +1,44 @@
+"""The progress line."""
+
+import pytest
+
+from sfumato.apps.progress import ProgressLine, format_facts, format_seconds
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (75, "1:15"), (59.7, "1:00"), (3700, "1:01:40")])
+def test_seconds(seconds: float, text: str):
+    assert format_seconds(seconds) == text
+
+
+def test_facts():
+    assert format_facts({"eta": 75, "loss": 0.12344, "items/s": 1890.2}) == "eta 1:15  loss 0.1234  1890 items/s"
+
+
+def test_lines_when_piped(capsys: pytest.CaptureFixture[str]):
+    """A line when a stage begins and ends, none for each step; and on the error stream only."""
+    with ProgressLine() as progress:
+        for step in range(1, 101):
+            progress("codec", step, 100, {"loss": 0.5})
+        progress("denoiser", 0, 10)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert [line.split()[:2] for line in lines] == [["codec", "1"], ["codec", "100"], ["denoiser", "0"]]
+    assert lines[1].endswith("loss 0.5")
+
+
+def test_quiet(capsys: pytest.CaptureFixture[str]):
+    with ProgressLine(quiet=True) as progress:
+        progress("codec", 1, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_bar_on_a_terminal(capsys: pytest.CaptureFixture[str]):
+    with ProgressLine() as progress:
+        progress.moving = True
+        progress("codec", 1, 2, {"loss": 0.5})
+        progress("codec", 2, 2, {"loss": 0.25})
+        progress("denoiser", 1, 4)
+        assert len(progress.bar.tasks) == 2
+        assert progress.bar.tasks[0].finished
+    assert "denoiser" in capsys.readouterr().err

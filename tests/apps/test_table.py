@@ -1,0 +1,36 @@
+"""Results as lines."""
+
+from sfumato.apps.table import result_lines
+
+
+def test_measured_entries_stand_beside_their_floors():
+    result = {"n": 12345, "cas": None, "fd": {"value": 6.12345, "floor": 0.4}, "accuracy": {"value": 0.99}}
+    assert [line.split() for line in result_lines(result)] == [
+        ["n", "12,345"],
+        ["value", "floor"],
+        ["fd", "6.123", "0.4"],
+        ["accuracy", "0.99"],
+    ]
+
+
+def test_measured_entries_may_be_grouped():
+    result = {"extractor": "encoder", "metrics": {"psnr": {"value": 21.5, "floor": 30.0}}}
+    assert [line.split() for line in result_lines(result)] == [
+        ["extractor", "encoder"],
+        ["value", "floor"],
+        ["psnr", "21.5", "30"],
+    ]
+
+
+def test_plain_entries():
+    result = {"shape": [4, 4, 4], "on": True, "sizes": {"codec": 3}, "advice": ["do this", "do that"], "none": []}
+    lines = "\n".join(result_lines(result)).splitlines()
+    assert [line.split() for line in lines] == [
+        ["shape", "4,", "4,", "4"],
+        ["on", "yes"],
+        ["sizes.codec", "3"],
+        ["advice"],
+        ["do", "this"],
+        ["do", "that"],
+        ["none"],
+    ]

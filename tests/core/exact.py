@@ -1,0 +1,83 @@
+"""Data whose exact denoiser, score, marginals and probability flow are known: mixtures of Gaussians on the line."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from sfumato.core import Schedule
+
+
+@dataclass(frozen=True)
+class Mixture:
+    weights: tuple[float, ...]
+    means: tuple[float, ...]
+    stds: tuple[float, ...]
+
+    def _parts(self, schedule, t):
+        """alpha, and per component: weight, mean, data variance, variance at t (K, 1)."""
+        alpha, sigma = schedule(t)
+        column = lambda x: torch.tensor(x, dtype=torch.float64)[:, None]
+        data = column(self.stds) ** 2
+        return alpha, column(self.weights), column(self.means), data, alpha**2 * data + sigma**2
+
+    def denoise(self, schedule: Schedule):
+        """(z, t) -> E[z_0 | z_t], exactly."""
+
+        def denoise(z, t):
+            t = t.reshape(t.shape + (1,) * (z.ndim - t.ndim)).expand_as(z)
+            x, t = z.double().flatten()[None], t.flatten()[None]
+            alpha, weight, mean, data, variance = self._parts(schedule, t)
+            gap = x - alpha * mean  # (K, B)
+            posterior = torch.softmax(weight.log() - variance.log() / 2 - gap**2 / (2 * variance), 0)
+            return (posterior * (mean + alpha * data / variance * gap)).sum(0).reshape(z.shape).to(z.dtype)
+
+        return denoise
+
+    def cdf(self, schedule, t, z):
+        alpha, weight, mean, _, variance = self._parts(schedule, torch.as_tensor(t, dtype=torch.float64))
+        return (weight * torch.special.ndtr((z[None] - alpha * mean) / variance.sqrt())).sum(0)
+
+    def flow(self, schedule, t, s, z):
+        """Where the probability flow takes z from t to s: on the line it keeps quantiles."""
+        target = self.cdf(schedule, t, z)
+        low, high = torch.full_like(z, -400.0), torch.full_like(z, 400.0)
+        for _ in range(90):
+            middle = (low + high) / 2
+            below = self.cdf(schedule, s, middle) < target
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    def moments(self, schedule, t):
+        """Mean and variance of z_t."""
+        alpha, weight, mean, _, variance = self._parts(schedule, torch.as_tensor(t, dtype=torch.float64))
+        centre = float((weight * alpha * mean).sum())
+        return centre, float((weight * (variance + (alpha * mean - centre) ** 2)).sum())
+
+    def given(self, schedule, t, s, z):
+        """Mean and variance of z_s given z_t = z: where the reverse process, run exactly, takes one point."""
+        alpha, weight, mean, data, variance = self._parts(schedule, torch.as_tensor(t, dtype=torch.float64))
+        alpha_s, _, _, _, variance_s = self._parts(schedule, torch.as_tensor(s, dtype=torch.float64))
+        shared = alpha / alpha_s * variance_s  # covariance of z_t and z_s
+        gap = z - alpha * mean
+        posterior = torch.softmax(weight.log() - variance.log() / 2 - gap**2 / (2 * variance), 0)
+        means, left = alpha_s * mean + shared / variance * gap, variance_s - shared**2 / variance
+        centre = float((posterior * means).sum())
+        return centre, float((posterior * (left + (means - centre) ** 2)).sum())
+
+    def draw(self, n, generator):
+        which = torch.multinomial(torch.tensor(self.weights), n, replacement=True, generator=generator)
+        noise = torch.randn(n, generator=generator, dtype=torch.float64)
+        return torch.tensor(self.means, dtype=torch.float64)[which] + torch.tensor(self.stds)[which] * noise
+
+
+GAUSSIAN = Mixture((1.0,), (0.4,), (0.7,))
+TWO_MODES = Mixture((0.35, 0.65), (-1.2, 0.7), (0.3, 0.4))  # lopsided, and curved enough to show a slip
+
+
+def order(steps, errors):
+    """The least-squares slope of log error against log step size."""
+    x = [-math.log(n) for n in steps]
+    y = [math.log(e) for e in errors]
+    centre = sum(x) / len(x)
+    return sum((a - centre) * b for a, b in zip(x, y, strict=True)) / sum((a - centre) ** 2 for a in x)

@@ -1,0 +1,130 @@
+"""The parametrisation table: every row recovers z, and only z_hat leaves the denoiser."""
+
+import pytest
+import torch
+from torch import nn
+
+from sfumato.core import PREDICT, SCHEDULES, Denoiser, make_schedule
+from sfumato.types import Cond
+
+TIMES = torch.tensor([0.001, 0.2, 0.5, 0.9, 0.995], dtype=torch.float64)
+NAMES = [name for name in SCHEDULES if name != "table"]
+
+
+class Recorder(nn.Module):
+    """A network that answers with what it is given to answer, and remembers what it was asked."""
+
+    def __init__(self, answer=None, dtype=torch.float32):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, dtype=dtype))
+        self.answer = answer
+
+    def forward(self, z_in, clocks, cond, mask):
+        self.asked = z_in, clocks, cond, mask
+        return (z_in if self.answer is None else self.answer) * self.scale
+
+
+def pair(shape=(5, 2, 3), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("predict", PREDICT)
+def test_row_recovers_z(name, predict):
+    """F = target <=> z_hat = z: the target gives z back, and any other F does not."""
+    z, eps = pair()
+    denoiser = Denoiser(Recorder(dtype=torch.float64), make_schedule(name), predict)
+    z_t, target = denoiser.noised(z, eps, TIMES), denoiser.target(z, eps, TIMES)
+    denoiser.net.answer = target
+    scale = float((denoiser.coefficients(TIMES, 1)[1].abs() * target.flatten(1).abs().amax(1)).max().clamp_min(1))
+    assert float((denoiser(z_t, TIMES) - z).detach().abs().max()) < 1e-12 * scale
+    denoiser.net.answer = target + 1
+    c_out = denoiser.coefficients(TIMES, 3)[1]
+    assert torch.allclose(denoiser(z_t, TIMES) - z, c_out.expand_as(z), atol=1e-9)
+
+
+@pytest.mark.parametrize("predict", PREDICT)
+def test_row_recovers_z_for_any_path(predict):
+    """For random alpha and sigma too, on a path or not."""
+    alpha, sigma = torch.rand(2, 1000, dtype=torch.float64) + 0.05
+    z, eps = torch.randn(2, 1000, dtype=torch.float64)
+    c_skip, c_out = PREDICT[predict].coefficients(alpha, sigma)
+    z_hat = c_skip * (alpha * z + sigma * eps) + c_out * PREDICT[predict].target(z, eps, alpha, sigma)
+    assert float((z_hat - z).abs().max()) < 1e-12
+
+
+def test_edm_preconditioning_is_v():
+    """Table 1 of Karras et al. with sigma_data = 1 is the row v, with the sign of F turned."""
+    schedule = make_schedule("edm")
+    denoiser = Denoiser(Recorder(), schedule, "v")
+    sigma = schedule.sigma(TIMES)
+    c_skip, c_out = denoiser.coefficients(TIMES, 1)
+    assert torch.allclose(c_skip, 1 / (sigma**2 + 1))
+    assert torch.allclose(c_out, -sigma / (sigma**2 + 1).sqrt())
+    assert torch.allclose(denoiser.c_in(TIMES), 1 / (sigma**2 + 1).sqrt())
+    assert torch.allclose(denoiser.clock(TIMES), sigma.log() / 4)
+
+
+def test_times_of_each_token():
+    z, eps = pair((2, 5, 3))
+    t = torch.rand(2, 5, dtype=torch.float64)
+    denoiser = Denoiser(Recorder(dtype=torch.float64), make_schedule("flow"), "v")
+    together = denoiser(denoiser.noised(z, eps, t), t)
+    assert denoiser.net.asked[1].shape == (2, 5, 1)
+    for i in range(5):
+        alone = denoiser(denoiser.noised(z[:, i], eps[:, i], t[:, i]), t[:, i])
+        assert torch.allclose(together[:, i], alone, atol=1e-12)
+    denoiser(z, t[:, None, :3])  # per place of channels-first latents: (B, 1, N)
+    assert denoiser.net.asked[1].shape == (2, 3, 1)
+
+
+def test_what_the_network_is_told():
+    denoiser = Denoiser(Recorder(), make_schedule("flow"))
+    cond, mask, t = Cond(torch.ones(5, 4)), torch.ones(5, 3, dtype=torch.bool), TIMES.clone()
+    t[0], t[-1] = 0.0, 1.0
+    z_t = torch.randn(5, 3)
+    denoiser(z_t, t, cond, mask)
+    z_in, clocks, told, seen = denoiser.net.asked
+    assert told is cond and seen is mask and clocks.shape == (5, 1) and clocks.dtype == torch.float32
+    assert clocks.isfinite().all() and clocks[2] == 0 and (clocks.diff(dim=0) > 0).all()
+    assert torch.allclose(z_in[2], z_t[2] * 2**0.5)
+    denoiser(z_t, t)
+    assert denoiser.net.asked[2] == Cond()
+
+
+def test_foreign_clock_and_scale():
+    denoiser = Denoiser(Recorder(), make_schedule("cosine"), "eps", lambda t: t * 1000 - 1, torch.ones_like)
+    z_t = torch.randn(5, 3)
+    denoiser(z_t, TIMES)
+    assert torch.equal(denoiser.net.asked[0], z_t)
+    assert torch.allclose(denoiser.net.asked[1][:, 0].double(), TIMES * 1000 - 1)
+
+
+@pytest.mark.parametrize("predict", PREDICT)
+def test_half_precision_stays_inside(predict):
+    z_t = torch.randn(5, 8)
+    inside = Denoiser(Recorder(dtype=torch.bfloat16), make_schedule("flow"), predict)
+    z_hat = inside(z_t, TIMES)
+    assert inside.net.asked[0].dtype == torch.bfloat16 and z_hat.dtype == torch.float32
+    cast = Denoiser(_Linear(), make_schedule("flow"), predict)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_hat = cast(z_t, TIMES)
+    assert cast.net.dtypes == (torch.float32, torch.bfloat16) and z_hat.dtype == torch.float32
+    assert torch.allclose(z_hat[:3], cast(z_t, TIMES)[:3], atol=0.1)
+
+
+class _Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, z_in, clocks, cond, mask):
+        out = self.linear(z_in)
+        self.dtypes = z_in.dtype, out.dtype
+        return out
+
+
+def test_unknown_prediction():
+    with pytest.raises(ValueError, match="did you mean 'flow'"):
+        Denoiser(Recorder(), make_schedule("flow"), "flwo")

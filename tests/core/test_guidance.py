@@ -1,0 +1,71 @@
+"""Guidance: one lerp; off costs one call."""
+
+import pytest
+import torch
+
+from sfumato.core import autoguide, cfg, interval, rescale
+
+
+class Counted:
+    def __init__(self, seed):
+        self.answer = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(seed))
+        self.calls = 0
+
+    def __call__(self, z, t):
+        self.calls += 1
+        return self.answer
+
+
+@pytest.fixture
+def pair():
+    return Counted(0), Counted(1)
+
+
+Z, T = torch.zeros(4, 3, 2), torch.full((4,), 0.5, dtype=torch.float64)
+
+
+def test_off_costs_one_call(pair):
+    conditional, reference = pair
+    assert torch.equal(cfg(conditional, reference, 1.0)(Z, T), conditional.answer)
+    assert (conditional.calls, reference.calls) == (1, 0)
+
+
+def test_lerp_is_exact(pair):
+    conditional, reference = pair
+    for w in (0.0, 1.5, 4.0):
+        wanted = torch.lerp(reference.answer, conditional.answer, w)
+        assert torch.equal(cfg(conditional, reference, w)(Z, T), wanted)
+    assert torch.equal(cfg(conditional, reference, 0.0)(Z, T), reference.answer)
+    assert autoguide is cfg
+
+
+def test_weight_of_each_item(pair):
+    conditional, reference = pair
+    w = torch.tensor([1.0, 2.0, 0.0, 3.0])
+    out = cfg(conditional, reference, w)(Z, T)
+    for i in range(4):
+        assert torch.allclose(out[i], torch.lerp(reference.answer[i], conditional.answer[i], float(w[i])), atol=1e-6)
+
+
+def test_interval(pair):
+    conditional, reference = pair
+    guided = cfg(conditional, reference, interval(2.0, 0.2, 0.7))
+    for t, on in [(0.1, False), (0.2, True), (0.7, True), (0.8, False)]:
+        conditional.calls = reference.calls = 0
+        out = guided(Z, torch.full((4,), t, dtype=torch.float64))
+        assert (conditional.calls, reference.calls) == (1, int(on))
+        wanted = torch.lerp(reference.answer, conditional.answer, 2.0) if on else conditional.answer
+        assert torch.equal(out, wanted)
+    mixed = guided(Z, torch.tensor([0.1, 0.5, 0.9, 0.5], dtype=torch.float64))
+    assert torch.allclose(mixed[0], conditional.answer[0]) and not torch.allclose(mixed[1], conditional.answer[1])
+
+
+def test_rescale(pair):
+    conditional, reference = pair
+    std = lambda x: x.std((1, 2))
+    plain = cfg(conditional, reference, 5.0)(Z, T)
+    full = cfg(conditional, reference, 5.0, rescale(1.0))(Z, T)
+    half = cfg(conditional, reference, 5.0, rescale(0.5))(Z, T)
+    assert torch.allclose(std(full), std(conditional.answer))
+    assert torch.allclose(half, (plain + full) / 2, atol=1e-6)
+    assert torch.equal(cfg(conditional, reference, 5.0, rescale(0.0))(Z, T), plain)

@@ -1,0 +1,239 @@
+"""The objective: a weight means the same whatever F is, times have the density asked for, masks are kept."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sfumato.core import PREDICT, TIMES, WEIGHTS, Denoiser, Objective, make_schedule, make_times, make_weight, step_generator
+from sfumato.core.objective import masked_mean
+
+FLOW = make_schedule("flow")
+
+
+class Oracle(nn.Module):
+    """Answers so that z_hat is what it is told, whatever F means."""
+
+    def __init__(self, z_hat, z_t, t):
+        super().__init__()
+        self.known = z_hat, z_t, t
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, z_in, clocks, cond, mask):
+        z_hat, z_t, t = self.known
+        c_skip, c_out = self.denoiser[0].coefficients(t, z_t.ndim)
+        return ((z_hat - c_skip * z_t) / c_out).to(z_in) * self.scale
+
+
+def oracle(predict, z, z_hat, t, eps, schedule=FLOW):
+    denoiser = Denoiser(nn.Identity(), schedule, predict)
+    net = Oracle(z_hat, denoiser.noised(z, eps, t), t)
+    net.denoiser = [denoiser]  # in a list: not a submodule of its own submodule
+    denoiser.net = net
+    return denoiser
+
+
+def example(shape=(6, 4, 3), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    z, z_hat, eps = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    return z, z_hat, eps, torch.linspace(0.05, 0.95, shape[0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("weight", [name for name in WEIGHTS if name != "learned"])
+@pytest.mark.parametrize("predict", PREDICT)
+@pytest.mark.parametrize("name", ["flow", "cosine", "edm"])
+def test_weight_is_on_z_hat(weight, predict, name):
+    z, z_hat, eps, t = example()
+    schedule = make_schedule(name)
+    objective = Objective(weight)
+    loss = objective.loss(oracle(predict, z, z_hat, t, eps, schedule), z, None, None, t, eps)
+    wanted = make_weight(weight)(schedule.logsnr(t)) * (z_hat - z).square().flatten(1).mean(1)
+    assert torch.allclose(loss.double(), wanted, rtol=1e-5)
+
+
+def test_uniform_is_plain_flow_matching():
+    z, z_hat, eps, t = example()
+    denoiser = oracle("flow", z, z_hat, t, eps)
+    z_t = denoiser.noised(z, eps, t)
+    plain = (denoiser.output(z_t, t) - (eps - z)).square().flatten(1).mean(1)
+    assert torch.allclose(Objective().loss(denoiser, z, None, None, t, eps), plain)
+
+
+def test_edm_weight_is_one_on_v():
+    sigma = torch.tensor([0.01, 0.5, 1.0, 30.0], dtype=torch.float64)
+    assert torch.allclose(make_weight("edm")(-2 * sigma.log()), (sigma**2 + 1) / sigma**2)
+
+
+def test_min_snr():
+    logsnr = torch.tensor([-2.0, 0.0, math.log(5), 4.0], dtype=torch.float64)
+    weight = make_weight("min_snr", gamma=5.0)(logsnr)
+    assert torch.allclose(weight, torch.tensor([math.exp(-2), 1, 5, 5], dtype=torch.float64))
+    snr = logsnr.exp()
+    on_eps = weight * torch.exp(-logsnr)  # eps errs by alpha / sigma as much as z
+    assert torch.allclose(on_eps, torch.minimum(snr, torch.tensor(5.0)) / snr)
+
+
+def test_sigmoid():
+    logsnr = torch.linspace(-8, 8, 9, dtype=torch.float64)
+    on_eps = make_weight("sigmoid", bias=1.0)(logsnr) * torch.exp(-logsnr)
+    assert torch.allclose(on_eps, torch.sigmoid(1 - logsnr))
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("name", ["flow", "cosine", "linear", "edm", "walk"])
+def test_finite_at_the_ends(weight, name):
+    t = torch.tensor([0.0, 1e-9, 1.0], dtype=torch.float64)
+    denoiser = Denoiser(_Zero(), make_schedule(name))
+    z, eps = torch.randn(2, 3, 4)
+    assert Objective(weight).loss(denoiser, z, None, None, t, eps).isfinite().all()
+
+
+class _Zero(nn.Module):
+    def forward(self, z_in, clocks, cond, mask):
+        return torch.zeros_like(z_in)
+
+
+def histogram(name, schedule=FLOW, **settings):
+    objective = Objective(times=make_times(name, **settings))
+    return objective.draw(schedule, (20_000,), step_generator(0, "test", 0))
+
+
+def normal_cdf(x):
+    return torch.special.ndtr(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "cdf"),
+    [
+        ("uniform", {}, lambda t: t),
+        ("logit_normal", {"mean": -0.3, "std": 0.8}, lambda t: normal_cdf((torch.logit(t) + 0.3) / 0.8)),
+        ("lognormal", {"mean": 0.2, "std": 1.1}, lambda t: normal_cdf((-FLOW.logsnr(t) / 2 - 0.2) / 1.1)),
+        ("adaptive", {}, lambda t: t),
+    ],
+)
+def test_density_of_times(name, settings, cdf):
+    t = histogram(name, **settings)
+    assert t.shape == (20_000,) and t.dtype == torch.float64 and t.min() >= 0 and t.max() <= 1
+    levels = cdf(t.sort().values)
+    assert (levels - torch.linspace(0, 1, 20_000, dtype=torch.float64)).abs().max() < 1e-3
+
+
+def test_lognormal_whatever_the_schedule():
+    for name in ("cosine", "edm"):
+        schedule = make_schedule(name)
+        log_sigma = -schedule.logsnr(histogram("lognormal", schedule)) / 2
+        assert float(log_sigma.mean()) == pytest.approx(-0.5, abs=0.01)
+        assert float(log_sigma.std()) == pytest.approx(1.2, abs=0.01)
+
+
+def test_draw_is_counted_spread_and_shuffled():
+    draw = lambda step, shape: Objective().draw(FLOW, shape, step_generator(3, "diffusion", step))
+    assert torch.equal(draw(5, (64,)), draw(5, (64,))) and not torch.equal(draw(5, (64,)), draw(6, (64,)))
+    t = draw(5, (64, 2))
+    bins = (t * 64).long().sort(0).values
+    assert torch.equal(bins, torch.arange(64)[:, None].expand(64, 2))  # one in every 64th
+    assert not torch.equal(t[:, 0].argsort(), t[:, 1].argsort())
+    assert t[:, 0].diff().abs().mean() > 0.2
+
+
+def test_adaptive_learns_and_stays_unbiased():
+    """Draws gather where the loss is, and the factor on the loss undoes it: the mean over t does not move."""
+    times = make_times("adaptive", bins=8)
+    loss_at = lambda t: 0.1 + 3 * (t > 0.75)
+    for step in range(60):
+        t = Objective(times=times).draw(FLOW, (64,), step_generator(0, "a", step))
+        times.observe(t, loss_at(t) * times.correction(t))
+    t = Objective(times=times).draw(FLOW, (4000,), step_generator(0, "b", 0))
+    share = float((t > 0.75).double().mean())
+    root = torch.tensor([0.1] * 6 + [3.1] * 2, dtype=torch.float64)
+    density = 0.1 + 0.9 * root / root.mean()
+    assert share == pytest.approx(float(density[6:].sum() / 8), abs=0.01)
+    assert torch.allclose(times.density(), density, rtol=1e-4)
+    assert float((loss_at(t) * times.correction(t)).mean()) == pytest.approx(0.1 + 3 / 4, rel=0.01)
+    again = make_times("adaptive", bins=8)
+    again.load_state_dict(times.state_dict())
+    assert torch.equal(again.density(), times.density())
+
+
+def test_adaptive_within_the_loss():
+    z, z_hat, eps, t = example((32, 4))
+    objective = Objective(times=make_times("adaptive", bins=2))
+    plain = objective.loss(oracle("flow", z, z_hat, t, eps), z, None, None, t, eps)
+    objective.observe(t, plain * (1 + 9 * (t > 0.5)))
+    loss = objective.loss(oracle("flow", z, z_hat, t, eps), z, None, None, t, eps)
+    assert torch.allclose(loss, plain * objective.times.correction(t))
+    assert objective.times.density()[1] > objective.times.density()[0]
+
+
+def test_learned_uncertainty():
+    """It starts as no change, reaches the uncertainty's own parameters, and its best u is the log of the loss."""
+    z, z_hat, eps, t = example((64, 4, 3))
+    objective, denoiser = Objective("learned"), oracle("flow", z, z_hat, t, eps)
+    z32, eps32 = z.float(), eps.float()
+    start = objective.loss(denoiser, z32, None, None, t, eps32)
+    assert torch.allclose(start, Objective("uniform").loss(denoiser, z32, None, None, t, eps32))
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.05)
+    target = torch.log(start.detach()).mean()
+    for _ in range(150):
+        optimizer.zero_grad()
+        objective.loss(denoiser, z32, None, None, t, eps32).mean().backward()
+        optimizer.step()
+    u = objective.weight.uncertainty(FLOW.logsnr(t))
+    assert float((u.detach().exp() - start.detach()).mean().abs() / start.detach().mean()) < 0.3
+    assert objective.loss(denoiser, z32, None, None, t, eps32).mean() < start.mean()
+    assert abs(float(u.mean() - target)) < 1.0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.parameters())
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "tokens", "vector"])
+def test_mask_is_respected(layout):
+    """Padding, whatever stands there, changes neither the loss nor a gradient."""
+    shape = {"channels_first": (2, 3, 5), "tokens": (2, 5, 3), "vector": (2, 5)}[layout]
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    value = torch.rand(shape, requires_grad=True)
+    mean = masked_mean(value, mask)
+    kept = value[0, :, :3] if layout == "channels_first" else value[0, :3]
+    assert mean.shape == (2,)
+    assert torch.allclose(mean, torch.stack([kept.mean(), value[1].mean()]))
+    mean.sum().backward()
+    dropped = value.grad[0, :, 3:] if layout == "channels_first" else value.grad[0, 3:]
+    assert (dropped == 0).all()
+    assert torch.allclose(masked_mean(value, torch.ones_like(mask)), masked_mean(value))
+
+
+def test_mask_within_the_loss():
+    z, z_hat, eps, t = example((6, 3, 5))
+    mask = torch.rand(6, 5) > 0.4
+    mask[:, 0] = True
+    objective = Objective()
+    loss = objective.loss(oracle("flow", z, z_hat, t, eps), z, None, mask, t, eps)
+    spoiled = torch.where(mask[:, None], z_hat, 1e3)
+    assert torch.allclose(loss, objective.loss(oracle("flow", z, spoiled, t, eps), z, None, mask, t, eps))
+
+
+def test_distance_is_replaceable():
+    z, z_hat, eps, t = example()
+    objective = Objective("edm", distance=lambda a, b: (a - b).abs())
+    loss = objective.loss(oracle("v", z, z_hat, t, eps), z, None, None, t, eps)
+    wanted = make_weight("edm")(FLOW.logsnr(t)) * (z_hat - z).abs().flatten(1).mean(1)
+    assert torch.allclose(loss.double(), wanted, rtol=1e-5)
+
+
+def test_times_of_each_token():
+    z, z_hat, eps, _ = example((6, 4, 3))
+    t = torch.rand(6, 4, dtype=torch.float64) * 0.9 + 0.05
+    loss = Objective("edm").loss(oracle("flow", z, z_hat, t, eps), z, None, None, t, eps)
+    weight = make_weight("edm")(FLOW.logsnr(t))
+    assert torch.allclose(loss.double(), (weight * (z_hat - z).square().mean(2)).mean(1), rtol=1e-5)
+
+
+def test_every_name_is_tested_and_mistakes_are_named():
+    assert set(TIMES) == {"uniform", "logit_normal", "lognormal", "adaptive"}
+    assert set(WEIGHTS) == {"uniform", "edm", "min_snr", "sigmoid", "learned"}
+    with pytest.raises(ValueError, match="did you mean 'min_snr'"):
+        Objective("minsnr")
+    with pytest.raises(ValueError, match="did you mean 'gamma'"):
+        make_weight("min_snr", gama=3)
+    with pytest.raises(ValueError, match="did you mean 'lognormal'"):
+        Objective(times="log_normal_")

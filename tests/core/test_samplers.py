@@ -1,0 +1,189 @@
+"""Every sampler converges at its order on exact denoisers, ends on z_hat, and does not mind how times are laid out."""
+
+import pytest
+import torch
+
+from sfumato.core import GRIDS, SAMPLERS, Noise, make_schedule, prior, sample, time_grid
+from sfumato.core.sampler import Multistep
+from tests.core.exact import GAUSSIAN, TWO_MODES, order
+
+SPANS = [("flow", 0.95, 0.05), ("cosine", 0.95, 0.05), ("edm", 0.8, 0.1)]
+ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3}  # the corrector adds one to UniPC-2
+STEPS = [24, 48, 96]
+
+
+@pytest.mark.parametrize("data", [GAUSSIAN, TWO_MODES], ids=["gaussian", "two_modes"])
+@pytest.mark.parametrize(("name", "start", "stop"), SPANS)
+@pytest.mark.parametrize("sampler", [name for name in ORDERS if name != "euler"])
+def test_order(data, name, start, stop, sampler):
+    schedule = make_schedule(name)
+    mean, variance = data.moments(schedule, start)
+    z = mean + variance**0.5 * torch.linspace(-2, 2, 15, dtype=torch.float64)
+    exact = data.flow(schedule, start, stop, z)
+    errors = []
+    for n in STEPS:
+        got = sample(data.denoise(schedule), schedule, z, time_grid(schedule, n, "uniform", start, stop), sampler)
+        errors.append(float((got - exact).square().mean().sqrt()))
+    assert abs(order(STEPS, errors) - ORDERS[sampler]) < 0.25, errors
+    assert errors[-1] < (0.03 if ORDERS[sampler] == 1 else 2e-3)
+
+
+def test_every_sampler_has_an_order():
+    assert set(ORDERS) | {"ddpm", "sde"} == set(SAMPLERS)
+    assert SAMPLERS["euler"] == SAMPLERS["ddim"]
+
+
+@pytest.mark.parametrize(("name", "start", "stop"), SPANS)
+@pytest.mark.parametrize(("sampler", "weak"), [("ddpm", 1), ("sde", 2)])
+def test_weak_order_gaussian(name, start, stop, sampler, weak):
+    """z_s is affine in the start and every draw: unit draws, one a row, give its mean and variance without sampling."""
+    schedule = make_schedule(name)
+    mean, variance = GAUSSIAN.moments(schedule, start)
+    first = mean + 1.5 * variance**0.5
+    exact_mean, exact_variance = GAUSSIAN.given(schedule, start, stop, first)
+    errors = []
+    for n in STEPS:
+        draws = iter(torch.eye(n + 1, dtype=torch.float64)[1:])  # row 0 never gets any noise
+        z = torch.full((n + 1,), first, dtype=torch.float64)
+        grid = time_grid(schedule, n, "uniform", start, stop)
+        z = sample(GAUSSIAN.denoise(schedule), schedule, z, grid, sampler, lambda draws=draws: next(draws))
+        assert abs(float(z[0]) - exact_mean) < 1e-12  # z_hat is a martingale: the mean is exact at any step size
+        errors.append(abs(float(((z - z[0]) ** 2).sum()) - exact_variance))
+    assert abs(order(STEPS, errors) - weak) < 0.25, errors
+
+
+@pytest.mark.parametrize(("name", "start", "stop"), [("flow", 0.9, 0.1), ("edm", 0.6, 0.15)])
+@pytest.mark.parametrize(("sampler", "weak"), [("ddpm", 0.75), ("sde", 1.5)])
+def test_weak_order_two_modes(name, start, stop, sampler, weak):
+    schedule, n = make_schedule(name), 100_000
+    mean, variance = TWO_MODES.moments(schedule, start)
+    first = mean + 0.5 * variance**0.5
+    exact = torch.tensor(TWO_MODES.given(schedule, start, stop, first))
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for steps in (6, 24):
+        z = torch.full((n,), first, dtype=torch.float64)
+        grid = time_grid(schedule, steps, "uniform", start, stop)
+        z = sample(TWO_MODES.denoise(schedule), schedule, z, grid, sampler, lambda: torch.randn(n, generator=generator))
+        errors.append((torch.stack([z.mean(), z.var()]) - exact).abs())
+    fall = torch.log(errors[0] / errors[1].clamp_min(0.004)) / torch.log(torch.tensor(4.0))  # 0.004: of the draws
+    assert fall[1] > weak, errors
+    assert fall[0] > 0.5, errors
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", ["flow", "cosine", "linear", "edm", "walk"])
+@pytest.mark.parametrize("kind", GRIDS)
+def test_ends_on_z_hat(sampler, name, kind):
+    schedule = make_schedule(name)
+    noise = Noise(0, range(4), (3,))
+    grid = time_grid(schedule, 6, kind)
+    seen = []
+    z = sample(
+        GAUSSIAN.denoise(schedule), schedule, prior(schedule, noise), grid, sampler, noise, lambda *args: seen.append(args)
+    )
+    assert z.dtype == torch.float32 and z.isfinite().all()
+    assert [i for i, *_ in seen] == list(range(6))
+    assert torch.equal(z, seen[-1][3]) and torch.equal(z, seen[-1][2])
+    assert torch.equal(torch.stack([t for _, t, _, _ in seen]), grid[:-1])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samples_from_the_prior(sampler):
+    """From noise to data: the quantiles of 4,000 samples are those of the data."""
+    schedule = make_schedule("flow")
+    noise = Noise(1, range(4), (1000,))
+    z = sample(TWO_MODES.denoise(schedule), schedule, prior(schedule, noise), time_grid(schedule, 40), sampler, noise)
+    levels = TWO_MODES.cdf(schedule, 0.0, z.double().flatten()).sort().values
+    assert (levels - torch.linspace(0, 1, 4000)).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_times_per_item_and_per_token(sampler):
+    """A grid with axes of its own gives each item, or token, what it gets alone."""
+    schedule, steps = make_schedule("flow"), 8
+    denoise = TWO_MODES.denoise(schedule)
+    grids = torch.stack([time_grid(schedule, steps, t_max=high, t_min=low) for high, low in [(1, 0), (0.9, 0.2), (0.7, 0)]])
+    start, draws = torch.randn(2, 3, 5), [torch.randn(2, 3, 5) for _ in range(steps)]
+
+    def run(z, grid, cut):
+        parts = iter(draws)
+        return sample(denoise, schedule, z, grid, sampler, lambda: next(parts)[cut])
+
+    alone = [run(start[:, i : i + 1], grid, (slice(None), slice(i, i + 1))) for i, grid in enumerate(grids)]
+    tokens = run(start, grids.T[:, None], ...)  # (steps + 1, 1, N)
+    assert torch.allclose(tokens, torch.cat(alone, 1), atol=2e-5)
+    items = run(start, grids.T[:, :2], ...)  # (steps + 1, B)
+    assert torch.allclose(items[1, 1], tokens[1, 1], atol=2e-5)
+    assert torch.allclose(items[0, 0], tokens[0, 0], atol=2e-5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_clean_tokens_stay(sampler):
+    schedule, noise = make_schedule("flow"), Noise(0, range(2), (2, 4))
+    z = torch.randn(2, 2, 4)
+    grid = time_grid(schedule, 5)[:, None, None] * torch.tensor([0.0, 1.0])  # the first token has no noise at all
+    out = sample(GAUSSIAN.denoise(schedule), schedule, z, grid, sampler, noise)
+    assert out.isfinite().all() and torch.equal(out[:, 0], z[:, 0]) and not torch.equal(out[:, 1], z[:, 1])
+
+
+def test_calls_per_step():
+    schedule, calls = make_schedule("flow"), []
+    denoise = lambda z, t: calls.append(t) or GAUSSIAN.denoise(schedule)(z, t)
+    counts = {}
+    for name in SAMPLERS:
+        calls.clear()
+        sample(denoise, schedule, torch.randn(4), time_grid(schedule, 5), name, lambda: torch.randn(4))
+        counts[name] = len(calls)
+        assert all(t.shape == (4,) for t in calls)
+    assert counts == {name: 9 if name == "heun" else 5 for name in SAMPLERS}
+
+
+def test_a_rule_of_ones_own():
+    schedule = make_schedule("flow")
+    rule = SAMPLERS["ddim"]
+    assert isinstance(rule, Multistep)
+    seen = []
+
+    def wrapped(denoise, schedule, z, t, s, noise, state):
+        seen.append(float(t))
+        return rule(denoise, schedule, z * 1.0, t, s, noise, state)
+
+    z = torch.randn(3, 2)
+    out = sample(GAUSSIAN.denoise(schedule), schedule, z, time_grid(schedule, 4), wrapped)
+    assert torch.equal(out, sample(GAUSSIAN.denoise(schedule), schedule, z, time_grid(schedule, 4), "ddim"))
+    assert seen == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_mistakes():
+    schedule, z = make_schedule("flow"), torch.randn(2)
+    with pytest.raises(ValueError, match="did you mean 'heun'"):
+        sample(GAUSSIAN.denoise(schedule), schedule, z, time_grid(schedule, 2), "huen")
+    with pytest.raises(ValueError, match="noise"):
+        sample(GAUSSIAN.denoise(schedule), schedule, z, time_grid(schedule, 2), "ddpm")
+    with pytest.raises(ValueError, match="'karras'"):
+        time_grid(schedule, 2, "karas")
+    with pytest.raises(ValueError, match="at least 1"):
+        time_grid(schedule, 0)
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("name", ["flow", "cosine", "linear", "edm", "walk"])
+@pytest.mark.parametrize("steps", [1, 2, 30])
+def test_grids_fall(kind, name, steps):
+    schedule = make_schedule(name)
+    for high, low in [(1.0, 0.0), (0.8, 0.1)]:
+        grid = time_grid(schedule, steps, kind, high, low)
+        assert grid.shape == (steps + 1,) and grid.dtype == torch.float64
+        assert grid[0] == high and grid[-1] == low and (grid.diff() < 0).all()
+
+
+def test_karras_grid_is_the_paper():
+    """(sigma_max^(1/7) + i / (N - 1) (sigma_min^(1/7) - sigma_max^(1/7)))^7, then 0."""
+    schedule, n = make_schedule("edm"), 18
+    sigma = schedule.sigma(time_grid(schedule, n + 1, "karras", t_min=1e-9))
+    i = torch.arange(n, dtype=torch.float64) / (n - 1)
+    paper = (80 ** (1 / 7) + i * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    even = schedule.sigma(time_grid(schedule, n - 1, "uniform"))
+    assert torch.allclose(even, paper, rtol=1e-6)
+    assert sigma[0] == pytest.approx(80) and sigma[-1] == pytest.approx(0.002, rel=1e-3)

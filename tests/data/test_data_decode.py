@@ -1,0 +1,213 @@
+"""Modes, sizes, orientation and damage."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfumato.data import cache as kept
+from sfumato.data import decode as decoding
+from sfumato.data import read_images
+from sfumato.data.decode import decode
+from sfumato.errors import UserError
+
+Folder = Callable[..., Path]
+Picture = Callable[..., Image.Image]
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "I;16"])
+def test_modes_are_kept_bit_for_bit(folder: Folder, mode: str, picture: Picture) -> None:
+    data = read_images(folder({f"{i}.png": (i, (5, 7), mode) for i in range(9)}))[0]
+    want = np.stack([np.asarray(picture(i, (5, 7), mode)).reshape(7, 5, -1) for i in range(9)])
+    assert data.mode == mode and data.store.dtype == want.dtype and (data.pixels == want).all()
+
+
+def test_what_files_hold(picture: Picture) -> None:
+    rgb = picture(0)
+    palette = rgb.quantize(8)
+    clear = palette.copy()
+    clear.info["transparency"] = 0
+    cases = {
+        "RGB": [encoded(rgb, "JPEG"), encoded(palette), encoded(rgb, "BMP")],
+        "L": [encoded(rgb.convert("L"), "JPEG"), encoded(rgb.convert("1"))],
+        "RGBA": [
+            encoded(picture(0, mode="LA")),
+            encoded(clear, transparency=0),
+            encoded(picture(0, mode="RGBA"), "WEBP"),
+        ],
+        "I;16": [encoded(picture(0, mode="I;16"), "TIFF"), encoded(picture(0, mode="I;16"))],
+        "CMYK": [encoded(rgb.convert("CMYK"), "JPEG")],
+    }
+    for mode, payloads in cases.items():
+        for payload in payloads:
+            assert decode(payload)[1] == mode
+    assert (decode(encoded(palette))[0] == np.asarray(palette.convert("RGB"))).all()
+    assert (decode(encoded(clear, transparency=0))[0][..., 3] == 0).any()
+
+
+def test_sixteen_bit_colour_is_not_quietly_halved(folder: Folder) -> None:
+    raw = bytearray(encoded(Image.new("RGB", (1, 1))))
+    raw[24] = 16  # the bit depth in the header
+    assert decoding.native_mode(Image.new("RGB", (1, 1)), bytes(raw)) == "16-bit RGB"
+
+
+def test_conversion(picture: Picture) -> None:
+    deep = picture(0, mode="I;16")
+    down = decode(encoded(deep), mode="L")[0][..., 0]
+    assert (down == np.round(np.asarray(deep) / 257)).all()
+    grey = picture(0, mode="L")
+    assert (decode(encoded(grey), mode="I;16")[0][..., 0] == np.asarray(grey).astype(np.uint16) * 257).all()
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert (decode(encoded(clear), mode="RGB")[0] == 255).all()  # on white, not the hidden red
+    assert decode(encoded(picture(0).convert("CMYK"), "JPEG"), mode="RGB")[0].shape == (6, 8, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "I;16"])
+def test_resolution_crops_the_centre(mode: str, picture: Picture) -> None:
+    image = picture(0, (30, 10), mode)
+    pixels = decode(encoded(image), 10)[0]
+    assert (pixels.squeeze() == np.asarray(image)[:, 10:20]).all()  # no resizing: the crop alone
+    smooth = np.tile(np.linspace(0, 60000 if mode == "I;16" else 250, 40), (40, 1))
+    ramp = Image.fromarray(smooth.astype(np.uint16 if mode == "I;16" else np.uint8))
+    small = decode(encoded(ramp if mode == "I;16" else ramp.convert(mode)), 20)[0][..., 0]
+    assert small.shape == (20, 20) and abs(int(small[10, 10]) - smooth[0, 21]) < smooth.max() / 40
+
+
+def test_large_jpeg_decoded_small_is_close() -> None:
+    ramp = np.linspace(0, 255, 640).astype(np.uint8)
+    image = Image.fromarray(
+        np.stack([np.tile(ramp, (640, 1)), np.tile(ramp[:, None], (1, 640)), np.full((640, 640), 99)], -1).astype(
+            np.uint8
+        )
+    )
+    quick = decode(encoded(image, "JPEG"), 32)[0].astype(int)
+    slow = np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(quick - slow).max() <= 4
+
+
+def test_orientation_is_applied(picture: Picture) -> None:
+    image = picture(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    pixels = decode(encoded(image, exif=exif))[0]
+    assert (pixels == np.rot90(np.asarray(image), -1)).all()
+
+
+def test_mixed_sizes(folder: Folder) -> None:
+    root = folder({f"{i}.png": (i, (8, 6) if i < 7 else (9, 9)) for i in range(10)})
+    with pytest.raises(UserError, match=r"7 of 8x6, 3 of 9x9.*--set data.resolution=64") as told:
+        read_images(root)
+    assert told.value.code == 1
+    assert read_images(root, resolution=4)[0].shape == (3, 4, 4)
+
+
+def test_mixed_modes(folder: Folder) -> None:
+    root = folder({f"{i}.png": (i, (8, 6), "RGB" if i < 7 else "RGBA") for i in range(10)})
+    with pytest.raises(UserError, match=r"7 RGB, 3 RGBA.*--set data.mode=RGB"):
+        read_images(root)
+    assert read_images(root, mode="RGB")[0].mode == "RGB"
+    with pytest.raises(UserError, match=r"data\.mode 'rgb' is not known"):
+        read_images(root, mode="rgb")
+    with pytest.raises(UserError, match=r"data\.resolution must be"):
+        read_images(root, resolution=0)
+
+
+def test_unsupported_mode_alone(folder: Folder, picture: Picture) -> None:
+    root = folder({f"{i}.jpg": encoded(picture(i).convert("CMYK"), "JPEG") for i in range(9)})
+    with pytest.raises(UserError, match=r"9 CMYK.*data.mode=RGB"):
+        read_images(root)
+
+
+def test_bad_files_are_named_and_counted(folder: Folder, picture: Picture) -> None:
+    jpeg = encoded(picture(0, (64, 64)), "JPEG")
+    png = encoded(picture(0, (64, 64)))
+    bad = {"b0.png": "hello", "b1.jpg": jpeg[: len(jpeg) // 2], "b2.png": b"", "b3.png": png[: len(png) // 2]}
+    floats = encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF")
+    root = folder({f"a/{i}.png": (i, (64, 64)) for i in range(6)} | bad | {"b4.tif": floats, "b5.gif": b"GIF89a"})
+    with pytest.raises(UserError) as told:
+        read_images(root)
+    line = str(told.value)
+    assert told.value.code == 1 and "\n" not in line and "6 of 12 files cannot be read" in line and "--skip-bad" in line
+    for word in (
+        "b0.png (not an image)",
+        "b1.jpg (truncated)",
+        "b2.png (empty)",
+        "b3.png",
+        "b4.tif (floating",
+        "1 more",
+    ):
+        assert word in line
+    data = read_images(root, skip_bad=True)[0]
+    assert len(data) == 6 and (data.pixels == np.stack([np.asarray(picture(i, (64, 64))) for i in range(6)])).all()
+    assert any("6 of 12 files left out" in note for note in data.notes)
+
+
+def test_bad_files_between_good_ones_keep_labels_in_step(folder: Folder, picture: Picture) -> None:
+    files: dict[str, object] = {
+        f"{kind}/{i}.png": i + 10 * (kind == "dog") for kind in ("cat", "dog") for i in range(5)
+    }
+    data = read_images(folder(files | {"cat/2.png": "bad"}), skip_bad=True)[0]
+    assert data.labels is not None and data.labels.tolist() == [0] * 4 + [1] * 5
+    assert data.names is not None and data.names[2] == "cat/3.png"
+    assert (data.pixels[2] == np.asarray(picture(3))).all() and (data.pixels[4] == np.asarray(picture(10))).all()
+
+
+def test_nothing_but_bad_files(folder: Folder) -> None:
+    root = folder({f"{i}.png": "hello" for i in range(9)})
+    for skip in (False, True):
+        with pytest.raises(UserError, match="no file can be read as an image"):
+            read_images(root, skip_bad=skip)
+
+
+def test_decoded_pixels_are_kept_until_a_file_changes(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, picture: Picture
+) -> None:
+    root = folder({f"{i}.png": (i, (5, 5), "I;16") for i in range(9)})
+    monkeypatch.setattr(decoding, "WORTH_KEEPING", 0.0)
+    first = read_images(root)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "decode", lambda *_: 1 / 0)
+        again = read_images(root)[0]
+    assert again.fingerprint == first.fingerprint and again.mode == "I;16"
+    picture(99, (5, 5), "I;16").save(root / "0.png")
+    assert read_images(root)[0].fingerprint != first.fingerprint
+    for path in (kept.cache_root() / "decoded").iterdir():
+        path.write_bytes(b"damaged")
+    assert len(read_images(root)[0]) == 9
+
+
+def test_more_than_memory_is_mapped(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder({f"{i}.png": i for i in range(9)} | {"3.png": "bad"})
+    monkeypatch.setattr(kept, "IN_MEMORY", 10)
+    data = read_images(root, skip_bad=True)[0]
+    assert isinstance(data.store, np.memmap) and len(data.batch([0, 7]).data) == 2
+    monkeypatch.undo()
+    assert (read_images(root, skip_bad=True)[0].pixels == data.pixels).all()
+
+
+def test_no_room_for_the_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kept, "IN_MEMORY", 10)
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(UserError, match=r"no room for .* set TMPDIR"):
+        kept.allocate((100,), np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", None])
+def test_arrays_are_converted_too(tmp_path: Path, mode: str | None) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (9, 12, 8)).astype(np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(9))
+    data = read_images(tmp_path / "a.npz", resolution=8, mode=mode)[0]
+    assert data.shape == (3 if mode == "RGB" else 1, 8, 8) and data.labels is not None
+    assert (data.pixels[..., 0] == images[:, 2:10]).all()

@@ -1,0 +1,119 @@
+"""What is the transformer's own: patches, positions, condition tokens, layouts, skips."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.nn import DiT
+from sfumato.nn.blocks import rotary_angles, rotate
+from sfumato.nn.dit import patchify, unpatchify
+from sfumato.types import Cond
+
+
+def net(shape: tuple[int, ...], **settings: object) -> DiT:
+    torch.manual_seed(0)
+    net = DiT(shape, **({"width": 32, "depth": 2, "heads": 2, "embed": 16} | settings))  # pyright: ignore
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return net.eval()
+
+
+@pytest.mark.parametrize(("shape", "patch"), [((3, 9), (2,)), ((2, 6, 5), (2, 3)), ((1, 3, 4, 5), (2, 2, 2))])
+def test_patches_are_cut_and_joined_again(shape: tuple[int, ...], patch: tuple[int, ...]) -> None:
+    x = torch.randn(2, *shape)
+    h, grid = patchify(x, patch)
+    assert h.shape[1] == torch.tensor(grid).prod()
+    assert torch.equal(unpatchify(h, grid, patch, shape[1:]), x)
+
+
+def test_a_token_holds_one_patch() -> None:
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    h, _ = patchify(x, (2, 2))
+    assert h[0, 1].tolist() == [2, 3, 6, 7]
+
+
+def test_rotary_products_depend_on_the_offset_alone() -> None:
+    angles = rotary_angles((5, 6), 16, 100.0, torch.device("cpu"))
+    assert angles.shape == (30, 8)
+    assert torch.allclose(
+        angles[2 * 6 + 3], torch.tensor([2.0, 3.0])[:, None].mul(100.0 ** -(torch.arange(4) / 4)).flatten()
+    )
+    q, k = rotate(torch.randn(16).expand(1, 1, 30, 16), angles), rotate(torch.randn(16).expand(1, 1, 30, 16), angles)
+    table = (q @ k.transpose(-1, -2))[0, 0].reshape(5, 6, 5, 6)
+    assert torch.allclose(table[0, 0, 2, 3], table[2, 1, 4, 4], atol=1e-4)
+    assert (table[0, 0, 2, 3] - table[0, 0, 3, 2]).abs() > 1e-3
+    assert torch.allclose(q.norm(dim=-1), q[0, 0, 0].norm().expand(1, 1, 30), atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned", "both"])
+def test_places_are_told_apart(positions: str) -> None:
+    z = torch.ones(1, 2, 4, 4)
+    z[0, :, 0, 0] = 2  # rotary positions alone see offsets, so something has to stand out
+    out = net((2, 4, 4), patch=1, positions=positions)(z, torch.zeros(1, 1))
+    assert (out[0, :, 1, 2] - out[0, :, 3, 1]).abs().max() > 1e-4
+
+
+def test_without_any_position_order_would_not_matter() -> None:
+    """The negative of the test above: with rotary angles of zero the same two places agree."""
+    z = torch.ones(1, 2, 4, 4)
+    z[0, :, 0, 0] = 2
+    blind = net((2, 4, 4), patch=1, positions="rope")
+    blind.theta = 0.0
+    out = blind(z, torch.zeros(1, 1))
+    assert torch.allclose(out[0, :, 1, 2], out[0, :, 3, 1], atol=1e-5)
+
+
+def tokens(count: int) -> Tensor:
+    torch.manual_seed(2)
+    return torch.randn(2, count, 5)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_condition_tokens_matter_and_masked_ones_do_not(per_token: bool) -> None:
+    z, clocks = torch.randn(2, 3, 8), torch.randn(2, 1)
+    if per_token:
+        clocks = clocks[:, None].expand(-1, 8, -1) + torch.linspace(0, 1, 8)[:, None]
+    model = net((3, 8), token_dim=5, patch=1)
+    mask = torch.tensor([[True, True, False, False]] * 2)
+    out = model(z, clocks, Cond(tokens=tokens(4), mask=mask))
+    changed = torch.where(mask[..., None], tokens(4), 50.0)
+    assert torch.allclose(out, model(z, clocks, Cond(tokens=changed, mask=mask)), atol=1e-5)
+    assert torch.allclose(out, model(z, clocks, Cond(tokens=tokens(4)[:, :2])), atol=1e-5)
+    assert (out - model(z, clocks, Cond(tokens=changed))).abs().max() > 1e-3
+    assert (out - model(z, clocks)).abs().max() > 1e-3
+
+
+def test_clocks_of_masked_places_influence_nothing() -> None:
+    z, clocks, cond = torch.randn(2, 3, 8), torch.randn(2, 8, 1), Cond(tokens=tokens(4))
+    mask = (torch.arange(8) < 5).expand(2, -1)
+    model = net((3, 8), token_dim=5, patch=1)
+    changed = torch.where(mask[..., None], clocks, 3.0)
+    out = model(z, clocks, cond, mask)
+    assert torch.allclose(out[..., :5], model(z, changed, cond, mask)[..., :5], atol=1e-5)
+    assert (out - model(z, clocks + 0.1, cond, mask))[..., :5].abs().max() > 1e-4
+
+
+def test_a_patch_takes_the_clock_of_its_first_place() -> None:
+    z, clocks = torch.randn(2, 3, 5, 4), torch.randn(2, 20, 1)
+    model = net((3, 5, 4), patch=2)
+    first = clocks.reshape(2, 5, 4, 1)[:, ::2, ::2].flatten(1, 2)
+    assert torch.allclose(model(z, clocks), model(z, first), atol=1e-6)
+
+
+def test_channels_may_come_last() -> None:
+    z, clocks = torch.randn(2, 3, 8), torch.randn(2, 1)
+    first, last = net((3, 8)), net((8, 3), channels_last=True)
+    last.load_state_dict(first.state_dict())
+    assert torch.equal(first(z, clocks), last(z.movedim(1, -1), clocks).movedim(-1, 1))
+
+
+def test_skips_carry_the_first_half_to_the_second() -> None:
+    z, clocks = torch.randn(2, 3, 8), torch.randn(2, 1)
+    model = net((3, 8), depth=5, skips=True)
+    assert [block.skip is not None for block in model.blocks] == [False, False, False, True, True]
+    seen: dict[int, list[Tensor]] = {}
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda _, args, out, i=i: seen.update({i: [args[4], out]}))
+    model(z, clocks)
+    assert seen[3][0] is seen[1][1] and seen[4][0] is seen[0][1]

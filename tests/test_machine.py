@@ -1,0 +1,44 @@
+"""The machine's measured peaks."""
+
+import time
+
+import pytest
+import torch
+
+from sfumato import machine
+
+
+def test_peak_is_what_a_product_takes():
+    """A product timed by hand is no faster than the peak (but for noise), and the peak is no fantasy."""
+    peak = machine.measure_peak("fp32", "cpu", 0.1)
+    x = torch.randn(512, 512)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        x @ x
+        times.append(time.perf_counter() - start)
+    assert 1e8 < peak < 1e14
+    assert peak > 0.1 * 2 * 512**3 / min(times)
+
+
+def test_convolution_and_bandwidth_are_plausible():
+    assert 1e8 < machine.measure_convolution_peak("fp32", "cpu", 0.05) < 1e14
+    assert 1e8 < machine.measure_bandwidth("cpu", 0.05) < 1e13
+
+
+@pytest.mark.parametrize(
+    ("flags", "gain", "precision"),
+    [([], 2.0, "fp32"), (["avx512_bf16"], 2.0, "bf16"), (["avx512_bf16"], 1.05, "fp32"), (["amx_bf16"], 0.5, "fp32")],
+)
+def test_bf16_only_where_it_pays(monkeypatch: pytest.MonkeyPatch, flags: list[str], gain: float, precision: str):
+    rate = lambda kind, device, seconds: gain if kind == "bf16" else 1.0
+    monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(machine, "measure_peak", rate)
+    monkeypatch.setattr(machine, "measure_convolution_peak", rate)
+    assert machine.best_precision.__wrapped__("cpu") == precision
+
+
+def test_what_is_known_of_the_machine():
+    assert machine.memory_bytes() > 2**28
+    assert set(machine.cpu_flags()) <= set(machine.CPU_FLAGS)
+    assert torch.device(machine.default_device())

@@ -1,0 +1,86 @@
+"""What the package shows to the world, and how quickly it shows it.
+
+The texts of `--help` and the public names are kept in `public.txt`. After a change that is meant:
+`WRITE_SNAPSHOT=1 pytest tests/test_public.py`, and look at the difference.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import sfumato
+
+SNAPSHOT = Path(__file__).with_name("public.txt")
+COMMANDS = ("fit", "generate", "reconstruct", "evaluate", "info", "doctor")
+HEAVY = ("torch", "pandas", "numpy", "rich", "sklearn", "accelerate", "PIL")
+
+
+def seconds(*words: str) -> float:
+    """Processor time of a fresh interpreter, the median of five: as on a machine with nothing else to do."""
+    taken: list[float] = []
+    for _ in range(5):
+        before = os.times()
+        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+        after = os.times()
+        taken.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return statistics.median(taken)
+
+
+def test_import_is_quick():
+    assert seconds("-c", "import sfumato") < 0.2
+
+
+@pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["generate", "--help"]])
+def test_help_is_quick(words: list[str]):
+    assert seconds("-m", "sfumato", *words) < 0.3
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["fit", "--help"], ["evaluate", "--help"]])
+def test_nothing_heavy_is_loaded_until_needed(words: list[str]):
+    code = f"""
+        import sys
+        import sfumato
+        from sfumato.errors import UserError
+        if {words}:
+            sys.argv = ["sfumato", *{words}]
+            from sfumato.apps.cli import main
+            try:
+                main()
+            except SystemExit:
+                pass
+        print("LOADED", *[name for name in {HEAVY} if name in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].split() == ["LOADED"]
+
+
+def test_every_public_name_is_there():
+    for name in sfumato.__all__:
+        assert getattr(sfumato, name) is not None
+    assert sorted(sfumato.__all__) == sfumato.__all__ == dir(sfumato)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(AttributeError, match="no attribute 'fitt'"):
+        _ = sfumato.fitt
+
+
+def help_text(*words: str) -> str:
+    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "sfumato", *words, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def test_snapshot():
+    """Flags, defaults and names are promises: a change of one should be seen."""
+    parts = [help_text(), *(help_text(command) for command in COMMANDS), "\n".join(sfumato.__all__) + "\n"]
+    now = "\n".join(parts)
+    if os.environ.get("WRITE_SNAPSHOT"):
+        SNAPSHOT.write_text(now, encoding="utf-8")
+    assert SNAPSHOT.is_file(), "write it: WRITE_SNAPSHOT=1 pytest tests/test_public.py"
+    assert now == SNAPSHOT.read_text(encoding="utf-8")
