@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sfumato import __version__
 from sfumato.codecs import Codec
 from sfumato.conditioners import Conditioner, make_conditioner
-from sfumato.core import Denoiser, Noise, cfg, from_settings, prior, sample, time_grid
+from sfumato.core import Denoiser, Noise, cfg, make_schedule, prior, sample, time_grid
 from sfumato.core.noise import item_generator
 from sfumato.core.sampler import OnStep
 from sfumato.errors import UserError
@@ -80,7 +80,7 @@ class Model:
             cond_dim=self.conditioner.dim,
             **{key: value for key, value in card.denoiser["net"].items() if key != "name"},
         )
-        self.denoiser = Denoiser(net, from_settings(card.denoiser["schedule"]), card.denoiser["predict"])
+        self.denoiser = Denoiser(net, make_schedule(**card.denoiser["schedule"]), card.denoiser["predict"])
         self.device = torch.device("cpu")
 
     @property

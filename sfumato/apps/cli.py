@@ -161,7 +161,7 @@ def resume_line() -> str:
 
 def _fitted(model: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """What was trained, and what to do with it."""
-    return info(values["out"]) | {"next": shlex.join(["sfumato", "generate", values["out"], "--out", "samples"])}
+    return info(values["out"]) | {"next": shlex.join(["sfumato", "generate", str(values["out"]), "--out", "samples"])}
 
 
 def _written(result: Any, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from .guidance import autoguide, cfg, interval, rescale
 from .noise import Noise, item_generator, item_noise, step_generator
 from .objective import TIMES, WEIGHTS, Objective, make_times, make_weight
 from .sampler import GRIDS, SAMPLERS, Step, prior, sample, time_grid
-from .schedule import SCHEDULES, Schedule, from_settings, make_schedule
+from .schedule import SCHEDULES, Schedule, make_schedule
 
 __all__ = [
     "GRIDS",
@@ -21,7 +21,6 @@ __all__ = [
     "Step",
     "autoguide",
     "cfg",
-    "from_settings",
     "interval",
     "item_generator",
     "item_noise",

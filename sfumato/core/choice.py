@@ -18,12 +18,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def choose(table: Mapping[str, T], what: str, name: str) -> T:
-    """Look up a name.
-
-    Args:
-        table: The closed table.
-        what: What the table holds, for the message.
-        name: The name asked for.
+    """Look up a name in a closed table of `what`.
 
     Raises:
         UserError: The name is not in the table; the nearest one is suggested.
@@ -34,13 +29,7 @@ def choose(table: Mapping[str, T], what: str, name: str) -> T:
 
 
 def build(table: Mapping[str, Callable[..., T]], what: str, name: str, settings: Mapping[str, object]) -> T:
-    """Call the constructor named, with settings its signature knows.
-
-    Args:
-        table: Name to constructor.
-        what: What the table holds, for the message.
-        name: The name asked for.
-        settings: Arguments of the constructor.
+    """Call the constructor named, with settings that its signature knows.
 
     Raises:
         UserError: The name or a setting is unknown; the nearest one is suggested.

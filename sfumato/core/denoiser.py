@@ -18,53 +18,36 @@ CLOCK_LIMIT = 1.75  # log(sigma / alpha) within +-7: beyond it training sees nex
 ALPHA_MIN = 1e-3  # the row eps divides by alpha
 
 
-class Prediction(NamedTuple):
-    """What F means: (alpha, sigma) -> (c_skip, c_out), and (z, eps, alpha, sigma) -> the target of F."""
+class Row(NamedTuple):
+    """What F means: z_hat = c_skip z_t + c_out F, and the target of F is on_z z + on_eps eps."""
 
-    coefficients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def _z(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.zeros_like(alpha), torch.ones_like(alpha)
+    c_skip: Tensor
+    c_out: Tensor
+    on_z: Tensor
+    on_eps: Tensor
 
 
-def _eps(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def _z(alpha: Tensor, sigma: Tensor) -> Row:
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    return Row(zero, one, one, zero)
+
+
+def _eps(alpha: Tensor, sigma: Tensor) -> Row:
     alpha = alpha.clamp_min(ALPHA_MIN)
-    return 1 / alpha, -sigma / alpha
+    return Row(1 / alpha, -sigma / alpha, torch.zeros_like(alpha), torch.ones_like(alpha))
 
 
-def _v(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    square = alpha**2 + sigma**2
-    return alpha / square, -sigma / square.sqrt()
+def _v(alpha: Tensor, sigma: Tensor) -> Row:
+    r = torch.hypot(alpha, sigma)
+    return Row(alpha / r**2, -sigma / r, -sigma / r, alpha / r)
 
 
-def _flow(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    return 1 / (alpha + sigma), -sigma / (alpha + sigma)
+def _flow(alpha: Tensor, sigma: Tensor) -> Row:
+    one = torch.ones_like(alpha)
+    return Row(1 / (alpha + sigma), -sigma / (alpha + sigma), -one, one)
 
 
-def _z_target(z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    return z
-
-
-def _eps_target(z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    return eps
-
-
-def _v_target(z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    return (alpha * eps - sigma * z) / torch.sqrt(alpha**2 + sigma**2)
-
-
-def _flow_target(z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    return eps - z
-
-
-PREDICT: dict[str, Prediction] = {
-    "z": Prediction(_z, _z_target),
-    "eps": Prediction(_eps, _eps_target),
-    "v": Prediction(_v, _v_target),
-    "flow": Prediction(_flow, _flow_target),
-}
+PREDICT: dict[str, Callable[[Tensor, Tensor], Row]] = {"z": _z, "eps": _eps, "v": _v, "flow": _flow}
 
 
 def aligned(value: Tensor, like: Tensor) -> Tensor:
@@ -115,18 +98,18 @@ class Denoiser(nn.Module):
 
     def _c_in(self, t: Tensor) -> Tensor:
         alpha, sigma = self.schedule(t)
-        return torch.rsqrt(alpha**2 + sigma**2)
+        return 1 / torch.hypot(alpha, sigma)
 
     def coefficients(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
         """(c_skip, c_out) at t (B,) or (B, N), float64 on the CPU, with axes of one up to `ndim`."""
         shape = t.shape + (1,) * (ndim - t.ndim)
-        c_skip, c_out = self.row.coefficients(*self.schedule(t))
-        return c_skip.reshape(shape), c_out.reshape(shape)
+        row = self.row(*self.schedule(t))
+        return row.c_skip.reshape(shape), row.c_out.reshape(shape)
 
     def target(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What F should be, straight from z and eps (B, ...): never by a division by c_out."""
-        alpha, sigma = self.schedule(t)
-        return self.row.target(z, eps, trail(alpha, z), trail(sigma, z))
+        row = self.row(*self.schedule(t))
+        return trail(row.on_z, z) * z + trail(row.on_eps, z) * eps
 
     def noised(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """z_t = alpha_t z + sigma_t eps, in the dtype of z."""

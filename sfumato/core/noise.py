@@ -19,7 +19,8 @@ def addressed_generator(*address: int | str) -> Generator:
     `Generator.manual_seed` keeps 32 bits of its seed: of a hundred thousand items some would share their noise.
     """
     generator = Generator().manual_seed(0)
-    digest = hashlib.shake_256(repr(address).encode()).digest(4 * _WORDS)
+    plain = tuple(part if isinstance(part, str) else int(part) for part in address)  # an int of numpy prints otherwise
+    digest = hashlib.shake_256(repr(plain).encode()).digest(4 * _WORDS)
     words = torch.frombuffer(bytearray(digest), dtype=torch.int32).to(torch.int64) & 0xFFFFFFFF
     state = generator.get_state()
     assert state.numel() == 5056, "torch changed the layout of its CPU generator's state"
@@ -49,7 +50,7 @@ class Noise:
 
     def __init__(self, seed: int, items: Sequence[int], shape: Sequence[int], stream: str = "noise") -> None:
         self.shape = tuple(shape)
-        self.generators = [item_generator(seed, int(item), stream) for item in items]
+        self.generators = [item_generator(seed, item, stream) for item in items]
 
     def __call__(self) -> Tensor:
         """The next draw, (B, *shape), float32 on the CPU."""

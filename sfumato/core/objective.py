@@ -20,24 +20,14 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 Weight = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Uniform:
+def uniform(logsnr: Tensor) -> Tensor:
     r"""Weight 1 on the flow eps - z: $w = (1 + e^{\lambda/2})^2$, flow matching as it is written."""
-
-    def __call__(self, logsnr: Tensor) -> Tensor:
-        return (1 + torch.exp(logsnr / 2)) ** 2
+    return (1 + torch.exp(logsnr / 2)) ** 2
 
 
-@dataclass(frozen=True)
-class EDMWeight:
-    r"""Weight 1 on v: $w = 1 + e^\lambda$.
-
-    References:
-        Karras et al., https://arxiv.org/abs/2206.00364 (table 1: $(\sigma^2 + 1) / \sigma^2$ at unit variance).
-    """
-
-    def __call__(self, logsnr: Tensor) -> Tensor:
-        return 1 + torch.exp(logsnr)
+def edm(logsnr: Tensor) -> Tensor:
+    r"""Weight 1 on v, $w = 1 + e^\lambda$: that of Karras et al., https://arxiv.org/abs/2206.00364 (table 1)."""
+    return 1 + torch.exp(logsnr)
 
 
 @dataclass(frozen=True)
@@ -85,10 +75,9 @@ class Learned(nn.Module):
         self.out = nn.Linear(2 * features, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        self.base = Uniform()
 
     def forward(self, logsnr: Tensor) -> Tensor:
-        return self.base(logsnr)
+        return uniform(logsnr)
 
     def uncertainty(self, logsnr: Tensor) -> Tensor:
         """u, in the shape of logsnr."""
@@ -140,7 +129,7 @@ class LogitNormal(Times):
         return torch.sigmoid(self.mean + self.std * _normal(u))
 
 
-class LogNormal(Times):
+class LogNormal(LogitNormal):
     r"""$\log(\sigma / \alpha) \sim N(mean, std^2)$, whatever the schedule.
 
     The defaults are those of EDM for data of unit variance ($-1.2 + \log 2$ for its $\sigma_{data} = 0.5$).
@@ -150,8 +139,7 @@ class LogNormal(Times):
     """
 
     def __init__(self, mean: float = -0.5, std: float = 1.2) -> None:
-        super().__init__()
-        self.mean, self.std = mean, std
+        super().__init__(mean, std)
 
     def forward(self, u: Tensor, schedule: Schedule) -> Tensor:
         return schedule.inverse(-2 * (self.mean + self.std * _normal(u)))
@@ -212,8 +200,8 @@ class Adaptive(Times):
 
 
 WEIGHTS: dict[str, Callable[..., Weight]] = {
-    "uniform": Uniform,
-    "edm": EDMWeight,
+    "uniform": lambda: uniform,
+    "edm": lambda: edm,
     "min_snr": MinSNR,
     "sigmoid": Sigmoid,
     "learned": Learned,
@@ -313,6 +301,7 @@ class Objective(nn.Module):
         Returns:
             (B,), float32.
         """
+        z = z.to(eps.dtype)  # a cache may keep it in bf16
         z_t = denoiser.noised(z, eps, t)
         logsnr = denoiser.schedule.logsnr(t)
         weight = self.weight(logsnr)

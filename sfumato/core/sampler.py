@@ -242,16 +242,12 @@ def prior(schedule: Schedule, noise: Draw, t: float = 1.0) -> Tensor:
     return float(torch.hypot(alpha, sigma)) * noise()
 
 
-def _even_logsnr(low: Tensor, high: Tensor, u: Tensor) -> Tensor:
-    return torch.lerp(low, high, u)
-
-
 def _karras(low: Tensor, high: Tensor, u: Tensor, rho: float = 7.0) -> Tensor:
     first, last = torch.exp(-low / (2 * rho)), torch.exp(-high / (2 * rho))  # (sigma / alpha)^(1 / rho)
     return -2 * rho * torch.lerp(first, last, u).log()
 
 
-SPACINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"logsnr": _even_logsnr, "karras": _karras}
+SPACINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"logsnr": torch.lerp, "karras": _karras}
 GRIDS = ("uniform", *SPACINGS)
 
 

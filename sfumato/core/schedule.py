@@ -276,11 +276,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def make_schedule(name: str, **settings: object) -> Schedule:
-    """A schedule by name, with settings of its constructor.
-
-    Args:
-        name: One of `SCHEDULES`.
-        settings: Arguments of that schedule.
+    """The schedule of that name in `SCHEDULES`, with settings of its constructor.
 
     Raises:
         UserError: The name or a setting is unknown; the nearest one is suggested.

@@ -16,6 +16,7 @@ from sfumato.training.job import Job
 from sfumato.training.plan import ADVERSARIAL_START
 from sfumato.training.steps import CodecStep, DiffusionStep
 
+USUAL_GUIDANCE = 1.25  # until it is chosen by measurement
 FEATURE_WIDTH = 16  # channels of the feature network's stem
 
 
@@ -52,7 +53,11 @@ def build_card(settings: Settings, data: Data, modality: str, classes: int) -> C
             "schedule": {"name": denoiser.schedule, **(denoiser.schedule_settings or {})},
             "predict": denoiser.predict,
         },
-        sample={"sampler": sample.sampler, "steps": sample.steps, "guidance": sample.guidance},
+        sample={
+            "sampler": sample.sampler,
+            "steps": sample.steps,
+            "guidance": (USUAL_GUIDANCE if classes else 1.0) if sample.guidance is None else sample.guidance,
+        },
     )
 
 

@@ -12,7 +12,6 @@ from sfumato.training.job import Job
 WEIGHTS = (1.0, 1.25, 1.5, 2.0)
 ITEMS = 1_000
 STEPS = 10
-USUAL = 1.25  # where nothing can be measured
 
 
 @torch.no_grad()
@@ -21,7 +20,7 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
     if not job.classes:
         return 1.0, {}
     if network is None:
-        return USUAL, {}
+        return model.sampling.guidance, {}
     index = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(0))[:4 * ITEMS]
     real = network.features(job.train.batch(index).data.to(job.device)).float().cpu()
     labels = model.labels_for(range(ITEMS), job.settings.seed)

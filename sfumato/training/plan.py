@@ -11,6 +11,7 @@ What decides:
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sfumato.config import CodecSettings, DenoiserSettings, SampleSettings, Settings, StageSettings
 from sfumato.nn import net_size
@@ -21,7 +22,11 @@ ADVERSARIAL_START = 0.5  # share of the codec's steps before the adversarial los
 FEATURE_STEPS = 400  # training steps of the feature network
 CODEC_ITEMS = 60_000
 MLP_LIMIT = 256
+FEWEST_NUMBERS = 16  # of a latent, however small the item
 CODEC_WIDTHS = (32, 48, 64, 96, 128)
+
+
+S = TypeVar("S", CodecSettings, DenoiserSettings, StageSettings, SampleSettings)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ def latent_grid(shape: tuple[int, int, int]) -> tuple[int, int]:
     if side < 16:  # tiny images: few positions with several numbers each work better than many with one
         f = min(2 * f, 2 ** math.ceil(math.log2(side)))
     positions = math.ceil(height / f) * math.ceil(width / f)
-    return f, max(1, min(16, channels * height * width // (12 * positions)))
+    numbers = max(FEWEST_NUMBERS, channels * height * width // 12)
+    return f, max(1, min(16, numbers // positions))
 
 
 def codec_flops(width: int, shape: tuple[int, int, int]) -> float:
@@ -124,7 +130,7 @@ def plan_sample(given: SampleSettings) -> SampleSettings:
     return filled(given, SampleSettings(sampler="heun", steps=15))
 
 
-def filled[S: (CodecSettings, DenoiserSettings, StageSettings, SampleSettings)](given: S, planned: S) -> S:
+def filled(given: S, planned: S) -> S:
     """`given`, with what it leaves open taken from `planned`."""
     return planned.model_copy(update={k: v for k, v in given if v is not None})
 
@@ -140,11 +146,11 @@ def make_plan(settings: Settings, facts: Facts, seconds: float, size: str | None
     """
     codec = plan_codec(settings.codec, facts, seconds * CODEC_SHARE)
     f, c = codec.downsample or 1, codec.channels or 1
-    size = (codec.latent_dim or 1) if codec.latent == "vector" else c * math.prod(-(-n // f) for n in facts.shape[1:])
+    numbers = (codec.latent_dim or 1) if codec.latent == "vector" else c * math.prod(-(-n // f) for n in facts.shape[1:])
     return settings.model_copy(
         update={
             "codec": codec,
-            "denoiser": plan_denoiser(settings.denoiser, facts, size, seconds * (1 - CODEC_SHARE), size),
+            "denoiser": plan_denoiser(settings.denoiser, facts, numbers, seconds * (1 - CODEC_SHARE), size),
             "train": settings.train.model_copy(
                 update={
                     "codec": plan_stage(settings.train.codec, "codec", facts),

@@ -2,7 +2,6 @@
 
 import platform
 import time
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -87,7 +86,7 @@ def divide_time(job: Job, budget: float) -> None:
     shares = {"codec": CODEC_SHARE * left, "denoiser": (1 - CODEC_SHARE) * left}
     for name, stage in (("codec", codec), ("denoiser", denoiser)):
         stage.steps = stage.steps or max(1, int(shares[name] / speeds[name].seconds))
-    job.record["measured"] = {name: asdict(speed) for name, speed in speeds.items()}
+    job.record["measured"] = {name: speed._asdict() for name, speed in speeds.items()}
     job.record["seconds"] = shares
 
 

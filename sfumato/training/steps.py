@@ -47,7 +47,10 @@ class TrainStep(nn.Module):
     `averaged` is the part that the weight average follows and that is kept.
     """
 
-    averaged: nn.Module
+    @property
+    def averaged(self) -> nn.Module:
+        """The part that is kept."""
+        raise NotImplementedError
 
     def phases(self) -> list[Phase]:
         """The optimizers that take turns in each step."""
@@ -92,13 +95,17 @@ class CodecStep(TrainStep):
         channels: int = 3,
     ) -> None:
         super().__init__()
-        self.codec = self.averaged = codec
+        self.codec = codec
         self.perceptual = perceptual
         self.kind, self.perceptual_weight, self.bottleneck_weight = kind, perceptual_weight, bottleneck_weight
         self.adversarial_weight, self.start, self.lead = adversarial_weight, start, lead
         self.discriminator = PatchDiscriminator(channels) if adversarial_weight else None
         self.gate = AdversarialGate(start, ramp=max(1, lead)) if adversarial_weight else None
         self._drawn: Tensor | None = None
+
+    @property
+    def averaged(self) -> nn.Module:
+        return self.codec
 
     def phases(self) -> list[Phase]:
         phases = [Phase("codec", list(self.codec.parameters()))]
@@ -153,7 +160,10 @@ class DiffusionStep(TrainStep):
     def __init__(self, denoiser: Denoiser, conditioner: Conditioner, objective: Objective) -> None:
         super().__init__()
         self.denoiser, self.conditioner, self.objective = denoiser, conditioner, objective
-        self.averaged = nn.ModuleDict({"denoiser": denoiser, "conditioner": conditioner})
+
+    @property
+    def averaged(self) -> nn.Module:
+        return nn.ModuleDict({"denoiser": self.denoiser, "conditioner": self.conditioner})
 
     def phases(self) -> list[Phase]:
         return [Phase("denoiser", [*self.averaged.parameters(), *self.objective.parameters()])]

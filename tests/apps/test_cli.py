@@ -157,6 +157,14 @@ def test_wrong_words_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert captured.err.count("\n") == 1
 
 
+def test_fit_ends_with_the_next_command(tmp_path: Path):
+    (tmp_path / "model.json").write_text('{"modality": "image"}')
+    (tmp_path / "run.json").write_text('{"metrics": {"psnr": {"value": 25.0, "floor": 30.0}}}')
+    told = cli._fitted(None, {"out": tmp_path})
+    assert told["next"] == f"sfumato generate {tmp_path} --out samples"
+    assert told["metrics"]["psnr"]["value"] == 25.0
+
+
 def test_codes_reach_the_shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert run_main(monkeypatch, "info", str(tmp_path)) == 2
     assert capsys.readouterr().err.startswith("sfumato: no model in")

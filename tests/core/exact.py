@@ -56,7 +56,7 @@ class Mixture:
 
     def given(self, schedule, t, s, z):
         """Mean and variance of z_s given z_t = z: where the reverse process, run exactly, takes one point."""
-        alpha, weight, mean, data, variance = self._parts(schedule, torch.as_tensor(t, dtype=torch.float64))
+        alpha, weight, mean, _, variance = self._parts(schedule, torch.as_tensor(t, dtype=torch.float64))
         alpha_s, _, _, _, variance_s = self._parts(schedule, torch.as_tensor(s, dtype=torch.float64))
         shared = alpha / alpha_s * variance_s  # covariance of z_t and z_s
         gap = z - alpha * mean

@@ -49,8 +49,8 @@ def test_row_recovers_z_for_any_path(predict):
     """For random alpha and sigma too, on a path or not."""
     alpha, sigma = torch.rand(2, 1000, dtype=torch.float64) + 0.05
     z, eps = torch.randn(2, 1000, dtype=torch.float64)
-    c_skip, c_out = PREDICT[predict].coefficients(alpha, sigma)
-    z_hat = c_skip * (alpha * z + sigma * eps) + c_out * PREDICT[predict].target(z, eps, alpha, sigma)
+    row = PREDICT[predict](alpha, sigma)
+    z_hat = row.c_skip * (alpha * z + sigma * eps) + row.c_out * (row.on_z * z + row.on_eps * eps)
     assert float((z_hat - z).abs().max()) < 1e-12
 
 

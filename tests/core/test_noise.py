@@ -55,15 +55,15 @@ def test_a_generator_is_a_good_one():
     assert float((first.sort().values - torch.linspace(0, 1, 2000)).abs().max()) < 0.04
 
 
+FIRST_WORDS = [3304989340, 2021548930]
+FIRST_BITS = [868446300, 599782516]
+
+
 def test_known_values():
     """The noise of a seed is for good: another version that draws otherwise would break every seed written down."""
     assert item_generator(0, 0).get_state().view(torch.int64)[3:5].tolist() == FIRST_WORDS
     bits = torch.randint(2**31, (2,), generator=step_generator(0, "diffusion", 1)).tolist()
     assert bits == FIRST_BITS
-
-
-FIRST_WORDS = [0, 0]
-FIRST_BITS = [0, 0]
 
 
 def test_steps_and_stages_differ():

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.core import PREDICT, TIMES, WEIGHTS, Denoiser, Objective, make_schedule, make_times, make_weight, step_generator
+from sfumato.core import (
+    PREDICT,
+    TIMES,
+    WEIGHTS,
+    Denoiser,
+    Objective,
+    make_schedule,
+    make_times,
+    make_weight,
+    step_generator,
+)
 from sfumato.core.objective import masked_mean
 
 FLOW = make_schedule("flow")
@@ -160,30 +170,28 @@ def test_adaptive_within_the_loss():
     z, z_hat, eps, t = example((32, 4))
     objective = Objective(times=make_times("adaptive", bins=2))
     plain = objective.loss(oracle("flow", z, z_hat, t, eps), z, None, None, t, eps)
-    objective.observe(t, plain * (1 + 9 * (t > 0.5)))
+    objective.observe(t, 1 + 9.0 * (t > 0.5))
     loss = objective.loss(oracle("flow", z, z_hat, t, eps), z, None, None, t, eps)
     assert torch.allclose(loss, plain * objective.times.correction(t))
     assert objective.times.density()[1] > objective.times.density()[0]
 
 
 def test_learned_uncertainty():
-    """It starts as no change, reaches the uncertainty's own parameters, and its best u is the log of the loss."""
-    z, z_hat, eps, t = example((64, 4, 3))
+    """It starts as no change, its parameters learn, and its best u is the log of the loss at that time."""
+    z, z_hat, eps, _ = (x.float() if x.ndim > 1 else x for x in example((64, 4, 3)))
+    t = torch.linspace(0.3, 0.95, 64, dtype=torch.float64)
     objective, denoiser = Objective("learned"), oracle("flow", z, z_hat, t, eps)
-    z32, eps32 = z.float(), eps.float()
-    start = objective.loss(denoiser, z32, None, None, t, eps32)
-    assert torch.allclose(start, Objective("uniform").loss(denoiser, z32, None, None, t, eps32))
+    plain = Objective("uniform").loss(denoiser, z, None, None, t, eps).detach()
+    assert torch.allclose(objective.loss(denoiser, z, None, None, t, eps), plain)
     optimizer = torch.optim.Adam(objective.parameters(), lr=0.05)
-    target = torch.log(start.detach()).mean()
-    for _ in range(150):
+    for _ in range(100):
         optimizer.zero_grad()
-        objective.loss(denoiser, z32, None, None, t, eps32).mean().backward()
+        objective.loss(denoiser, z, None, None, t, eps).mean().backward()
         optimizer.step()
-    u = objective.weight.uncertainty(FLOW.logsnr(t))
-    assert float((u.detach().exp() - start.detach()).mean().abs() / start.detach().mean()) < 0.3
-    assert objective.loss(denoiser, z32, None, None, t, eps32).mean() < start.mean()
-    assert abs(float(u.mean() - target)) < 1.0
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in objective.parameters())
+    u = objective.weight.uncertainty(FLOW.logsnr(t)).detach()
+    assert float((u - plain.log()).abs().mean()) < 0.5  # the loss itself scatters about its mean
+    assert float((torch.exp(-u) * plain).mean()) == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("layout", ["channels_first", "tokens", "vector"])

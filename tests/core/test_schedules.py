@@ -81,9 +81,9 @@ def test_linear_is_the_limit_of_its_table():
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="'cosin'.*did you mean 'cosine'"):
+    with pytest.raises(ValueError, match=r"'cosin'.*did you mean 'cosine'"):
         make_schedule("cosin")
-    with pytest.raises(ValueError, match="'sigma_mx'.*did you mean 'sigma_max'"):
+    with pytest.raises(ValueError, match=r"'sigma_mx'.*did you mean 'sigma_max'"):
         make_schedule("edm", sigma_mx=3.0)
     with pytest.raises(ValueError, match="betas"):
         make_schedule("table", betas=(0.1, 1.2))

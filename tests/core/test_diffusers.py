@@ -1,0 +1,141 @@
+"""Agreement with the schedulers of diffusers: same network, betas or sigmas, grid, noise and last step."""
+
+import pytest
+import torch
+from torch import nn
+
+from sfumato.core import Denoiser, make_schedule, sample
+
+diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+
+K = 1000
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, K, dtype=torch.float64) ** 2  # those of Stable Diffusion
+SHAPE = (4, 3, 6)
+STEPS = [8, 20]  # divisors of K: DDIMScheduler's `trailing` is not its own grid otherwise
+
+
+class Fake(nn.Module):
+    """A fixed network, curved in z and in the timestep k."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.mix = nn.Parameter(torch.randn(6, 6, generator=generator) / 4, requires_grad=False)
+
+    def forward(self, z, clocks, cond=None, mask=None):
+        k = clocks[:, :, None] / K
+        return torch.tanh(z @ self.mix + k) + 0.7 * z * k + 0.1 * torch.sin(5 * k)
+
+
+NET = Fake()
+
+
+def ask(model_input, k):
+    return NET(model_input, torch.full((len(model_input), 1), float(k)))
+
+
+def start(scale=1.0):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * scale
+
+
+def theirs(scheduler, z, scaled=False, **kwargs):
+    """The loop of a pipeline."""
+    for k in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(z, k) if scaled else z
+        z = scheduler.step(ask(model_input, k), k, z, **kwargs).prev_sample
+    return z
+
+
+def ours(predict, timesteps, z, sampler, noise=None):
+    """The same betas as a table; timestep k is time (k + 1) / K, and the end is t = 0."""
+    schedule = make_schedule("table", betas=tuple(BETAS.tolist()))
+    denoiser = Denoiser(NET, schedule, predict, lambda t: t * K - 1, torch.ones_like)
+    grid = torch.cat([(timesteps.double() + 1) / K, torch.zeros(1, dtype=torch.float64)])
+    return sample(denoiser, schedule, z, grid, sampler, noise)
+
+
+def agree(a, b):
+    error, largest = float((a - b).abs().max()), float(b.abs().max())
+    assert error < 1e-4 * largest, (error, largest)
+
+
+def common(predict, spacing):
+    kinds = {"eps": "epsilon", "v": "v_prediction", "z": "sample"}
+    return {"trained_betas": BETAS.numpy(), "prediction_type": kinds[predict], "timestep_spacing": spacing}
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("predict", ["eps", "v", "z"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+class TestTable:
+    def test_ddim(self, steps, predict, spacing):
+        scheduler = diffusers.DDIMScheduler(**common(predict, spacing), clip_sample=False, set_alpha_to_one=True)
+        scheduler.set_timesteps(steps)
+        agree(ours(predict, scheduler.timesteps, start(), "ddim"), theirs(scheduler, start()))
+
+    def test_ddpm(self, steps, predict, spacing):
+        scheduler = diffusers.DDPMScheduler(**common(predict, spacing), clip_sample=False, variance_type="fixed_small")
+        scheduler.set_timesteps(steps)
+        generator = torch.Generator().manual_seed(2)
+        got = ours(predict, scheduler.timesteps, start(), "ddpm", lambda: torch.randn(SHAPE, generator=generator))
+        agree(got, theirs(scheduler, start(), generator=torch.Generator().manual_seed(2)))
+
+    def test_dpm_solver(self, steps, predict, spacing):
+        scheduler = diffusers.DPMSolverMultistepScheduler(**common(predict, spacing), solver_order=2)
+        scheduler.set_timesteps(steps)
+        agree(ours(predict, scheduler.timesteps, start(), "dpmpp_2m"), theirs(scheduler, start()))
+
+    def test_sde_dpm_solver(self, steps, predict, spacing):
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            **common(predict, spacing), solver_order=2, algorithm_type="sde-dpmsolver++"
+        )
+        scheduler.set_timesteps(steps)
+        generator = torch.Generator().manual_seed(2)
+        got = ours(predict, scheduler.timesteps, start(), "sde", lambda: torch.randn(SHAPE, generator=generator))
+        agree(got, theirs(scheduler, start(), generator=torch.Generator().manual_seed(2)))
+
+    def test_unipc(self, steps, predict, spacing):
+        scheduler = diffusers.UniPCMultistepScheduler(**common(predict, spacing), solver_order=2, solver_type="bh2")
+        scheduler.set_timesteps(steps)
+        agree(ours(predict, scheduler.timesteps, start(), "unipc"), theirs(scheduler, start()))
+
+    def test_euler(self, steps, predict, spacing):
+        """Theirs lives on z / alpha and sigma / alpha, and is the same rule."""
+        if predict == "z":
+            pytest.skip("EulerDiscreteScheduler does not take it")
+        scheduler = diffusers.EulerDiscreteScheduler(**common(predict, spacing))
+        scheduler.set_timesteps(steps)
+        stretch = float((scheduler.sigmas[0] ** 2 + 1).sqrt())  # 1 / alpha
+        got = ours(predict, scheduler.timesteps, start(), "euler")
+        agree(got, theirs(scheduler, start(stretch), scaled=True))
+
+
+def flow(z, sigmas, sampler):
+    schedule = make_schedule("flow")
+    denoiser = Denoiser(NET, schedule, "flow", lambda t: t * K, torch.ones_like)
+    grid = torch.cat([sigmas.double(), torch.zeros(1, dtype=torch.float64)])
+    return sample(denoiser, schedule, z, grid, sampler)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddim"])
+@pytest.mark.parametrize("steps", STEPS)
+def test_flow_match_euler(steps, sampler):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=K)
+    sigmas = torch.linspace(1, 1 / steps, steps)
+    scheduler.set_timesteps(sigmas=sigmas.tolist())
+    agree(flow(start(), sigmas, sampler), theirs(scheduler, start()))
+
+
+@pytest.mark.parametrize(("sampler", "name"), [("unipc", "UniPC"), ("dpmpp_2m", "DPMSolver")])
+@pytest.mark.parametrize("steps", STEPS)
+def test_multistep_on_flow(steps, sampler, name):
+    scheduler = getattr(diffusers, f"{name}MultistepScheduler")(
+        num_train_timesteps=K, prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2
+    )
+    scheduler.set_timesteps(steps)
+    sigmas = scheduler.sigmas[:-1]
+    z = start()
+    for k, sigma in zip(scheduler.timesteps, sigmas, strict=True):
+        z = scheduler.step(ask(z, sigma * K), k, z).prev_sample  # the timesteps are whole numbers, sigma is not
+    agree(flow(start(), sigmas, sampler), z)
