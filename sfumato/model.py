@@ -142,7 +142,7 @@ class Model:
         how = how or self.sampling
         schedule = self.denoiser.schedule
         noise = Noise(seed, items, self.codec.latent_shape)
-        draw = lambda: noise().to(self.device)  # noqa: E731
+        draw = lambda: noise().to(self.device)
         denoise = self._denoise(label, len(items))
         if how.guidance != 1 and label is not None:
             denoise = cfg(denoise, self._denoise(None, len(items)), how.guidance)
@@ -182,9 +182,9 @@ class Model:
 
     def generate(self, n: int = 64, **settings: Any) -> Any:
         """New items: see `sfumato.generate`."""
-        from sfumato.tasks.generate import generate
+        import sfumato
 
-        return generate(self, n=n, **settings)
+        return sfumato.generate(self, n=n, **settings)
 
     def save(self, folder: str | Path) -> None:
         """Write `model.json` and, for each part, `config.json` and `model.safetensors`."""

@@ -31,4 +31,4 @@ class Cond:
     tokens: Tensor | None = None
     mask: Tensor | None = None
     concat: Tensor | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict[str, Tensor])

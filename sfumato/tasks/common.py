@@ -55,6 +55,15 @@ def check_target(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: exists and is not empty; name another folder, or replace it with --overwrite")
 
 
+def draw_sheet(model: Model, items: Tensor, path: Path, columns: int | None = None) -> None:
+    """A picture of items (N, ...), to look at."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model.modality.sheet(items, columns).save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be written ({error})", code=1) from error
+
+
 def tell(progress: Progress | None, stage: str, done: int, total: int) -> None:
     """Report progress, if anyone listens."""
     if progress is not None:

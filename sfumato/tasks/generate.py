@@ -30,6 +30,7 @@ def generate(
     *,
     n: int = 64,
     out: Path | None = None,
+    sheet: Path | None = None,
     label: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -48,6 +49,7 @@ def generate(
         model: Folder of the model.
         n: How many items.
         out: Folder to write them to: the items, and metadata.jsonl.
+        sheet: Picture file that shows the first 100 of them side by side.
         label: Class of all items (default: every class in turn).
         steps: Steps of the sampler (default: what fit chose).
         guidance: Weight of the condition; 1 is off (default: what fit chose).
@@ -68,7 +70,7 @@ def generate(
 
     import torch
 
-    from sfumato.tasks.common import check_target, gathered, open_model, shard, tell
+    from sfumato.tasks.common import check_target, draw_sheet, gathered, open_model, shard, tell
 
     start = time.perf_counter()
     loaded = open_model(model, device)
@@ -88,6 +90,8 @@ def generate(
     rows = _rows(loaded, n, seed, fixed, how)
     if out is not None:
         loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)
+    if sheet is not None:
+        draw_sheet(loaded, items[:100], sheet)
     return Result(items, rows, time.perf_counter() - start, vars(how).copy())
 
 

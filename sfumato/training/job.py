@@ -1,5 +1,7 @@
 """What every part of a run needs to know."""
 
+import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from sfumato.data import Data
 from sfumato.modality import Modality
 from sfumato.model import write_json
 from sfumato.training.log import Log
+
+FINISH_SHARE, FINISH_SECONDS = 0.01, 6.0
 
 
 @dataclass
@@ -57,6 +61,16 @@ class Job:
     def classes(self) -> int:
         """Number of classes; 0 without labels, or with one only."""
         return len(self.train.label_names) if self.train.labels is not None and len(self.train.label_names) > 1 else 0
+
+    def seconds_left(self) -> float:
+        """What the budget still has for training; infinite without one, or where the plan is an earlier session's.
+
+        Kept back for choosing the guidance, the last sheets and saving: a few seconds and a small share.
+        """
+        budget = self.settings.budget_seconds
+        if not self.fresh or "seconds" not in self.record or budget is None:
+            return math.inf
+        return (1 - FINISH_SHARE) * budget - FINISH_SECONDS - (time.monotonic() - self.started)
 
     def done(self, stage: str) -> bool:
         """Whether a stage is complete and its result is in the folder."""

@@ -16,7 +16,6 @@ from sfumato.training.job import Job
 from sfumato.training.measure import Speed, measure_step
 from sfumato.training.plan import ADVERSARIAL_START, CODEC_SHARE, EFFICIENCY, FEATURE_STEPS, Facts, make_plan
 
-FINISH = 0.03  # share of the budget kept for choosing the guidance, the last sheets and saving
 WITHOUT_BUDGET = 600.0  # seconds that sizes are planned for where steps are given
 
 
@@ -79,7 +78,8 @@ def divide_time(job: Job, budget: float) -> None:
         job.settings.codec.perceptual_steps = max(20, min(FEATURE_STEPS, affordable))
     fixed = job.settings.codec.perceptual_steps * features.seconds
     fixed += len(job.train) / (codec.batch or 1) * speeds["codec"].seconds / 5  # encoding everything once
-    left = budget * (1 - FINISH) - (time.monotonic() - job.started) - fixed - 3.0
+    job.record["seconds"] = {}
+    left = job.seconds_left() - fixed
     if left < 0.25 * budget:
         need = (budget - left) / 0.7
         raise UserError(f"--budget {budget:g}s is too small for these data on this machine; give at least {need:.0f}s")

@@ -85,11 +85,16 @@ def features(job: Job) -> Classifier:
 
 def make_trainer(job: Job, step: TrainStep, settings: StageSettings, stage: str, state: State | None) -> Trainer:
     """A stage's trainer, where its checkpoint left it."""
-    clock = job.record.get("seconds", {}).get(stage, math.inf) if job.fresh else math.inf
+    planned = job.record.get("seconds", {}).get(stage, math.inf)
+    left = job.seconds_left()
+    clock = math.inf if math.isinf(left) else planned if stage == "codec" else max(left, 1.0)
+    horizon = Horizon(settings.steps or 1, clock)
+    if stage == "denoiser" and not math.isinf(left):  # what the first stage left over or took too much of
+        horizon.amendments.append((0, max(1, round(horizon.steps * clock / planned))))
     trainer = Trainer(
         step,
         settings,
-        Horizon(settings.steps or 1, clock),
+        horizon,
         stage=stage,
         seed=job.settings.seed,
         accelerator=job.accelerator,

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sfumato.core import PREDICT, SCHEDULES, Denoiser, make_schedule
+from sfumato.core.denoiser import CLOCK_LIMIT
 from sfumato.types import Cond
 
 TIMES = torch.tensor([0.001, 0.2, 0.5, 0.9, 0.995], dtype=torch.float64)
@@ -88,6 +89,7 @@ def test_what_the_network_is_told():
     z_in, clocks, told, seen = denoiser.net.asked
     assert told is cond and seen is mask and clocks.shape == (5, 1) and clocks.dtype == torch.float32
     assert clocks.isfinite().all() and clocks[2] == 0 and (clocks.diff(dim=0) > 0).all()
+    assert clocks[-1] == -clocks[0] == CLOCK_LIMIT  # not log(1 / 0), but what training has seen
     assert torch.allclose(z_in[2], z_t[2] * 2**0.5)
     denoiser(z_t, t)
     assert denoiser.net.asked[2] == Cond()

@@ -135,6 +135,14 @@ def test_clean_tokens_stay(sampler):
     assert out.isfinite().all() and torch.equal(out[:, 0], z[:, 0]) and not torch.equal(out[:, 1], z[:, 1])
 
 
+@pytest.mark.parametrize("name", ["flow", "cosine", "edm", "walk"])
+def test_prior_has_the_variance_of_unit_latents(name):
+    schedule, ones = make_schedule(name, **({"steps": 4, "tau": 0.5} if name == "walk" else {})), lambda: torch.ones(2)
+    for t in (1.0, 0.4):
+        alpha, sigma = schedule(t)
+        assert torch.allclose(prior(schedule, ones, t).double() ** 2, (alpha**2 + sigma**2).expand(2), rtol=1e-5)
+
+
 def test_calls_per_step():
     schedule, calls = make_schedule("flow"), []
     denoise = lambda z, t: calls.append(t) or GAUSSIAN.denoise(schedule)(z, t)
