@@ -80,6 +80,7 @@ class CodecSettings(Section):
     )
     reconstruction: Literal["l1", "l2"] | None = Field(default=None, description="distance between pixels")
     codebook_size: int | None = Field(default=None, ge=2, description="codes of a vq bottleneck")
+    groups: int | None = Field(default=None, ge=1, description="codes per latent position of a vq bottleneck")
     levels: Levels | None = Field(default=None, description="levels per channel of an fsq bottleneck, such as 8,5,5")
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -173,10 +173,9 @@ class Model:
         names = self.card.label_names
         if not names:
             raise UserError(f"label '{label}': this model was trained without labels")
-        if label in names:
-            return names.index(label)
-        if label.isdigit() and int(label) < len(names):
-            return int(label)
+        number = find_class(names, label)
+        if number is not None:
+            return number
         shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
         raise UserError(f"label '{label}' is unknown to the model: it knows {shown}")
 
@@ -204,6 +203,14 @@ class Model:
         write_json(folder / "model.json", facts)
 
 
+def find_class(names: Sequence[str], label: str) -> int | None:
+    """The number of the class called `label`; a number counts where no class is called by one. None if unknown."""
+    if label in names:
+        return list(names).index(label)
+    by_number = label.isdecimal() and int(label) < len(names) and not any(name.isdecimal() for name in names)
+    return int(label) if by_number else None
+
+
 def save_part(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
     """Write one part's `config.json` and `model.safetensors`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -228,11 +235,14 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is {path.parent} a model's folder?") from None
     except ValueError:
-        raise UserError(f"{path}: damaged, it is not JSON", code=1) from None
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged, it is not a JSON object", code=1)
+    return cast("dict[str, Any]", value)
 
 
 def load(folder: str | Path, device: str | None = None) -> Model:
@@ -255,7 +265,10 @@ def load(folder: str | Path, device: str | None = None) -> Model:
         raise UserError(f"{folder}/model.json: format {facts.get('format')} is not known; update sfumato")
     keys = ("modality", "shape", "mode", "label_names", "sample")
     configs = {name: read_json(folder / name / "config.json") for name in PARTS}
-    model = Model(Card(**{key: facts[key] for key in keys}, **configs))
+    try:
+        model = Model(Card(**{key: facts[key] for key in keys}, **configs))
+    except (KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        raise UserError(f"{folder}: its JSON files do not describe a model ({error!r})", code=1) from None
     for name, module in model.parts.items():
         load_part(folder / name, module)
     return model.eval().to(device or default_device())
@@ -269,4 +282,5 @@ def load_part(folder: Path, module: nn.Module) -> None:
     except FileNotFoundError:
         raise UserError(f"{path}: missing, so the model cannot be loaded", code=1) from None
     except Exception as error:
-        raise UserError(f"{path}: damaged or of another model ({str(error).splitlines()[0]})", code=1) from None
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: damaged or of another model ({why})", code=1) from None

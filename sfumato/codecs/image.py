@@ -130,6 +130,7 @@ class ImageCodec(Codec):
         width: Channels of the finest encoder stage; doubled at each halving, up to four times.
         depth: Residual blocks per stage.
         codebook_size: Codes of `vq`.
+        groups: Codes per position of `vq`.
         levels: Levels per channel of `fsq`.
 
     References:
@@ -147,11 +148,12 @@ class ImageCodec(Codec):
         width: int = 64,
         depth: int = 1,
         codebook_size: int = 512,
+        groups: int = 1,
         levels: tuple[int, ...] | None = None,
     ) -> None:
         count, height, wide = shape
         grid = (math.ceil(height / downsample), math.ceil(wide / downsample))
-        options = {"vq": {"size": codebook_size}, "fsq": {"levels": levels} if levels else {}}.get(bottleneck, {})
+        options = {"vq": {"size": codebook_size, "groups": groups}, "fsq": {"levels": levels} if levels else {}}.get(bottleneck, {})
         neck = make_bottleneck(bottleneck, latent_dim or channels, **options)
         super().__init__((latent_dim,) if latent_dim else (channels, *grid))
         stem = min(downsample, 4)

@@ -16,6 +16,7 @@ from .schedule import Schedule
 
 CLOCK_LIMIT = 1.75  # log(sigma / alpha) within +-7: beyond it training sees next to nothing and a sampler starts there
 ALPHA_MIN = 1e-3  # the row eps divides by alpha
+_UNTOLD = Cond()  # made once: torch.compile cannot
 
 
 class Row(NamedTuple):
@@ -125,7 +126,7 @@ class Denoiser(nn.Module):
         z_in = (trail(self.c_in(t), z_t) * z_t).to(weight.dtype)
         clocks = self.clock(t).to(z_t)  # float32 even for a bf16 network: its features need the digits
         clocks = clocks[:, None] if t.ndim == 1 else clocks.flatten(1)[..., None]  # (B, 1) or (B, N, 1)
-        return self.net(z_in, clocks, cond or Cond(), mask).to(z_t.dtype)
+        return self.net(z_in, clocks, cond or _UNTOLD, mask).to(z_t.dtype)
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Cond | None = None, mask: Tensor | None = None) -> Tensor:
         """The expected data $E[z | z_t]$.

@@ -1,19 +1,25 @@
-"""What several tasks need: opening a model, sharing items between processes, checking the output folder."""
+"""What several tasks need: opening a model, reading a source, sharing items between processes, output folders."""
 
-from collections.abc import Callable
+import re
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sfumato.config import DataSettings, apply_overrides, read_settings
+from sfumato.data import BUILTINS, Data
 from sfumato.errors import UserError
-from sfumato.model import Model, load
+from sfumato.model import Model, load, read_json
 
 Progress = Callable[[str, int, int], None]
 
 
 def open_model(model: Path | str | Model, device: str | None) -> Model:
     """The model itself, or the one in a folder."""
+    _process()  # of several GPUs each process has its own once it has joined, so before anything is put there
     if not isinstance(model, Model):
         return load(model, device)
     return model if device is None else model.to(device)
@@ -29,6 +35,11 @@ def _process() -> tuple[int, int]:
 
     state = PartialState()
     return state.process_index, state.num_processes
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes the files."""
+    return _process()[0] == 0
 
 
 def shard(n: int) -> list[int]:
@@ -49,19 +60,71 @@ def gathered(items: Tensor, n: int) -> Tensor:
     return whole
 
 
-def check_target(out: Path, overwrite: bool) -> None:
-    """Refuse, before any work is done, an output folder with something in it."""
+def check_counts(least: int = 1, **counts: int | None) -> None:
+    """Refuse numbers of things that are too small; None is no number."""
+    for name, count in counts.items():
+        if count is not None and count < least:
+            raise UserError(f"{'-' if len(name) == 1 else '--'}{name} must be at least {least}, not {count}")
+
+
+def check_target(out: Path | str, overwrite: bool) -> None:
+    """Refuse, before any work is done, an output folder with something in it, or one that cannot be written."""
+    out = Path(out).absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise UserError(f"{out}: exists and is not empty; name another folder, or replace it with --overwrite")
+    try:
+        with tempfile.TemporaryFile(dir=next(parent for parent in out.parents if parent.exists())):
+            pass
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}); name another folder", code=1) from error
 
 
-def draw_sheet(model: Model, items: Tensor, path: Path, columns: int | None = None) -> None:
+def draw_sheet(model: Model, items: Tensor, path: Path | str, columns: int | None = None) -> None:
     """A picture of items (N, ...), to look at."""
+    path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         model.modality.sheet(items, columns).save(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be written ({error})", code=1) from error
+
+
+def source_settings(model: object, overrides: Sequence[str], skip_bad: bool, labels: bool) -> DataSettings:
+    """How to read a source: as the run of a model read its own, changed by what the user says.
+
+    Args:
+        model: The model's folder, whose `run.json` tells; anything else means the usual settings.
+        overrides: Settings of the data, as `data.resolution=64`.
+        skip_bad: Whether files that cannot be read are left out.
+        labels: Whether the run's `label_from` counts, which another source's file names need not fit.
+    """
+    record = Path(model) / "run.json" if isinstance(model, str | Path) else None
+    recorded = read_json(record).get("plan", {}).get("data", {}) if record is not None and record.is_file() else {}
+    kept = {key: value for key, value in recorded.items() if labels or key != "label_from"}
+    foreign = next((text for text in overrides if not text.strip().startswith("data.")), None)
+    if foreign is not None:
+        raise UserError(f"--set {foreign}: only how the data are read can be set here, such as data.resolution=64")
+    settings = apply_overrides(read_settings({"data": kept}), overrides).data
+    return settings.model_copy(update={"skip_bad": True}) if skip_bad else settings
+
+
+def check_fit(name: object, shape: Sequence[int], mode: str, source: object, data: Data) -> None:
+    """Refuse a source of other images than those of `name` (samples, or what a model makes), of shape (C, H, W)."""
+    if (tuple(shape), mode) == (data.shape, data.mode):
+        return
+    ours, theirs = (f"{width}x{height} {kind}" for (_, height, width), kind in ((shape, mode), (data.shape, data.mode)))
+    name = "the model" if isinstance(name, Model) else name
+    remedy = f" (convert these with --set data.resolution={shape[1]} --set data.mode={mode})"
+    raise UserError(
+        f"{name}: its images are {ours}, but those of {source} are {theirs}{remedy * (shape[1] == shape[2])}", code=1
+    )
+
+
+def label_values(names: Sequence[str]) -> list[Any]:
+    """Each class's label as the data had it: an integer if its name is one, and in sets known by name."""
+    if any(list(names) == home.classes for home in BUILTINS.values()):
+        return list(range(len(names)))
+    return [int(name) if re.fullmatch(r"0|-?[1-9][0-9]*", name) else name for name in names]
 
 
 def tell(progress: Progress | None, stage: str, done: int, total: int) -> None:

@@ -70,17 +70,18 @@ def generate(
 
     import torch
 
-    from sfumato.tasks.common import check_target, draw_sheet, gathered, open_model, shard, tell
+    from sfumato.tasks.common import check_counts, check_target, draw_sheet, gathered, is_main, open_model, shard, tell
 
     start = time.perf_counter()
+    check_counts(n=n, steps=steps, batch=batch)
     loaded = open_model(model, device)
-    how = _sampling(loaded, n, steps, guidance, sampler)
+    how = _sampling(loaded, steps, guidance, sampler)
     if out is not None:
         check_target(out, overwrite)
     fixed = None if label is None else loaded.class_number(label)
     mine = shard(n)
     labels = loaded.labels_for(mine, seed) if fixed is None else torch.full((len(mine),), fixed)
-    parts: list[Tensor] = []
+    parts = [torch.empty(0, *loaded.card.shape)]  # a process may have no items
     for first in range(0, len(mine), batch):
         some = slice(first, first + batch)
         z = loaded.sample(mine[some], None if labels is None else labels[some], seed=seed, how=how)
@@ -88,25 +89,20 @@ def generate(
         tell(progress, "generate", min(first + batch, len(mine)), len(mine))
     items = gathered(torch.cat(parts), n)
     rows = _rows(loaded, n, seed, fixed, how)
-    if out is not None:
+    if out is not None and is_main():
         loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)
-    if sheet is not None:
+    if sheet is not None and is_main():
         draw_sheet(loaded, items[:100], sheet)
     return Result(items, rows, time.perf_counter() - start, vars(how).copy())
 
 
-def _sampling(model: "Model", n: int, steps: int | None, guidance: float | None, sampler: str | None) -> "Sampling":
+def _sampling(model: "Model", steps: int | None, guidance: float | None, sampler: str | None) -> "Sampling":
     """The model's own sampling defaults with what the user fixed, checked."""
     from dataclasses import replace
 
     from sfumato.core.choice import choose
     from sfumato.core.sampler import SAMPLERS
-    from sfumato.errors import UserError
 
-    if n < 1:
-        raise UserError(f"-n must be at least 1, not {n}")
-    if steps is not None and steps < 1:
-        raise UserError(f"--steps must be at least 1, not {steps}")
     if sampler is not None:
         choose(SAMPLERS, "sampler", sampler)
     given = {"steps": steps, "guidance": guidance, "sampler": sampler}
@@ -114,10 +110,12 @@ def _sampling(model: "Model", n: int, steps: int | None, guidance: float | None,
 
 
 def _rows(model: "Model", n: int, seed: int, fixed: int | None, how: "Sampling") -> list[dict[str, Any]]:
-    """A row of facts per item; labels as the data had them (integers stay integers)."""
+    """A row of facts per item."""
+    from sfumato.tasks.common import label_values
+
     labels = model.labels_for(range(n), seed) if fixed is None else [fixed] * n
     facts = {"seed": seed, "sampler": how.sampler, "steps": how.steps, "guidance": how.guidance}
     if labels is None:
         return [{"item": i, **facts} for i in range(n)]
-    names = [int(name) if name.isdigit() else name for name in model.card.label_names]
-    return [{"label": names[int(k)], "item": i, **facts} for i, k in enumerate(labels)]
+    values = label_values(model.card.label_names)
+    return [{"label": values[int(k)], "item": i, **facts} for i, k in enumerate(labels)]

@@ -33,6 +33,7 @@ def build_card(settings: Settings, data: Data, modality: str, classes: int) -> C
         "width": codec.width,
         "depth": codec.depth,
         "codebook_size": codec.codebook_size,
+        "groups": codec.groups,
         "levels": None if codec.levels is None else list(codec.levels),
     }
     net: dict[str, Any] = {"name": denoiser.net, "width": denoiser.width, "depth": denoiser.depth}
@@ -123,7 +124,8 @@ def kept_network(path: Path, job: Job) -> Classifier | None:
 
     if not path.is_file():
         return None
-    classes = load_file(path)["head.weight"].shape[0]
-    network = Classifier(job.train.shape, classes, FEATURE_WIDTH)
-    network.load_state_dict(load_file(path))
+    state = load_file(path)
+    with torch.random.fork_rng(devices=[]):  # whether it was trained or loaded, what is drawn next is the same
+        network = Classifier(job.train.shape, state["head.weight"].shape[0], FEATURE_WIDTH)
+    network.load_state_dict(state)
     return network.to(device=job.device, memory_format=torch.channels_last).eval().requires_grad_(False)

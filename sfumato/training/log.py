@@ -39,9 +39,9 @@ class Log:
         if not self.main or not path.is_file():
             return
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip().endswith("}")]
-        stages = {"codec": 0, "denoiser": 1}
-        now = (stages[stage], step)
-        kept = [row for row in rows if (stages.get(row.get("stage", ""), 2), row.get("step", 0)) <= now]
+        order = {"codec": 0, "reconstruction": 1, "denoiser": 2}
+        now = (order[stage], step)
+        kept = [row for row in rows if (order.get(row.get("stage", ""), 3), row.get("step", 0)) <= now]
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(path)

@@ -1,6 +1,8 @@
 """The one training loop: phases, clipping, weight average, checkpoints, reports. It knows nothing of what it trains."""
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -137,8 +139,21 @@ class Trainer:
         """Whether all steps are done."""
         return self.done >= self.steps
 
-    def run(self, feed: Feed, save: Callable[[], None], every: float = 5.0, save_every: float = 30.0) -> Iterator[Report]:
-        """Train to the horizon; yields a report about every `every` seconds, saves about every `save_every`."""
+    def run(
+        self,
+        feed: Feed,
+        save: Callable[[], None],
+        interrupted: Callable[[], bool] = lambda: False,
+        every: float = 5.0,
+        save_every: float = 30.0,
+    ) -> Iterator[Report]:
+        """Train to the horizon; yields a report about every `every` seconds, saves about every `save_every`.
+
+        Saves between steps only: within one, weights and buffers are not of the same step.
+
+        Raises:
+            KeyboardInterrupt: `interrupted()` was true after a step; that step is saved.
+        """
         self.inner.train()
         first, start = self.done, time.perf_counter()
         reported = saved = start
@@ -153,6 +168,9 @@ class Trainer:
             if now - saved > save_every and not self.finished:
                 save()
                 saved = time.perf_counter()
+            if interrupted():
+                save()
+                raise KeyboardInterrupt
 
     def advance(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer step of every phase that is due."""
@@ -242,9 +260,37 @@ class Trainer:
                         j, k = key.split("/")[3:]
                         state.setdefault(int(j), {})[k] = value
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+                lay_out(optimizer)
         self.done = int(facts["done"])
         self.horizon.amendments = [(int(a), int(b)) for a, b in facts["amendments"]]
         self.horizon.seconds = math.inf
+
+
+@contextmanager
+def held_interrupts() -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C only makes the function handed out say True; the second one interrupts."""
+    before, asked = signal.getsignal(signal.SIGINT), list[bool]()
+
+    def note(number: int, frame: object) -> None:
+        asked.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    ours = threading.current_thread() is threading.main_thread() and callable(before)
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+
+
+def lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded moments the memory layout of their parameters: fused kernels walk both in the order of memory."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def trained_state(step: TrainStep) -> dict[str, Tensor]:

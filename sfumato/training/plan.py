@@ -15,8 +15,9 @@ from typing import TypeVar
 
 from sfumato.config import CodecSettings, DenoiserSettings, SampleSettings, Settings, StageSettings
 from sfumato.nn import net_size
+from sfumato.nn.classifier import SMALLEST
 
-CODEC_SHARE = 0.42
+CODEC_SHARE = 0.5
 EFFICIENCY = 0.45  # share of the matrix peak that a training step reaches
 ADVERSARIAL_START = 0.5  # share of the codec's steps before the adversarial loss begins
 FEATURE_STEPS = 400  # training steps of the feature network
@@ -79,11 +80,12 @@ def plan_codec(given: CodecSettings, facts: Facts, seconds: float) -> CodecSetti
         width=max(fits, default=CODEC_WIDTHS[0]),
         depth=1,
         kl_weight=1e-3,
-        perceptual="auto",
-        perceptual_weight=0.5,
+        perceptual="auto" if min(facts.shape[1:]) >= SMALLEST else "none",  # the feature network needs some pixels
+        perceptual_weight=2.0,
         adversarial_weight=0.0,
         reconstruction="l1",
         codebook_size=512,
+        groups=2 if c % 2 == 0 and not (given.channels or 0) % 2 else 1,
     )
     return filled(given, planned)
 
@@ -111,7 +113,7 @@ def plan_denoiser(
         schedule="flow",
         predict="flow",
         weight="uniform",
-        times="logit_normal" if net == "dit" else "uniform",
+        times="logit_normal",
         class_dropout=0.1,
     )
     return filled(given, planned)
@@ -121,7 +123,9 @@ def plan_stage(given: StageSettings, stage: str, facts: Facts) -> StageSettings:
     """Batch, rates and averages of a stage; the number of steps is set once a step has been measured."""
     small = max(8, 2 ** int(math.log2(max(8, facts.count // 8))))
     codec = StageSettings(batch=min(64, small), lr=2e-3, optimizer="adamw", warmup=100, decay=0.4, clip=1.0, ema=0.05)
-    denoiser = StageSettings(batch=min(512, small), lr=1e-3, optimizer="adamw", warmup=100, decay=0.3, clip=1.0, ema=0.1)
+    denoiser = StageSettings(
+        batch=min(512, small), lr=2e-3, optimizer="adamw", warmup=100, decay=0.3, clip=1.0, ema=0.1
+    )
     return filled(given, (codec if stage == "codec" else denoiser).model_copy(update={"weight_decay": 0.0}))
 
 
@@ -146,7 +150,9 @@ def make_plan(settings: Settings, facts: Facts, seconds: float, size: str | None
     """
     codec = plan_codec(settings.codec, facts, seconds * CODEC_SHARE)
     f, c = codec.downsample or 1, codec.channels or 1
-    numbers = (codec.latent_dim or 1) if codec.latent == "vector" else c * math.prod(-(-n // f) for n in facts.shape[1:])
+    numbers = (
+        (codec.latent_dim or 1) if codec.latent == "vector" else c * math.prod(-(-n // f) for n in facts.shape[1:])
+    )
     return settings.model_copy(
         update={
             "codec": codec,

@@ -20,7 +20,7 @@ WITHOUT_BUDGET = 600.0  # seconds that sizes are planned for where steps are giv
 
 
 def decide(job: Job, steps: int | None, size: str | None) -> None:
-    """Fix every setting and write them to `run.json`: from here on the run is deterministic."""
+    """Fix every setting, in the job and in its record: from here on the run is deterministic."""
     job.log.show("plan", 0, 1)
     peak = measure_peak(job.precision, job.device)
     facts = Facts(job.train.shape, len(job.train), job.classes, job.precision, EFFICIENCY * peak)
@@ -51,7 +51,6 @@ def decide(job: Job, steps: int | None, size: str | None) -> None:
         assert budget is not None
         divide_time(job, budget)
     job.record["plan"] = job.settings.model_dump()
-    job.write()
     job.log.show("plan", 1, 1)
 
 
@@ -59,7 +58,10 @@ def divide_steps(job: Job, steps: int) -> None:
     """Share out a number of steps between the stages."""
     codec, denoiser = job.settings.train.codec, job.settings.train.denoiser
     first = min(steps - 1, max(1, round(steps * CODEC_SHARE)))
-    codec.steps, denoiser.steps = codec.steps or first, denoiser.steps or steps - first
+    if denoiser.steps is not None:
+        first = max(1, steps - denoiser.steps)
+    codec.steps = codec.steps or first
+    denoiser.steps = denoiser.steps or max(1, steps - codec.steps)
     if job.settings.codec.perceptual_steps is None:
         job.settings.codec.perceptual_steps = min(FEATURE_STEPS, steps)
 
@@ -85,9 +87,10 @@ def divide_time(job: Job, budget: float) -> None:
         raise UserError(f"--budget {budget:g}s is too small for these data on this machine; give at least {need:.0f}s")
     shares = {"codec": CODEC_SHARE * left, "denoiser": (1 - CODEC_SHARE) * left}
     for name, stage in (("codec", codec), ("denoiser", denoiser)):
-        stage.steps = stage.steps or max(1, int(shares[name] / speeds[name].seconds))
+        if stage.steps is None:  # what the user fixed, the clock does not amend
+            stage.steps = max(1, int(shares[name] / speeds[name].seconds))
+            job.record["seconds"][name] = shares[name]
     job.record["measured"] = {name: speed._asdict() for name, speed in speeds.items()}
-    job.record["seconds"] = shares
 
 
 def measure_stages(job: Job) -> dict[str, Speed]:

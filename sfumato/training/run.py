@@ -1,13 +1,18 @@
 """Opening a run's folder: a new one, one to replace, or one to go on with."""
 
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
-from sfumato.config import Settings
+from sfumato import __version__
+from sfumato.config import Settings, read_settings
 from sfumato.errors import UserError
 from sfumato.machine import best_precision, default_device
 from sfumato.modality import find_modality, recognise
@@ -19,6 +24,10 @@ from sfumato.training.stages import train_stages
 from sfumato.training.state import load_state
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
+WRITTEN = (  # what a run leaves in its folder beside `run.json`
+    *("model.json", "metrics.jsonl", "README.md", "samples", "codec", "conditioner", "denoiser"),
+    *("checkpoint", "checkpoint.*", "checkpoint-features", "events.out.tfevents.*", "*.partial"),
+)
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
@@ -28,7 +37,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> dict[str, Any] 
         With `resume`, the record of the run to go on with, if it got as far as a plan; else None.
     """
     present = folder.is_dir() and any(folder.iterdir())
-    if folder.is_file() or (present and not (folder / "run.json").is_file()):
+    if folder.is_file() or (present and not is_run(folder)):
         raise UserError(f"{folder}: exists and is not a run of sfumato; name another folder")
     if present and not (resume or overwrite):
         raise UserError(f"{folder}: there is a run already; go on with --resume, or replace it with --overwrite")
@@ -38,15 +47,60 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> dict[str, Any] 
     return record if "plan" in record else None
 
 
-def make_folder(folder: Path, source: str, overwrite: bool) -> None:
-    """Make the folder of a new run; an old run in it goes only now that the new one's data have been read."""
+def is_run(folder: Path) -> bool:
+    """Whether the folder is ours, so that it may be replaced: other programs write a `run.json` too."""
     try:
-        if overwrite and folder.is_dir():
-            shutil.rmtree(folder)
+        return {"source", "sfumato"} <= read_json(folder / "run.json").keys()
+    except (UserError, OSError, AttributeError):
+        return False
+
+
+def begin(folder: Path, source: str) -> None:
+    """Write that a run begins here; without a plan, `--resume` starts it afresh."""
+    write_json(folder / "run.json", {"source": source, "sfumato": __version__})
+
+
+def make_folder(folder: Path, source: str) -> None:
+    """Make the folder of a new run, and see whether it can be written; an old run in it stays for now."""
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "run.json", {"source": source})
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if not is_run(folder):
+            begin(folder, source)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error})", code=1) from error
+
+
+def plan(job: Job, steps: int | None, size: str | None) -> None:
+    """Decide on the plan and write it; only now that it stands goes the old run, if there is one to replace."""
+    folder, main = job.folder, job.accelerator.is_main_process
+    try:
+        decide(job, steps, size)
+    except UserError:
+        if main and [path.name for path in folder.iterdir()] == ["run.json"]:  # nothing has begun: leave nothing
+            shutil.rmtree(folder)
+        raise
+    if main:
+        begin(folder, job.source)
+        for path in [path for pattern in WRITTEN for path in folder.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    job.write()
+
+
+def make_accelerator(device: str, precision: str) -> Accelerator:
+    """What knows of devices and processes.
+
+    Raises:
+        UserError: The device is not at hand.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # its state outlives a run, and the next may want another
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=device == "cpu")
 
 
 def run(
@@ -78,23 +132,22 @@ def run(
     """
     record = check_folder(folder, resume, overwrite)
     if record is not None:
-        settings = Settings.model_validate(record["plan"])
+        settings = read_settings(record["plan"])
     modality = find_modality(settings.modality) if settings.modality else recognise(source)
     train, held = modality.read(source, settings.data)
     if record is not None and record["data"]["fingerprint"] != train.fingerprint:
         raise UserError(f"{source}: the data differ from those {folder} was trained on; start another run")
-    device = device or default_device()
+    device = device or (record or {}).get("device") or default_device()
     asked = settings.train.precision
-    bf16 = (best_precision(device) if asked == "auto" else asked) == "bf16"
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device == "cpu")
+    accelerator = make_accelerator(device, best_precision(device) if asked == "auto" else asked)
     if record is None and accelerator.is_main_process:
-        make_folder(folder, source, overwrite)
+        make_folder(folder, source)
     accelerator.wait_for_everyone()
     log = Log(folder, progress, accelerator.is_main_process)
     job = Job(source, folder, settings, modality, train, held, accelerator, log, started, record or {}, record is None)
     try:
         if record is None:
-            decide(job, steps, size)
+            plan(job, steps, size)
         elif job.done("denoiser"):
             return load(folder, device)
         return train_stages(job, load_state(folder / "checkpoint") if record is not None else None)

@@ -27,7 +27,7 @@ from sfumato.training.card import write_card
 from sfumato.training.choose import choose_guidance
 from sfumato.training.feeds import DataFeed, LatentFeed
 from sfumato.training.job import Job
-from sfumato.training.loop import Feed, Horizon, Trainer
+from sfumato.training.loop import Feed, Horizon, Trainer, held_interrupts
 from sfumato.training.state import State, save_state
 from sfumato.training.steps import TrainStep
 
@@ -66,8 +66,9 @@ def train_stages(job: Job, state: State | None) -> Model:
         job.record["guidance"] = tried
     model.save(job.folder)
     job.record["seconds_taken"] = round(time.monotonic() - job.started, 1)
-    job.finish("denoiser", parameters={k: count_parameters(v) for k, v in model.parts.items()})
+    job.record["metrics"]["parameters"] = {k: count_parameters(v) for k, v in model.parts.items()}
     write_card(job, model)
+    job.finish("denoiser")
     return model
 
 
@@ -87,9 +88,10 @@ def make_trainer(job: Job, step: TrainStep, settings: StageSettings, stage: str,
     """A stage's trainer, where its checkpoint left it."""
     planned = job.record.get("seconds", {}).get(stage, math.inf)
     left = job.seconds_left()
-    clock = math.inf if math.isinf(left) else planned if stage == "codec" else max(left, 1.0)
+    fixed = math.isinf(left) or math.isinf(planned)  # the latter where the user gave the number of steps
+    clock = math.inf if fixed else planned if stage == "codec" else max(left, 1.0)
     horizon = Horizon(settings.steps or 1, clock)
-    if stage == "denoiser" and not math.isinf(left):  # what the first stage left over or took too much of
+    if stage == "denoiser" and not fixed:  # what the first stage left over or took too much of
         horizon.amendments.append((0, max(1, round(horizon.steps * clock / planned))))
     trainer = Trainer(
         step,
@@ -103,6 +105,7 @@ def make_trainer(job: Job, step: TrainStep, settings: StageSettings, stage: str,
     )
     if state is not None and state[1]["stage"] == stage:
         trainer.load(*state)
+    if not job.fresh:  # also without a checkpoint: there may be records of steps that were lost
         job.log.rewind(stage, trainer.done)
     return trainer
 
@@ -116,15 +119,14 @@ def drive(job: Job, trainer: Trainer, feed: Feed, sheet: Sheet) -> None:
         job.accelerator.wait_for_everyone()
 
     quarter = 4 * trainer.done // trainer.steps
-    try:
-        for report in trainer.run(feed, save):
+    with held_interrupts() as interrupted:
+        for report in trainer.run(feed, save, interrupted):
             job.log.report(report)
             if quarter < 4 * report.step // report.steps < 4:
                 quarter = 4 * report.step // report.steps
                 with trainer.averaged():
                     job.log.picture(*sheet(), report.step)
-    finally:
-        save()
+    save()
     job.record.setdefault("amendments", {})[trainer.stage] = trainer.horizon.amendments
     trainer.ema.apply()
     job.log.picture(*sheet(), trainer.done)
@@ -142,7 +144,12 @@ def train_codec(job: Job, model: Model, network: Classifier | None, state: State
         """Originals, each above its reconstruction."""
         columns = min(8, len(some))
         x = some[: len(some) // columns * columns].unflatten(0, (-1, columns))
-        x_hat = model.codec.eval().decode(model.codec.encode(x.flatten(0, 1).to(job.device))).cpu().unflatten(0, (-1, columns))
+        x_hat = (
+            model.codec.eval()
+            .decode(model.codec.encode(x.flatten(0, 1).to(job.device)))
+            .cpu()
+            .unflatten(0, (-1, columns))
+        )
         model.codec.train()
         return "reconstructions", job.modality.sheet(torch.stack([x, x_hat.clamp(-1, 1)], 1).flatten(0, 2), columns)
 
@@ -168,7 +175,7 @@ def measure_codec(job: Job, model: Model, network: Classifier | None) -> dict[st
     x = job.held.batch(torch.arange(min(len(job.held), CHECKED))).data
     extractor = None if network is None else NamedExtractor("features", network.features, job.device)
     report = reconstruction_report(x, model.reconstruct(x), extractor)
-    job.log.record({"stage": "codec", "step": job.settings.train.codec.steps or 0, **report})
+    job.log.record({"stage": "reconstruction", "step": job.settings.train.codec.steps or 0, **report})
     return {"codec": {k: round(v, 4) for k, v in report.items()}}
 
 

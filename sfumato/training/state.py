@@ -18,12 +18,16 @@ def save_state(folder: Path, state: State) -> None:
     """Replace the checkpoint: written beside it, then renamed; killed at any moment, one whole checkpoint is left."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
     tensors, facts = state
-    write_tensors(new / "state.safetensors", tensors)
-    write_json(new / "state.json", facts)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    try:
+        new.mkdir(parents=True)
+        write_tensors(new / "state.safetensors", tensors)
+        write_json(new / "state.json", facts)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)  # on a full disk half a checkpoint would only be in the way
+        raise
+    if folder.exists():  # else the exchange before was cut short, and `old` is all there is
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -36,5 +40,7 @@ def load_state(folder: Path) -> State | None:
             try:
                 return load_file(place / "state.safetensors"), read_json(place / "state.json")
             except Exception as error:
-                raise UserError(f"{place}: the checkpoint is damaged ({error}); start again with --overwrite", code=1) from None
+                raise UserError(
+                    f"{place}: the checkpoint is damaged ({error}); start again with --overwrite", code=1
+                ) from None
     return None

@@ -1,0 +1,119 @@
+"""How good a model or its samples are, each number beside what real held-out data score."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sfumato.data import Data
+    from sfumato.metrics import Report
+    from sfumato.model import Model
+    from sfumato.tasks.common import Progress
+    from sfumato.tasks.judge import Judge
+
+MOST, LEAST = 10_000, 1_000  # items that are generated, unless told otherwise
+CHECKED = 2_000  # held-out items that the codec is measured on
+COPIES, NOVELTY = 0.2, 0.7  # more copies than this, or less novelty, and the samples look copied
+
+
+def evaluate(
+    target: "Path | str | Model",
+    source: str | Path,
+    *,
+    n: int | None = None,
+    cas: bool = False,
+    skip_bad: bool = False,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    batch: int = 500,
+    device: str | None = None,
+    progress: "Progress | None" = None,
+) -> dict[str, Any]:
+    """Measure a model, or samples, against real data.
+
+    Each number stands beside its floor, what real held-out data score. Distances are between features: of Inception
+    where its weights are at hand, else of a classifier trained on the training part.
+
+    Args:
+        target: Folder of a model, or samples: a folder or an .npz file.
+        source: The real data: a built-in set, a folder, a file or hf://owner/name.
+        n: How many items to generate (default: as many as held out, 1,000 to 10,000) or to take of the samples.
+        cas: Also train a classifier on the samples, and test it on held-out data.
+        skip_bad: Leave out files that cannot be read.
+        overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
+        seed: Seed of what is generated or drawn.
+        batch: Items computed at once.
+        device: Where to compute, such as cpu or cuda.
+        progress: Called with the stage, how much of it is done, and how much there is.
+
+    Returns:
+        What JSON can hold: what `sfumato.metrics.image_report` says; `memorised`, whether the samples look copied from
+        the training part; of a model also what its codec keeps of `codec_n` held-out items (`codec_psnr` and others).
+
+    Raises:
+        UserError: No such model, samples or source; they do not fit one another; there are no labels for `cas`.
+    """
+    import time
+
+    from sfumato.tasks.common import check_counts, open_model, source_settings, tell
+    from sfumato.tasks.judge import FEWEST, Judge, check_samples, draw_samples, read_real, read_samples, relabelled
+
+    start = time.perf_counter()
+    check_counts(batch=batch)
+    check_counts(FEWEST, n=n)
+    model = open_model(target, device) if _is_model(target) else None
+    settings = source_settings(None if model is None else target, overrides, skip_bad, labels=True)
+    train, held = read_real(source, settings)
+    if model is None:
+        samples = read_samples(str(target), n, settings.skip_bad, seed)
+        check_samples(target, samples, source, train, cas)
+    else:
+        check_samples(target, model.card, source, train, cas)
+        samples = draw_samples(model, n or min(MOST, max(LEAST, len(held))), seed, batch, progress)
+    samples = relabelled(samples, train)
+    judge = Judge(train, device or (None if model is None else str(model.device)), progress)
+    tell(progress, "measure", 0, 1)
+    name = str(target) if isinstance(target, str | Path) else "model"
+    report = {"target": name, "source": str(source), **_measure(judge, samples, held, cas, seed)}
+    if model is not None:
+        report |= _measure_codec(judge, model, held, seed)
+    tell(progress, "measure", 1, 1)
+    notes = list(dict.fromkeys([*train.notes, *samples.notes]))
+    return report | ({"notes": notes} if notes else {}) | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def _is_model(target: "Path | str | Model") -> bool:
+    """Whether it is a model or the folder of one, finished or not."""
+    return not isinstance(target, str | Path) or any((Path(target) / f).is_file() for f in ("model.json", "run.json"))
+
+
+def _measure(judge: "Judge", fake: "Data", held: "Data", cas: bool, seed: int) -> dict[str, Any]:
+    """The report on samples, and whether they look copied."""
+    from sfumato.metrics import image_report
+
+    report = image_report(
+        fake,
+        judge.train,
+        held,
+        judge.extractor,
+        classifier=None if fake.labels is None else judge.logits,
+        cas=judge.student if cas else None,
+        cache=judge.cache,
+        seed=seed,
+    )
+    return {**report, "memorised": _looks_copied(report)}
+
+
+def _measure_codec(judge: "Judge", model: "Model", held: "Data", seed: int) -> dict[str, Any]:
+    """What the codec keeps of held-out items."""
+    from sfumato.metrics import reconstruction_report
+    from sfumato.metrics.features import pick
+
+    x = held.batch(pick(len(held), CHECKED, seed)).data
+    report = reconstruction_report(x, model.reconstruct(x), judge.extractor)
+    return {"codec_n": len(x), **{f"codec_{name}": value for name, value in report.items()}}
+
+
+def _looks_copied(report: "Report") -> bool:
+    """Whether many samples lie closer to training items than nearly all held-out ones do."""
+    return float(report["copies"]) > COPIES + float(report["copies_floor"]) or float(report["novelty"]) < NOVELTY

@@ -1,0 +1,69 @@
+"""The weight average: its profile over training, from the first step on."""
+
+import math
+
+import pytest
+import torch
+from sfumato.training.ema import EMA, ema_exponent
+from torch import nn
+
+
+class Theta(nn.Module):
+    """One parameter vector."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.full((size,), 7.0, dtype=torch.float64))
+
+
+def profile(width: float, steps: int) -> torch.Tensor:
+    """How much the weights of each step count in the average: step i has the i-th unit vector as its weights."""
+    module = Theta(steps)
+    ema = EMA(module, width)
+    for i in range(steps):
+        module.theta.data.zero_()[i] = 1
+        ema.update(i + 1)
+    return ema.weights["theta"]
+
+
+@pytest.mark.parametrize("width", [0.25, 0.1, 0.05])
+def test_profile_is_as_wide_as_asked_for(width: float):
+    steps = 1500
+    p = profile(width, steps)
+    t = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    mean = (p * t).sum()
+    assert float(p.sum()) == pytest.approx(1)
+    assert float(((p * (t - mean) ** 2).sum()).sqrt()) == pytest.approx(width, rel=5e-3)
+
+
+@pytest.mark.parametrize("width", [0.25, 0.1, 0.05])
+def test_exponent_solves_the_equation(width: float):
+    g = ema_exponent(width)
+    assert math.sqrt((g + 1) / ((g + 2) ** 2 * (g + 3))) == pytest.approx(width, rel=1e-9)
+
+
+def test_right_from_the_first_step():
+    assert profile(0.1, 1).tolist() == [1.0]  # nothing is left of what was there before training
+    for steps in (2, 3, 10):
+        p = profile(0.1, steps)
+        assert float(p.sum()) == pytest.approx(1) and bool((p >= 0).all())
+        assert bool((p.diff() > 0).all())
+
+
+def test_width_zero_keeps_the_last_weights():
+    assert profile(0, 4).tolist() == [0, 0, 0, 1]
+
+
+def test_apply_and_load():
+    module = Theta(3)
+    ema = EMA(module, 0.1)
+    module.theta.data.fill_(1)
+    ema.update(1)
+    module.theta.data.fill_(2)
+    ema.update(2)
+    other = EMA(Theta(3), 0.1)
+    other.load(ema.weights)
+    assert torch.equal(other.weights["theta"], ema.weights["theta"])
+    assert bool((module.theta == 2).all())
+    ema.apply()
+    assert torch.equal(module.theta.data, ema.weights["theta"]) and not bool((module.theta == 2).all())

@@ -1,0 +1,221 @@
+"""The loop: the rate, the horizon under a simulated clock, Ctrl-C, states."""
+
+import math
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from sfumato.config import StageSettings
+from sfumato.errors import UserError
+from sfumato.training.loop import Horizon, Trainer, held_interrupts, rate
+from sfumato.training.steps import Phase, TrainStep
+from sfumato.types import Batch
+from torch import nn
+
+# the rate
+
+
+def test_rate_rises_stays_and_falls():
+    rates = [rate(step, 100, warmup=9, decay=0.4) for step in range(100)]
+    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert set(rates[9:61]) == {1.0}
+    assert rates[60:] == pytest.approx([(100 - step) / 40 for step in range(60, 100)])
+    assert 0 < rates[-1] <= 1 / 40
+
+
+def test_rate_without_warmup_and_decay():
+    assert {rate(step, 10, warmup=0, decay=0.0) for step in range(10)} == {1.0}
+
+
+def test_rate_is_counted_in_optimizer_steps_not_in_phases():
+    """A step of two phases is one step of the schedule."""
+    trainer = make_trainer(Line(phases=2), steps=10, warmup=4)
+    trainer.advance(batch())
+    assert trainer.done == 1
+    assert [o.param_groups[0]["lr"] for os in trainer.optimizers.values() for o in os] == pytest.approx([0.02, 0.01])
+
+
+# the horizon
+
+
+def simulate(horizon: Horizon, seconds_of) -> tuple[float, int]:
+    """Run to the horizon with steps that take `seconds_of(step)`: seconds taken, and steps."""
+    clock, done = 0.0, 0
+    while done < horizon.at(done):
+        clock += seconds_of(done)
+        done += 1
+        horizon.amend(done, clock, done)
+    return clock, done
+
+
+MACHINES = {
+    "as measured": lambda step: 0.1,
+    "twice as slow": lambda step: 0.2,
+    "three times as fast": lambda step: 0.1 / 3,
+    "a slow start": lambda step: 1.0 if step < 10 else 0.1,
+    "slower halfway": lambda step: 0.1 if step < 500 else 0.17,
+    "faster halfway": lambda step: 0.1 if step < 500 else 0.06,
+    "a slow moment": lambda step: 0.1 if not 700 < step < 750 else 0.5,
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_horizon_keeps_the_budget(machine: str):
+    horizon = Horizon(1000, seconds=100.0)
+    seconds, steps = simulate(horizon, MACHINES[machine])
+    assert 0.95 * 100 <= seconds <= 1.05 * 100
+    assert steps == horizon.at(steps)
+    assert len(horizon.amendments) <= 6
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_horizon_of_few_steps_ends(steps: int):
+    assert simulate(Horizon(steps, seconds=0.5), lambda step: 1.0)[1] <= steps
+
+
+def test_horizon_without_a_clock_stands():
+    horizon = Horizon(100)
+    assert simulate(horizon, lambda step: 5.0)[1] == 100 and horizon.amendments == []
+
+
+def test_amendments_are_replayed():
+    first = Horizon(1000, seconds=100.0)
+    known = [first.at(0)]
+    clock = 0.0
+    while len(known) < first.at(len(known)):
+        clock += MACHINES["slower halfway"](len(known))
+        first.amend(len(known), clock, len(known))
+        known.append(first.at(len(known)))
+    again = Horizon(1000, math.inf, first.amendments)
+    assert len(set(known)) > 2
+    assert [again.at(step) for step in range(len(known))] == known
+    assert simulate(again, lambda step: 9.0)[1] == len(known)
+
+
+# a trainer of its own
+
+
+class Line(TrainStep):
+    """A line through the origin in a channels-last kernel; each phase moves a kernel of its own."""
+
+    def __init__(self, phases: int = 1) -> None:
+        super().__init__()
+        self.kernels = nn.ModuleList(nn.Conv2d(3, 4, 3, padding=1) for _ in range(phases))
+        self.to(memory_format=torch.channels_last)
+        self.register_buffer("seen", torch.zeros(()))
+
+    @property
+    def averaged(self) -> nn.Module:
+        return self.kernels
+
+    def phases(self) -> list[Phase]:
+        return [Phase(str(i), list(k.parameters()), lr=1 / (i + 1)) for i, k in enumerate(self.kernels)]
+
+    def forward(self, batch: Batch, phase: str, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        self.seen += 1
+        x = batch.data + 0.1 * torch.randn(batch.data.shape, generator=generator)
+        return {"loss": (self.kernels[int(phase)](x) - 1).square().mean()}
+
+
+class Feed:
+    """A batch that depends on the step alone."""
+
+    def batch(self, step: int) -> Batch:
+        return batch(step)
+
+
+def batch(step: int = 0) -> Batch:
+    return Batch(torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step)), torch.arange(2))
+
+
+def make_trainer(step: TrainStep, steps: int = 12, warmup: int = 0, lr: float = 0.1) -> Trainer:
+    settings = StageSettings(steps=steps, batch=2, lr=lr, optimizer="adamw", warmup=warmup, decay=0.3, clip=1, ema=0.1)
+    accelerator = Accelerator(mixed_precision="no", cpu=True)
+    return Trainer(step, settings, Horizon(steps), stage="codec", seed=0, accelerator=accelerator)
+
+
+def finished(trainer: Trainer) -> dict[str, torch.Tensor]:
+    for _ in trainer.run(Feed(), lambda: None):
+        pass
+    return {k: v.clone() for k, v in trainer.state()[0].items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("done", [0, 1, 5, 12])
+def test_state_holds_everything(done: int):
+    """Through files' layout and back: kernels lie channels last in memory, files do not."""
+    torch.manual_seed(0)
+    trainer = make_trainer(Line(phases=2))
+    for step in range(done):
+        trainer.advance(batch(step))
+    tensors, facts = trainer.state()
+    kept = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
+    expected = finished(trainer)
+    torch.manual_seed(1)
+    other = make_trainer(Line(phases=2))
+    other.load(kept, {**facts, "amendments": [list(a) for a in facts["amendments"]]})
+    assert other.done == done
+    assert same(finished(other), expected)
+
+
+def test_a_resumed_horizon_is_not_amended():
+    trainer = make_trainer(Line())
+    facts = {"done": 3, "amendments": [[2, 20]]}
+    trainer.horizon.seconds = 10.0
+    trainer.load(trainer.state()[0], facts)
+    assert trainer.steps == 20 and not trainer.horizon.amend(5, 100.0, 5)
+
+
+def test_neither_saving_nor_reporting_nor_averaging_changes_anything():
+    torch.manual_seed(0)
+    expected = finished(make_trainer(Line()))
+    torch.manual_seed(0)
+    trainer = make_trainer(Line())
+    reports = []
+    for report in trainer.run(Feed(), lambda: None if trainer.state() else None, every=0.0, save_every=0.0):
+        reports.append(report)
+        with trainer.averaged():
+            assert torch.equal(dict(trainer.inner.averaged.named_parameters())["0.weight"], trainer.ema.weights["0.weight"])
+    assert same(trainer.state()[0], expected)
+    assert [report.step for report in reports] == list(range(1, 13))
+
+
+def test_reports_are_means_since_the_last():
+    trainer = make_trainer(Line())
+    losses = []
+    advance = trainer.advance
+    trainer.advance = lambda b: losses.append(advance(b)) or losses[-1]
+    (report,) = trainer.run(Feed(), lambda: None)
+    assert report.losses["loss"] == pytest.approx(sum(float(terms["loss"]) for terms in losses) / 12)
+    assert report.step == report.steps == 12
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    trainer, saved = make_trainer(Line(), lr=1e30), []
+    with pytest.raises(UserError, match=r"not finite.*lower the rate.*train\.codec\.lr"):
+        for _ in trainer.run(Feed(), lambda: saved.append(trainer.done), every=0.0):
+            pass
+    assert saved == []
+
+
+def test_an_interrupt_is_taken_after_the_step():
+    trainer, saved = make_trainer(Line(phases=2)), []
+    with pytest.raises(KeyboardInterrupt), held_interrupts() as interrupted:
+        for report in trainer.run(Feed(), lambda: saved.append(trainer.done), interrupted, every=0.0):
+            if report.step == 4:
+                signal.raise_signal(signal.SIGINT)
+    assert saved == [4]
+
+
+def test_the_second_interrupt_does_not_wait():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), held_interrupts() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
