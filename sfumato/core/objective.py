@@ -171,10 +171,9 @@ class Adaptive(Times):
 
     def density(self) -> Tensor:
         """The density in each bin (bins,), of mean 1, float64 on the CPU."""
-        if not bool((self.weight > 0).all()):
-            return torch.ones(self.bins, dtype=torch.float64)
-        root = (self.square.double() / self.weight.double()).sqrt().cpu()
-        return self.floor + (1 - self.floor) * root / root.mean().clamp_min(1e-30)
+        root = (self.square.double() / self.weight.double().clamp_min(1e-30)).sqrt().cpu()
+        density = self.floor + (1 - self.floor) * root / root.mean().clamp_min(1e-30)
+        return torch.where((self.weight > 0).all().cpu(), density, 1.0)
 
     def _bin(self, t: Tensor) -> Tensor:
         return (t * self.bins).long().clamp(0, self.bins - 1).cpu()

@@ -31,9 +31,9 @@ def _process() -> tuple[int, int]:
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
-    from accelerate import PartialState
+    from accelerate import PartialState  # pyright: ignore[reportMissingTypeStubs]
 
-    state = PartialState()
+    state: Any = PartialState()
     return state.process_index, state.num_processes
 
 
@@ -52,9 +52,9 @@ def gathered(items: Tensor, n: int) -> Tensor:
     """All processes' items (n, ...) in order of their numbers."""
     if _process()[1] == 1:
         return items
-    from accelerate.utils import gather_object
+    from accelerate.utils import gather_object  # pyright: ignore[reportMissingTypeStubs]
 
-    parts = gather_object([items])
+    parts: Any = gather_object([items])
     whole = torch.cat(parts)
     assert len(whole) == n
     return whole
@@ -98,8 +98,9 @@ def source_settings(model: object, overrides: Sequence[str], skip_bad: bool, lab
         skip_bad: Whether files that cannot be read are left out.
         labels: Whether the run's `label_from` counts, which another source's file names need not fit.
     """
-    record = Path(model) / "run.json" if isinstance(model, str | Path) else None
-    recorded = read_json(record).get("plan", {}).get("data", {}) if record is not None and record.is_file() else {}
+    recorded: dict[str, Any] = {}
+    if isinstance(model, str | Path) and (Path(model) / "run.json").is_file():
+        recorded = read_json(Path(model) / "run.json").get("plan", {}).get("data", {})
     kept = {key: value for key, value in recorded.items() if labels or key != "label_from"}
     foreign = next((text for text in overrides if not text.strip().startswith("data.")), None)
     if foreign is not None:

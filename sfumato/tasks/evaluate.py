@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from sfumato.data import Data
-    from sfumato.metrics import Report
+    from sfumato.metrics import Images, Report
     from sfumato.model import Model
     from sfumato.tasks.common import Progress
     from sfumato.tasks.judge import Judge
@@ -55,7 +55,7 @@ def evaluate(
     """
     import time
 
-    from sfumato.tasks.common import check_counts, open_model, source_settings, tell
+    from sfumato.tasks.common import check_counts, open_model, source_settings
     from sfumato.tasks.judge import FEWEST, Judge, check_samples, draw_samples, read_real, read_samples, relabelled
 
     start = time.perf_counter()
@@ -72,12 +72,10 @@ def evaluate(
         samples = draw_samples(model, n or min(MOST, max(LEAST, len(held))), seed, batch, progress)
     samples = relabelled(samples, train)
     judge = Judge(train, device or (None if model is None else str(model.device)), progress)
-    tell(progress, "measure", 0, 1)
     name = str(target) if isinstance(target, str | Path) else "model"
     report = {"target": name, "source": str(source), **_measure(judge, samples, held, cas, seed)}
     if model is not None:
         report |= _measure_codec(judge, model, held, seed)
-    tell(progress, "measure", 1, 1)
     notes = list(dict.fromkeys([*train.notes, *samples.notes]))
     return report | ({"notes": notes} if notes else {}) | {"seconds": round(time.perf_counter() - start, 1)}
 
@@ -90,17 +88,21 @@ def _is_model(target: "Path | str | Model") -> bool:
 def _measure(judge: "Judge", fake: "Data", held: "Data", cas: bool, seed: int) -> dict[str, Any]:
     """The report on samples, and whether they look copied."""
     from sfumato.metrics import image_report
+    from sfumato.tasks.common import tell
 
+    extractor = judge.extractor
+    tell(judge.progress, "measure", 0, 1)
     report = image_report(
-        fake,
-        judge.train,
-        held,
-        judge.extractor,
+        cast("Images", fake),  # its fingerprint is a cached property, which the type checker takes for none
+        cast("Images", judge.train),
+        cast("Images", held),
+        extractor,
         classifier=None if fake.labels is None else judge.logits,
         cas=judge.student if cas else None,
         cache=judge.cache,
         seed=seed,
     )
+    tell(judge.progress, "measure", 1, 1)
     return {**report, "memorised": _looks_copied(report)}
 
 

@@ -18,7 +18,7 @@ class Result:
     items: "Tensor"
     rows: list[dict[str, Any]]
     seconds: float = 0.0
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def summary(self) -> dict[str, Any]:
         """What was made, in a few numbers."""

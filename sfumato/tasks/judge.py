@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,11 @@ from sfumato.data.cache import key_of
 from sfumato.data.write import to_pixels
 from sfumato.errors import UserError
 from sfumato.machine import best_precision, default_device
-from sfumato.metrics import Images, cached_network, classifier_extractor, find_inception, inception_extractor
+from sfumato.metrics import cached_network, classifier_extractor, find_inception, inception_extractor
 from sfumato.metrics.features import INCEPTION_ENV, NamedExtractor, pick
 from sfumato.modality import recognise
 from sfumato.model import Card, Model, find_class
-from sfumato.nn.classifier import SMALLEST, SYMMETRIES, Classifier, fit_classifier
+from sfumato.nn.classifier import SMALLEST, SYMMETRIES, Classifier, Images, fit_classifier
 from sfumato.tasks.common import Progress, check_fit, tell
 from sfumato.tasks.generate import generate
 
@@ -68,7 +69,8 @@ class Judge:
             lambda: self._fit(self.train, SEED),
         )
         tell(self.progress, "judge", 1, 1)
-        return net.to(device=self.device, memory_format=torch.channels_last)
+        module: Any = net.to(self.device)
+        return module.to(memory_format=torch.channels_last)  # as `fit_classifier` leaves it: the same numbers
 
     @cached_property
     def extractor(self) -> NamedExtractor:

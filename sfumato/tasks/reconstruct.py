@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from sfumato.data import Data
     from sfumato.model import Model
     from sfumato.tasks.common import Progress
-    from sfumato.types import Batch
 
 SHOWN = 32  # pairs on the sheet
 
@@ -122,7 +121,7 @@ def _run(
     """Reconstructions (N, ...), a row for each, evenly spread pairs (2 K, ...) for the sheet, and the mean scores."""
     import torch
 
-    from sfumato.metrics import ssim
+    from sfumato.metrics import psnr, ssim
     from sfumato.tasks.common import tell
 
     total = sum(map(len, parts))
@@ -131,33 +130,33 @@ def _run(
     pairs: list[Tensor] = []
     rows: list[dict[str, Any]] = []
     for data in parts:
-        for index in torch.arange(len(data)).split(batch):
-            given = data.batch(index)
-            x_hat = model.reconstruct(given.data).clamp(-1, 1)
-            structure += len(index) * ssim(given.data, x_hat)
-            rows += _rows(data, given, x_hat)
-            pairs.append(torch.stack([given.data, x_hat], 1)[-done % stride :: stride])
+        for first in range(0, len(data), batch):
+            index = range(first, min(first + batch, len(data)))
+            x = data.batch(index).data
+            x_hat = model.reconstruct(x).clamp(-1, 1)
+            structure += len(x) * ssim(x, x_hat)
+            rows += [
+                _row(data, i) | {"psnr": round(psnr(u[None], v[None]), 3)}
+                for i, u, v in zip(index, x, x_hat, strict=True)
+            ]
+            pairs.append(torch.stack([x, x_hat], 1)[-done % stride :: stride])
             items.append(x_hat)
-            done += len(index)
+            done += len(x)
             tell(progress, "reconstruct", done, total)
     facts: dict[str, Any] = {"psnr": sum(row["psnr"] for row in rows) / total, "ssim": structure / total}
     facts |= {"notes": parts[0].notes} if parts[0].notes else {}
     return torch.cat(items), rows, torch.cat(pairs).flatten(0, 1), facts
 
 
-def _rows(data: "Data", given: "Batch", x_hat: "Tensor") -> list[dict[str, Any]]:
-    """What is known of each original, and how close its reconstruction is."""
-    from sfumato.metrics import psnr
+def _row(data: "Data", i: int) -> dict[str, Any]:
+    """What is known of an original."""
     from sfumato.tasks.common import label_values
 
-    values = label_values(data.label_names)
-    rows: list[dict[str, Any]] = []
-    for k, i in enumerate(given.index.tolist()):
-        known = {
-            "source": data.names[i] if data.names else None,
-            "label": values[int(given.label[k])] if given.label is not None else None,
-            "text": given.text[k] if given.text is not None else None,
-            "psnr": psnr(given.data[k : k + 1], x_hat[k : k + 1]),
-        }
-        rows.append({key: value for key, value in known.items() if value is not None})
-    return rows
+    row: dict[str, Any] = {}
+    if data.names is not None:
+        row["source"] = data.names[i]
+    if data.labels is not None:
+        row["label"] = label_values(data.label_names)[int(data.labels[i])]
+    if data.captions is not None:
+        row["text"] = data.captions[i]
+    return row

@@ -69,7 +69,7 @@ class Horizon:
         if math.isinf(self.seconds) or not any(math.ceil(share * total) == step for share in self.checks):
             return False
         left = max(0.0, self.seconds - elapsed) * done / max(elapsed, 1e-9)
-        amended = max(step + 1, step + round(left))
+        amended = step + round(left)
         self.amendments.append((step, amended))
         self.checks = tuple(share for share in self.checks if share > step / amended + 0.05)
         return True

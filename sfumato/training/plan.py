@@ -21,7 +21,7 @@ CODEC_SHARE = 0.5
 EFFICIENCY = 0.45  # share of the matrix peak that a training step reaches
 ADVERSARIAL_START = 0.5  # share of the codec's steps before the adversarial loss begins
 FEATURE_STEPS = 400  # training steps of the feature network
-CODEC_ITEMS = 120_000
+CODEC_ITEMS = 200_000
 MLP_LIMIT = 256
 FEWEST_NUMBERS = 16  # of a latent, however small the item
 CODEC_WIDTHS = (32, 48, 64, 96, 128)
@@ -95,7 +95,11 @@ def plan_denoiser(
 ) -> DenoiserSettings:
     """Network, sizes and objective of the denoiser; what is `given` stands."""
     net = given.net or ("mlp" if latent_size <= MLP_LIMIT else "dit")
-    sizes = {"mlp": [(512, 4), (1024, 6), (1536, 6)], "dit": [(128, 4), (256, 6), (384, 8)], "unet": [(32, 1), (64, 1)]}
+    sizes = {
+        "mlp": [(512, 4), (768, 4), (1024, 6), (1536, 6)],
+        "dit": [(128, 4), (256, 6), (384, 8)],
+        "unet": [(32, 1), (64, 1)],
+    }
     seen = 20 * min(max(facts.count, 5_000), 60_000)
     tokens = 64 if net == "dit" else 1
     flops = lambda w, d: 6 * {"mlp": 2 * d * w * w + 2 * w * latent_size, "dit": 18 * d * w * w}.get(net, 3e6) * tokens

@@ -1,0 +1,191 @@
+"""The plan: sizes from data, machine and time; and how steps and seconds are shared out."""
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sfumato.config import Settings, apply_overrides
+from sfumato.errors import UserError
+from sfumato.training import planning
+from sfumato.training.measure import Speed
+from sfumato.training.plan import Facts, latent_grid, make_plan
+from tests.training.common import record, small_fit
+
+MNIST, CIFAR, FLOWERS = (1, 28, 28), (3, 32, 32), (3, 128, 128)
+FACTS = Facts(MNIST, 60_000, 10, "fp32", 5e10)
+
+
+def numbers(shape: tuple[int, int, int]) -> tuple[int, ...]:
+    f, c = latent_grid(shape)
+    return (c, *(math.ceil(n / f) for n in shape[1:]))
+
+
+def planned(seconds: float = 600.0, shape: tuple[int, int, int] = MNIST, size: str | None = None, *overrides: str) -> Settings:
+    return make_plan(apply_overrides(Settings(), overrides), replace(FACTS, shape=shape), seconds, size)
+
+
+def test_mnist_gets_4_by_4_by_4():
+    assert numbers(MNIST) == (4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "shape", [MNIST, CIFAR, FLOWERS, (1, 32, 32), (3, 64, 64), (3, 96, 64), (4, 100, 140), (1, 512, 512), (3, 256, 64)]
+)
+def test_latents_hold_a_twelfth_at_most(shape: tuple[int, int, int]):
+    assert math.prod(numbers(shape)) <= math.prod(shape) / 12
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (1, 8, 8), (3, 8, 8), (1, 5, 64), (3, 17, 9), (1, 16, 16)])
+def test_small_and_odd_shapes_have_a_grid(shape: tuple[int, int, int]):
+    f, c = latent_grid(shape)
+    assert f & (f - 1) == 0 and f >= 1 and c >= 1
+    assert math.prod(numbers(shape)) <= math.prod(shape)
+
+
+def test_sizes_grow_with_the_budget():
+    plans = [planned(seconds) for seconds in (30, 300, 3_000, 30_000, 300_000)]
+    for width in ([p.codec.width for p in plans], [p.denoiser.width for p in plans]):
+        assert width == sorted(width) and width[0] < width[-1]
+
+
+def test_sizes_grow_with_the_machine():
+    slow, fast = (make_plan(Settings(), replace(FACTS, rate=rate), 300, None) for rate in (1e9, 1e13))
+    assert slow.codec.width < fast.codec.width and slow.denoiser.width < fast.denoiser.width
+
+
+def test_the_size_dial_wins_over_the_budget():
+    widths = [planned(600, MNIST, size).denoiser.width for size in ("xs", "s", "m", "l", "xl")]
+    assert widths == sorted(set(widths))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["codec.width=40", "codec.bottleneck=vq", "codec.channels=2", "denoiser.net=dit", "denoiser.width=320",
+     "denoiser.depth=3", "train.codec.batch=7", "train.denoiser.lr=0.5", "train.denoiser.optimizer=muon",
+     "train.codec.weight_decay=0.1", "sample.steps=3", "sample.guidance=0", "train.codec.warmup=0",
+     "codec.kl_weight=0", "denoiser.class_dropout=0", "train.precision=bf16"],
+)  # fmt: skip
+def test_overrides_win(override: str):
+    given = apply_overrides(Settings(), [override])
+    plan = make_plan(given, FACTS, 600, "m")
+    value, wanted = (plan, given)
+    for key in override.partition("=")[0].split("."):
+        value, wanted = getattr(value, key), getattr(wanted, key)
+    assert value == wanted and wanted is not None
+
+
+def open_settings(section: Any, prefix: str = "") -> set[str]:
+    """Settings that are still None."""
+    inner = {f"{prefix}{k}": v for k, v in section}
+    return {k for k, v in inner.items() if v is None}.union(
+        *(open_settings(v, f"{k}.") for k, v in inner.items() if hasattr(v, "model_dump"))
+    )
+
+
+def test_everything_but_the_steps_is_decided():
+    left = open_settings(planned())
+    assert {key for key in left if key.startswith(("train.", "codec.", "denoiser."))} == {
+        "train.codec.steps", "train.denoiser.steps", "codec.perceptual_steps", "codec.levels",
+        "denoiser.schedule_settings", "denoiser.weight_settings", "denoiser.times_settings",
+    }  # fmt: skip
+
+
+def test_many_latent_numbers_call_for_a_transformer():
+    assert planned(600, MNIST).denoiser.net == "mlp"
+    assert planned(600, FLOWERS).denoiser.net == "dit"
+    assert planned(600, FLOWERS, None, "codec.latent=vector", "codec.latent_dim=100").denoiser.net == "mlp"
+
+
+def test_few_images_make_small_batches():
+    few = make_plan(Settings(), replace(FACTS, count=100), 600, None)
+    assert few.train.denoiser.batch < 100 and few.train.codec.batch < 100
+
+
+def test_images_too_small_for_features_do_without():
+    assert planned(600, (1, 6, 6)).codec.perceptual == "none"
+    assert planned(600, (1, 8, 8)).codec.perceptual == "auto"
+
+
+# sharing out
+
+
+def job(seconds_used: float = 0.0, *overrides: str) -> Any:
+    """As much of a job as sharing out needs: a budget of 100 s, of which some is used."""
+    settings = make_plan(apply_overrides(Settings(budget_seconds=100), overrides), FACTS, 100, None)
+    left = lambda: 100 * 0.99 - 6 - seconds_used
+    return SimpleNamespace(settings=settings, record={}, train=range(6_000), seconds_left=left, started=time.monotonic())
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, codec: float = 0.01, denoiser: float = 0.02, features: float = 0.0) -> None:
+    speeds = {"features": Speed(features, 0), "codec": Speed(codec, 1e9), "denoiser": Speed(denoiser, 2e9)}
+    monkeypatch.setattr(planning, "measure_stages", lambda _: dict(speeds))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [((), 50), (("train.codec.steps=30",), 50), (("train.denoiser.steps=45",), 50), ((), 2), (("train.codec.steps=60",), 61)],
+)
+def test_steps_are_shared_out(overrides: tuple[str, ...], steps: int):
+    shared = job(0, *overrides)
+    planning.divide_steps(shared, 50 if steps > 50 else steps)
+    stages = shared.settings.train
+    assert stages.codec.steps + stages.denoiser.steps == steps
+    assert min(stages.codec.steps, stages.denoiser.steps) >= 1
+    for override in overrides:
+        key, _, value = override.partition("=")
+        assert getattr(stages, key.split(".")[1]).steps == int(value)
+
+
+def test_time_is_shared_out_by_what_steps_take(monkeypatch: pytest.MonkeyPatch):
+    measured(monkeypatch)
+    shared = job(10.0)
+    planning.divide_time(shared, 100)
+    stages, seconds = shared.settings.train, shared.record["seconds"]
+    assert stages.codec.steps == pytest.approx(seconds["codec"] / 0.01, rel=0.01)
+    assert stages.denoiser.steps == pytest.approx(seconds["denoiser"] / 0.02, rel=0.01)
+    assert 70 < sum(seconds.values()) < 100 - 10
+    assert shared.record["measured"]["denoiser"] == {"seconds": 0.02, "flops": 2e9}
+
+
+def test_the_clock_does_not_amend_what_the_user_fixed(monkeypatch: pytest.MonkeyPatch):
+    measured(monkeypatch)
+    shared = job(0.0, "train.codec.steps=123")
+    planning.divide_time(shared, 100)
+    assert shared.settings.train.codec.steps == 123
+    assert list(shared.record["seconds"]) == ["denoiser"]
+
+
+def test_a_budget_too_small_says_which_would_do(monkeypatch: pytest.MonkeyPatch):
+    measured(monkeypatch)
+    with pytest.raises(UserError, match=r"--budget 100s is too small .* at least (\d+)s"):
+        planning.divide_time(job(80.0), 100)
+
+
+def test_nothing_is_left_of_a_run_without_a_plan(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    measured(monkeypatch, codec=100.0, features=10.0)
+    with pytest.raises(UserError, match="too small"):
+        small_fit(source, tmp_path / "run", steps=None, budget="30s")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_that_fails_spares_the_run_it_was_to_replace(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    small_fit(source, tmp_path, "codec.perceptual=none")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    measured(monkeypatch, codec=100.0, features=10.0)
+    with pytest.raises(UserError, match="too small"):
+        small_fit(source, tmp_path, steps=None, budget="30s", overwrite=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_plan_is_written_with_every_number(source: Path, tmp_path: Path):
+    small_fit(source, tmp_path, "codec.perceptual=none")
+    plan = record(tmp_path)["plan"]
+    assert plan["train"]["codec"]["steps"] == 10 and plan["train"]["denoiser"]["steps"] == 10
+    assert open_settings(Settings.model_validate(plan)) >= {"sample.interval"}
+    assert record(tmp_path)["data"] | {"fingerprint": 0} == {
+        "fingerprint": 0, "items": 86, "held_out": 10, "shape": [1, 16, 16], "mode": "L", "classes": 3,
+    }  # fmt: skip

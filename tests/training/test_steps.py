@@ -1,0 +1,185 @@
+"""Which parameters the gradient of each loss term reaches, and which it must not."""
+
+import pytest
+import torch
+from sfumato.codecs import ImageCodec
+from sfumato.codecs.losses import Perceptual
+from sfumato.conditioners import make_conditioner
+from sfumato.core import Denoiser, Objective, make_schedule
+from sfumato.nn import make_net
+from sfumato.nn.classifier import Classifier
+from sfumato.training.loop import trained_state
+from sfumato.training.steps import CodecStep, DiffusionStep, matrices
+from sfumato.types import Batch
+from tests.training.common import images, names_reached, stirred
+from torch import nn
+
+SHAPE = (2, 16, 16)
+
+
+def codec_step(bottleneck: str = "kl", **options: float) -> CodecStep:
+    """A codec with every term; the discriminator plays from step 10 on."""
+    torch.manual_seed(0)
+    codec = stirred(ImageCodec(SHAPE, bottleneck=bottleneck, downsample=4, channels=4, width=16, codebook_size=8))
+    perceptual = Perceptual(Classifier(SHAPE, 2, 8).pyramid)
+    given = {"adversarial_weight": 0.5, "start": 10, "lead": 2} | options
+    return CodecStep(codec, perceptual, channels=2, **given).train()
+
+
+def modules(step: CodecStep) -> dict[str, nn.Module]:
+    """The parts of the step by name; those that are frozen count as well."""
+    parts = {"encoder": step.codec.encoder, "decoder": step.codec.decoder, "bottleneck": step.codec.bottleneck}
+    return parts | {"perceptual": step.perceptual, "discriminator": step.discriminator}
+
+
+def batch() -> Batch:
+    return Batch(images(8, SHAPE), torch.arange(8))
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("bottleneck", ["kl", "vq", "fsq", "none"])
+@pytest.mark.parametrize(
+    ("term", "reached"),
+    [("rec", {"encoder", "decoder"}), ("perceptual", {"encoder", "decoder"}), ("adversarial", {"encoder", "decoder"})],
+)
+def test_terms_on_the_image_reach_encoder_and_decoder(term: str, reached: set[str], bottleneck: str):
+    step = codec_step(bottleneck)
+    losses = step(batch(), "codec", 12, generator())
+    assert names_reached(losses[term], modules(step)) == reached
+
+
+@pytest.mark.parametrize(("bottleneck", "reached"), [("kl", {"encoder"}), ("vq", {"encoder"}), ("fsq", set()), ("none", set())])
+def test_the_bottleneck_reaches_the_encoder_only(bottleneck: str, reached: set[str]):
+    step = codec_step(bottleneck)
+    term = step(batch(), "codec", 0, generator())["bottleneck"]
+    if reached:
+        assert names_reached(term, modules(step)) == reached
+    else:
+        assert not term.requires_grad or names_reached(term, modules(step)) == set()
+        assert float(term) == 0
+
+
+@pytest.mark.parametrize("at", [0, 9, 10, 15])
+def test_the_codec_phase_trains_the_codec_only(at: int):
+    step = codec_step()
+    losses = step(batch(), "codec", at, generator())
+    losses["loss"].backward()
+    assert all(p.grad is None for name in ("perceptual", "discriminator") for p in modules(step)[name].parameters())
+    assert all(p.grad is not None for p in step.codec.parameters())
+    assert ("adversarial" in losses) == (at >= 10)
+    assert all(p.requires_grad for p in step.discriminator.parameters())  # for its own phase
+
+
+def test_the_discriminator_phase_trains_the_discriminator_only():
+    step = codec_step()
+    step(batch(), "codec", 12, generator())
+    step(batch(), "discriminator", 12, generator())["loss"].backward()
+    assert all(p.grad is not None for p in step.discriminator.parameters())
+    assert all(p.grad is None for name in ("encoder", "decoder", "perceptual") for p in modules(step)[name].parameters())
+
+
+def test_phases_hold_each_parameter_once():
+    step = codec_step()
+    codec, judge = step.phases()
+    assert {id(p) for p in codec.parameters} == {id(p) for p in step.codec.parameters()}
+    assert {id(p) for p in judge.parameters} == {id(p) for p in step.discriminator.parameters()}
+    assert (codec.start, judge.start) == (0, 8)
+    assert step.averaged is step.codec
+    assert [phase.name for phase in codec_step(adversarial_weight=0).phases()] == ["codec"]
+
+
+@pytest.mark.parametrize(("weight", "term"), [("perceptual_weight", "perceptual"), ("bottleneck_weight", "bottleneck")])
+def test_loss_is_the_weighted_sum(weight: str, term: str):
+    one, two = (codec_step(**{weight: w})(batch(), "codec", 0, generator()) for w in (1.0, 3.0))
+    assert float(two["loss"] - one["loss"]) == pytest.approx(2 * float(one[term]), rel=1e-4)
+
+
+def test_the_adversarial_gradient_is_balanced_against_the_others():
+    """At the image it is as long as theirs, times its weight and the gate's ramp."""
+    step = codec_step(start=0, lead=1)
+    x, ends = batch().data, []
+    decode = step.codec.decoder.forward
+    step.codec.decoder.forward = lambda h: ends.append(decode(h)) or ends[-1]
+    losses = step(Batch(x, torch.arange(8)), "codec", 5, generator())
+    others = losses["rec"] + 0.5 * losses["perceptual"] + 1e-2 * losses["bottleneck"]
+    parts = [torch.autograd.grad(loss, ends[0], retain_graph=True)[0] for loss in (losses["loss"], others)]
+    assert float((parts[0] - parts[1]).norm() / parts[1].norm()) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_no_gradient_goes_astray_in_evaluation_of_the_judge():
+    """The judge's images carry no gradient, and the same ones are judged that the codec just drew."""
+    step = codec_step()
+    step(batch(), "codec", 12, generator())
+    assert step._drawn is not None and not step._drawn.requires_grad
+
+
+def test_what_is_frozen_is_not_saved():
+    step = codec_step()
+    names = set(trained_state(step))
+    assert not any(name.startswith("perceptual") for name in names)
+    assert {name for name in step.state_dict() if name.startswith(("codec.", "discriminator.", "gate."))} == names
+
+
+def diffusion_step(classes: int = 3, **objective: str) -> DiffusionStep:
+    torch.manual_seed(0)
+    conditioner = make_conditioner("label", classes=classes, dim=8) if classes else make_conditioner("none")
+    net = make_net("mlp", latent_shape=(4, 2, 2), cond_dim=conditioner.dim, width=32, depth=1)
+    return DiffusionStep(Denoiser(stirred(net), make_schedule("flow"), "flow"), conditioner, Objective(**objective))
+
+
+def latents(classes: int = 3) -> Batch:
+    z = torch.randn(16, 4, 2, 2, generator=generator())
+    return Batch(z, torch.arange(16), torch.arange(16) % classes if classes else None)
+
+
+def test_diffusion_reaches_denoiser_and_conditioner():
+    step = diffusion_step()
+    loss = step(latents(), "denoiser", 0, generator())["loss"]
+    assert names_reached(loss, {"net": step.denoiser.net, "conditioner": step.conditioner}) == {"net", "conditioner"}
+    loss.backward()
+    assert all(p.grad is not None for p in step.parameters())
+    (phase,) = step.phases()
+    assert {id(p) for p in phase.parameters} == {id(p) for p in step.parameters()}
+
+
+def test_diffusion_without_classes():
+    step = diffusion_step(classes=0)
+    step(latents(classes=0), "denoiser", 0, generator())["loss"].backward()
+    assert len(list(step.conditioner.parameters())) == 0
+    assert all(p.grad is not None for p in step.denoiser.parameters())
+
+
+def test_a_learned_weight_is_trained_and_not_averaged():
+    step = diffusion_step(weight="learned")
+    (phase,) = step.phases()
+    kept = {id(p) for p in step.averaged.parameters()}
+    assert len(kept) < len(phase.parameters)
+    assert {id(p) for p in phase.parameters} - kept == {id(p) for p in step.objective.parameters()}
+    assert any(name.startswith("objective.") for name in trained_state(step))
+
+
+def test_adaptive_times_are_saved_and_learn():
+    step = diffusion_step(times="adaptive")
+    before = {k: v.clone() for k, v in trained_state(step).items() if k.startswith("objective.")}
+    step(latents(), "denoiser", 0, generator())
+    after = trained_state(step)
+    assert before and any(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_step_depends_on_its_generator_alone():
+    step = diffusion_step()
+    torch.manual_seed(1)
+    one = step(latents(), "denoiser", 0, generator())["loss"]
+    torch.manual_seed(2)
+    assert torch.equal(step(latents(), "denoiser", 0, generator())["loss"], one)
+    assert not torch.equal(step(latents(), "denoiser", 0, torch.Generator().manual_seed(1))["loss"], one)
+
+
+def test_muon_gets_hidden_matrices():
+    net = make_net("mlp", latent_shape=(4, 2, 2), cond_dim=0, width=32, depth=1)
+    taken = list(matrices(list(net.parameters())))
+    assert taken and all(p.ndim == 2 and min(p.shape) >= 32 for p in taken)
+    assert {id(block.up.weight) for block in net.blocks} <= {id(p) for p in taken}
