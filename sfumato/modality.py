@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from sfumato.choice import choose
 from sfumato.codecs import Codec, ImageCodec
 from sfumato.config import DataSettings
 from sfumato.data import Data, read_source, sample_sheet, write_images
-from sfumato.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,7 @@ def register(row: Modality) -> None:
 
 def find_modality(name: str) -> Modality:
     """The row called `name`."""
-    if name not in MODALITIES:
-        raise UserError(f"unknown modality '{name}': there are {', '.join(MODALITIES)}")
-    return MODALITIES[name]
+    return choose(MODALITIES, "modality", name)
 
 
 def recognise(source: str) -> Modality:

@@ -4,14 +4,13 @@ Every bottleneck works in float32 whatever autocast says, and gives its loss per
 that one weight serves every size of latent. Its state (the codebook of VQ) lives in buffers: copy them, never average.
 """
 
-import difflib
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
+from sfumato.choice import build
 from sfumato.errors import UserError
 
 Result = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -384,15 +383,4 @@ def make_bottleneck(name: str, channels: int, **settings: Setting) -> Bottleneck
     Raises:
         UserError: The name or a setting is unknown; the nearest one is suggested.
     """
-    _known("bottleneck", name, BOTTLENECKS)
-    build: Callable[..., Bottleneck] = BOTTLENECKS[name]
-    for key in settings:
-        _known(f"setting of bottleneck {name!r}", key, list(inspect.signature(build).parameters)[1:])
-    return build(channels, **settings)
-
-
-def _known(what: str, name: str, names: Iterable[str]) -> None:
-    if name not in names:
-        close = difflib.get_close_matches(name, names, 1, 0.0)
-        hint = f"did you mean {close[0]!r}? (there are {', '.join(names)})" if close else "it has none"
-        raise UserError(f"unknown {what} {name!r}: {hint}")
+    return build(BOTTLENECKS, "bottleneck", name, {"channels": channels, **settings})

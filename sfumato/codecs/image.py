@@ -1,6 +1,7 @@
 """Convolutional autoencoder for images of any height, width and number of channels."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +154,9 @@ class ImageCodec(Codec):
     ) -> None:
         count, height, wide = shape
         grid = (math.ceil(height / downsample), math.ceil(wide / downsample))
-        options = {"vq": {"size": codebook_size, "groups": groups}, "fsq": {"levels": levels} if levels else {}}.get(bottleneck, {})
+        options: dict[str, Any] = {"size": codebook_size, "groups": groups} if bottleneck == "vq" else {}
+        if bottleneck == "fsq" and levels:
+            options["levels"] = tuple(levels)
         neck = make_bottleneck(bottleneck, latent_dim or channels, **options)
         super().__init__((latent_dim,) if latent_dim else (channels, *grid))
         stem = min(downsample, 4)

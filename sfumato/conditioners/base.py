@@ -3,7 +3,7 @@
 import torch
 from torch import Generator, Tensor, nn
 
-from sfumato.errors import UserError
+from sfumato.choice import build
 from sfumato.types import Cond
 
 
@@ -65,6 +65,4 @@ CONDITIONERS: dict[str, type[Conditioner]] = {"none": Unconditional, "label": Cl
 
 def make_conditioner(name: str, **settings: object) -> Conditioner:
     """A conditioner by name, with settings of its constructor."""
-    if name not in CONDITIONERS:
-        raise UserError(f"unknown conditioner '{name}': there are {', '.join(CONDITIONERS)}")
-    return CONDITIONERS[name](**settings)
+    return build(CONDITIONERS, "conditioner", name, settings)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
+from ..choice import build
 from ..types import Cond
-from .choice import build
 from .denoiser import Denoiser, trail
 from .schedule import Schedule
 

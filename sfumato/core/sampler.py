@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..choice import choose
 from ..errors import UserError
-from .choice import choose
 from .denoiser import aligned, trail
 from .schedule import Schedule, time
 

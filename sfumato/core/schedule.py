@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..choice import build
 from ..errors import UserError
-from .choice import build
 
 LOGSNR_LIMIT = 40.0
 _TINY = math.exp(-LOGSNR_LIMIT)  # far below what the limit needs: keeps logarithms and quotients finite

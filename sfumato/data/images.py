@@ -208,7 +208,8 @@ def read_source(
 ) -> tuple[Data, Data]:
     """Training and held-out images of a source: its official parts, else a deterministic split (see `split`).
 
-    Arguments as for `read_images`, and the share held out where there is no official part; fewer than 8 images raise, as nothing can be learned from them.
+    Arguments as for `read_images`, and the share held out where there is no official part; fewer than 8 images
+    raise, as nothing can be learned from them.
     """
     data, held = read_images(source, resolution=resolution, mode=mode, label_from=label_from, skip_bad=skip_bad)
     if len(data) < FEWEST:

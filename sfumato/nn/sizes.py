@@ -1,9 +1,8 @@
 """The networks by name, their sizes, and the one function that builds them."""
 
-import difflib
 import inspect
-from collections.abc import Iterable
 
+from sfumato.choice import build, choose
 from sfumato.errors import UserError
 from sfumato.nn.dit import DiT
 from sfumato.nn.mlp import ResMLP
@@ -46,9 +45,8 @@ def net_size(name: str, size: str) -> dict[str, int]:
     Raises:
         UserError: If either is unknown; it names the nearest.
     """
-    _check_known([name], NETS, "network")
-    _check_known([size], SIZES[name], f"size of network {name!r}")
-    return dict(SIZES[name][size])
+    choose(NETS, "network", name)
+    return dict(choose(SIZES[name], f"size of network {name!r}", size))
 
 
 def make_net(name: str, **settings: object) -> ResMLP | DiT | UNet:
@@ -61,18 +59,8 @@ def make_net(name: str, **settings: object) -> ResMLP | DiT | UNet:
     Raises:
         UserError: If the name or a setting is unknown (it names the nearest), or a needed one is missing.
     """
-    _check_known([name], NETS, "network")
-    parameters = inspect.signature(NETS[name]).parameters
-    _check_known(settings, parameters, f"setting of network {name!r}")
+    parameters = inspect.signature(choose(NETS, "network", name)).parameters
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in settings:
             raise UserError(f"network {name!r} needs the setting {key!r}; give it")
-    return NETS[name](**settings)  # pyright: ignore[reportArgumentType]
-
-
-def _check_known(keys: Iterable[str], known: Iterable[str], what: str) -> None:
-    known = list(known)
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise UserError(f"unknown {what} {key!r}; did you mean {near[0]!r}? (known: {', '.join(known)})")
+    return build(NETS, "network", name, settings)

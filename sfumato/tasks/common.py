@@ -4,7 +4,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,8 +54,7 @@ def gathered(items: Tensor, n: int) -> Tensor:
         return items
     from accelerate.utils import gather_object  # pyright: ignore[reportMissingTypeStubs]
 
-    parts: Any = gather_object([items])
-    whole = torch.cat(parts)
+    whole = torch.cat(cast("list[Tensor]", gather_object([items])))
     assert len(whole) == n
     return whole
 

@@ -100,7 +100,7 @@ def _sampling(model: "Model", steps: int | None, guidance: float | None, sampler
     """The model's own sampling defaults with what the user fixed, checked."""
     from dataclasses import replace
 
-    from sfumato.core.choice import choose
+    from sfumato.choice import choose
     from sfumato.core.sampler import SAMPLERS
 
     if sampler is not None:

@@ -29,7 +29,7 @@ def write_card(job: Job, model: Model) -> None:
         f"sfumato evaluate {job.folder} {job.source}",
         "```",
         "",
-        "It repeats what its training data hold, biases included; check `evaluate`'s memorisation figure before sharing.",
+        "It repeats what its training data hold, biases included; look at `evaluate`'s novelty before sharing it.",
         "",
     ]
     (job.folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

@@ -173,7 +173,8 @@ def encode_all(job: Job, model: Model) -> Tensor:
 def measure_codec(job: Job, model: Model, network: Classifier | None) -> dict[str, Any]:
     """PSNR, SSIM and, with a feature network, rFD of held-out items."""
     x = job.held.batch(torch.arange(min(len(job.held), CHECKED))).data
-    extractor = None if network is None else NamedExtractor("features", network.features, job.device)
+    few = len(x) < 2  # of one item there is no covariance
+    extractor = None if network is None or few else NamedExtractor("features", network.features, job.device)
     report = reconstruction_report(x, model.reconstruct(x), extractor)
     job.log.record({"stage": "reconstruction", "step": job.settings.train.codec.steps or 0, **report})
     return {"codec": {k: round(v, 4) for k, v in report.items()}}

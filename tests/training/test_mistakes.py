@@ -45,7 +45,7 @@ def refused(code: int, match: str, source: Path | str, out: Path, **options: Any
         ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude"),
         ({"resume": True}, "no run to resume"),
         ({"modality": "imagery"}, "unknown modality 'imagery'.*image"),
-        ({"overrides": ["train.denoiser.learning_rate=1"]}, r"did you mean 'train\.denoiser\.lr'"),
+        ({"overrides": ["train.denoiser.lrr=1"]}, r"did you mean 'train\.denoiser\.lr'"),
         ({"overrides": ["codec.bottelneck=vq"]}, r"did you mean 'codec\.bottleneck'"),
         ({"overrides": ["codec.bottleneck=vae"]}, r"codec\.bottleneck=vae.*'kl', 'vq', 'fsq' or 'none'"),
         ({"overrides": ["train.codec.lr=fast"]}, r"train\.codec\.lr=fast"),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import TypeVar
 
-from ..errors import UserError
+from sfumato.errors import UserError
 
 T = TypeVar("T")
 

@@ -1,0 +1,197 @@
+"""New items: the same whatever the batch, the number of items or of processes; even in their classes; readable again."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sfumato.data import BUILTINS, read_images
+from sfumato.data.write import to_pixels
+from sfumato.errors import UserError
+from sfumato.model import Model, find_class
+from sfumato.tasks import common
+from sfumato.tasks.common import label_values
+from sfumato.tasks.generate import generate
+
+CLOSE = {"atol": 1e-4, "rtol": 0.0}
+
+
+def first_noise(model: Model, items: list[int]) -> torch.Tensor:
+    """What the denoiser is handed at t = 1."""
+    seen: list[torch.Tensor] = []
+    hook = model.denoiser.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    model.sample(items, model.labels_for(items, 0), seed=0)
+    hook.remove()
+    return seen[0]
+
+
+def test_the_noise_is_the_same_bit_for_bit(model: Model):
+    whole = first_noise(model, list(range(10)))
+    assert len(whole.flatten().unique()) == whole.numel()
+    for items in ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [7], [9, 3, 0]):
+        assert torch.equal(first_noise(model, items), whole[items])
+
+
+@pytest.mark.parametrize("sampler", ["heun", "ddpm", "sde", "dpmpp_2m"])
+def test_an_item_is_the_same_whatever_is_made_beside_it(model: Model, sampler: str):
+    how = replace(model.sampling, sampler=sampler)
+    some = lambda items: model.decode(model.sample(items, model.labels_for(items, 3), seed=3, how=how))
+    whole = some(range(10))
+    halves = torch.cat([some(range(5)), some(range(5, 10))])
+    backwards = some(range(9, -1, -1)).flip(0)
+    assert torch.allclose(halves, whole, **CLOSE) and torch.allclose(backwards, whole, **CLOSE)
+    assert not torch.allclose(whole[:5], whole[5:], **CLOSE)
+    other = model.decode(model.sample(range(10), model.labels_for(range(10), 3), seed=4, how=how))
+    assert not torch.allclose(other, whole, atol=1e-2)
+
+
+@pytest.mark.parametrize("label", [None, "7"])
+def test_items_do_not_depend_on_n_or_batch(model: Model, label: str | None):
+    whole = generate(model, n=10, batch=64, label=label)
+    for n, batch in ((10, 3), (5, 64), (5, 1)):
+        part = generate(model, n=n, batch=batch, label=label)
+        assert torch.allclose(part.items, whole.items[:n], **CLOSE)
+        assert part.rows == whole.rows[:n]
+
+
+def test_items_do_not_depend_on_the_number_of_processes(model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    whole = generate(model, n=10).items
+    monkeypatch.setattr(common, "gathered", lambda items, n: items)
+    for n, count in ((10, 2), (10, 3), (2, 3)):
+        parts: list[torch.Tensor] = []
+        for rank in range(count):
+            monkeypatch.setattr(common, "_process", lambda rank=rank, count=count: (rank, count))
+            out = tmp_path / f"{n}-{rank}-of-{count}" if rank else None  # only the first process writes
+            parts.append(generate(model, n=n, out=out, sheet=out and out.with_suffix(".png")).items)
+        assert torch.allclose(torch.cat(parts), whole[:n], **CLOSE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "count"), [(10, 2), (1, 2)])
+def test_two_real_processes(run: Path, tmp_path: Path, n: int, count: int):
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", "29561"]
+    words = ["-m", "sfumato", "generate", str(run), "-n", str(n), "--device", "cpu", "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    for how, name in (([], "one"), (launch, "two")):
+        command = [sys.executable, *how, *words, "--out", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("items") == 1
+    (one, _), (two, _) = (read_images(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == n
+    assert np.abs(one.pixels.astype(int) - two.pixels).max() <= 1  # 1e-4 may fall on either side of a rounding
+    assert (tmp_path / "one" / "metadata.jsonl").read_text() == (tmp_path / "two" / "metadata.jsonl").read_text()
+
+
+def test_classes_come_evenly_shuffled_and_whatever_n(model: Model):
+    labels = model.labels_for(range(100), 0)
+    assert labels is not None
+    assert torch.bincount(labels).tolist() == [10] * 10
+    assert torch.equal(torch.cat([model.labels_for([i], 0) for i in range(100)]), labels)
+    assert torch.equal(model.labels_for(range(37), 0), labels[:37])
+    rounds = labels.view(10, 10)
+    assert not torch.equal(rounds[0], torch.arange(10)) and not torch.equal(rounds[0], rounds[1])
+    assert not torch.equal(model.labels_for(range(100), 1), labels)
+
+
+def test_label_and_guidance_matter(model: Model):
+    three, seven = (generate(model, n=4, label=label) for label in ("3", "7"))
+    assert [row["label"] for row in three.rows] == [3] * 4
+    assert not torch.allclose(three.items, seven.items, atol=1e-2)
+    assert not torch.allclose(three.items, generate(model, n=4, label="3", guidance=4.0).items, atol=1e-2)
+    free = (generate(model, n=4, label="3", guidance=0.0), generate(model, n=4, label="7", guidance=0.0))
+    assert torch.allclose(free[0].items, free[1].items, **CLOSE)  # weight 0 is the null condition
+
+
+def test_what_is_written_is_read_again(model: Model, tmp_path: Path):
+    made = generate(model, n=12, out=tmp_path / "out", sheet=tmp_path / "sheets" / "s.png", seed=5)
+    data, held = read_images(tmp_path / "out")
+    assert held is None and (data.shape, data.mode) == ((1, 8, 8), "L")
+    assert (data.pixels == to_pixels(made.items, "L")).all()
+    assert [data.label_names[k] for k in data.labels] == [str(row["label"]) for row in made.rows]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert [row["item"] for row in rows] == list(range(12)) and {row["seed"] for row in rows} == {5}
+    assert {(row["sampler"], row["steps"], row["guidance"]) for row in rows} == {("heun", 4, 1.5)}
+    assert (tmp_path / "sheets" / "s.png").is_file()
+    assert made.items.abs().max() <= 1 and made.summary()["items"] == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label": "zebra"}, "zebra.*unknown to the model: it knows 0, 1"),
+        ({"label": "10"}, "unknown to the model"),
+        ({"sampler": "huen"}, "did you mean 'heun'"),
+        ({"n": 0}, "-n must be at least 1"),
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"batch": 0}, "--batch must be at least 1"),
+    ],
+)
+def test_wrong_settings(model: Model, tmp_path: Path, settings: dict, message: str):
+    with pytest.raises(UserError, match=message) as told:
+        generate(model, out=tmp_path / "out", **settings)
+    assert told.value.code == 2 and "\n" not in str(told.value) and not (tmp_path / "out").exists()
+
+
+def test_no_such_model(tmp_path: Path):
+    with pytest.raises(UserError, match="no model in"):
+        generate(tmp_path / "nowhere")
+
+
+def refused(model: Model, out: Path, overwrite: bool = False) -> UserError:
+    """What is said of an output folder, before anything is computed."""
+    with pytest.raises(UserError) as told:
+        generate(model, n=10**9, out=out, overwrite=overwrite)
+    assert "\n" not in str(told.value)
+    return told.value
+
+
+def test_folders_that_are_not_written_to(model: Model, tmp_path: Path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    assert "is not empty" in str(refused(model, tmp_path / "full"))
+    assert "is not empty" in str(refused(model, tmp_path / "full" / "letter.txt", overwrite=True))
+    below = refused(model, tmp_path / "full" / "letter.txt" / "out")
+    assert "cannot be written" in str(below) and below.code == 1
+    assert (tmp_path / "full" / "letter.txt").read_text() == "dear" and len(list(tmp_path.rglob("*"))) == 2
+    with pytest.raises(UserError, match="letter"):  # only samples are ever replaced
+        generate(model, n=2, out=tmp_path / "full", overwrite=True)
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs a folder nobody can write to")
+def test_read_only_place(model: Model):
+    told = refused(model, Path("/proc/sfumato"))
+    assert "cannot be written" in str(told) and told.code == 1
+
+
+def test_overwrite_replaces_samples(model: Model, tmp_path: Path):
+    generate(model, n=4, out=tmp_path / "out")
+    with pytest.raises(UserError, match="is not empty"):
+        generate(model, n=2, out=tmp_path / "out")
+    generate(model, n=2, out=tmp_path / "out", overwrite=True)
+    assert len(read_images(tmp_path / "out")[0]) == 2
+
+
+def test_labels_as_the_data_had_them():
+    assert label_values(["0", "10", "-1"]) == [0, 10, -1]
+    assert label_values(["cat", "007", "0"]) == ["cat", "007", 0]
+    assert label_values(BUILTINS["fashion-mnist"].classes) == list(range(10))
+
+
+def test_a_class_by_name_or_number():
+    assert find_class(["cat", "dog"], "dog") == find_class(["cat", "dog"], "1") == 1
+    assert find_class(["1", "2"], "1") == 0 and find_class(["1", "2"], "0") is None  # no class is called 0
+    assert find_class(["cat"], "1") is None and find_class([], "0") is None
+
+
+def test_progress_is_told(model: Model):
+    told: list[tuple] = []
+    generate(model, n=10, batch=4, progress=lambda *facts: told.append(facts))
+    assert told == [("generate", 4, 10), ("generate", 8, 10), ("generate", 10, 10)]
