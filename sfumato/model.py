@@ -1,4 +1,7 @@
 """A model: codec, conditioner and denoiser, built from one folder's JSON and safetensors."""
+# torch's and safetensors' own annotations are incomplete:
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# pyright: reportMissingTypeStubs=false
 
 import json
 import os
@@ -49,7 +52,7 @@ class Card:
     codec: dict[str, Any]
     conditioner: dict[str, Any]
     denoiser: dict[str, Any]
-    sample: dict[str, Any] = field(default_factory=dict)
+    sample: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass
@@ -266,7 +269,8 @@ def load(folder: str | Path, device: str | None = None) -> Model:
     keys = ("modality", "shape", "mode", "label_names", "sample")
     configs = {name: read_json(folder / name / "config.json") for name in PARTS}
     try:
-        model = Model(Card(**{key: facts[key] for key in keys}, **configs))
+        chosen: dict[str, Any] = {key: facts[key] for key in keys} | configs
+        model = Model(Card(**chosen))
     except (KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         raise UserError(f"{folder}: its JSON files do not describe a model ({error!r})", code=1) from None
     for name, module in model.parts.items():

@@ -128,4 +128,4 @@ def kept_network(path: Path, job: Job) -> Classifier | None:
     with torch.random.fork_rng(devices=[]):  # whether it was trained or loaded, what is drawn next is the same
         network = Classifier(job.train.shape, state["head.weight"].shape[0], FEATURE_WIDTH)
     network.load_state_dict(state)
-    return network.to(device=job.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return network.to(job.device).to(memory_format=torch.channels_last).eval().requires_grad_(False)

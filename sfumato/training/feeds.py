@@ -28,7 +28,7 @@ class Order:
         first, last = step * self.batch, (step + 1) * self.batch - 1
         wanted = range(first // self.count, last // self.count + 1)
         self.epochs = {
-            epoch: self.epochs.get(epoch, None) if epoch in self.epochs else self._draw(epoch) for epoch in wanted
+            epoch: self.epochs[epoch] if epoch in self.epochs else self._draw(epoch) for epoch in wanted
         }
         return torch.cat(list(self.epochs.values()))[first - wanted.start * self.count :][: self.batch]
 

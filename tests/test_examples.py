@@ -1,0 +1,50 @@
+"""The examples run: on handwritten digits, with few steps and small sizes."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SMALL = (
+    *("train.precision=fp32", "train.codec.batch=16", "train.denoiser.batch=32", "codec.width=16"),
+    *("codec.perceptual=none", "denoiser.width=32", "denoiser.depth=1", "sample.guidance=1.5", "sample.steps=4"),
+)
+
+
+def example(name: str) -> ModuleType:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def varies(path: Path) -> bool:
+    """Whether a picture shows anything at all."""
+    return float(np.asarray(Image.open(path).convert("L"), np.float32).std()) > 1
+
+
+def test_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
+    module, run = example("mnist"), tmp_path / "run"
+    pictures = module.main("digits", out=str(run), steps=20, overrides=SMALL)
+    names = {"loss.png", "forward.png", "reverse.png", "reconstructions.png", "samples.png"}
+    assert {path.name for path in pictures.iterdir()} == names
+    assert all(varies(path) for path in pictures.iterdir())
+    wide = {name: Image.open(pictures / name) for name in ("forward.png", "reverse.png")}
+    assert wide["forward.png"].width > wide["forward.png"].height  # nine times of eight items
+    assert wide["reverse.png"].width < wide["reverse.png"].height  # four steps of eight items
+
+    before = (run / "denoiser" / "model.safetensors").stat().st_mtime_ns
+    module.main("digits", out=str(run), steps=20, overrides=SMALL)  # again: with the model that is there
+    assert (run / "denoiser" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_examples_are_short():
+    sizes = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert sizes and max(sizes.values()) < 60
