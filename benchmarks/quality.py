@@ -97,8 +97,12 @@ def measure(spec: Spec, run: Path, options: argparse.Namespace) -> Facts:
 
 
 def ask_judge(spec: Spec, run: Path, options: argparse.Namespace) -> Facts:
-    """What an outside judge says of them."""
-    done = call([str(options.judge), "images", f"{run}-samples", "--reference", spec.data, "--cas"])
+    """What an outside judge says of them; nothing where it does not know the data set."""
+    try:
+        done = call([str(options.judge), "images", f"{run}-samples", "--reference", spec.data, "--cas"])
+    except Failed as error:
+        print(f"{spec.name}: no judgement ({error})", file=sys.stderr, flush=True)
+        return {}
     return json.loads(done.output)
 
 
@@ -114,14 +118,17 @@ def complete(spec: Spec, options: argparse.Namespace) -> Facts:
     """Everything about a run: what is known already, and what is done now."""
     run = options.out / spec.name
     record = options.out / f"{spec.name}.json"
-    facts: Facts = json.loads(record.read_text()) if record.is_file() else {}
+    asked: Facts = {"set": options.set, "items": options.items}
+    facts: Facts = json.loads(record.read_text()) if record.is_file() else asked
+    if {key: facts.get(key) for key in asked} != asked:
+        raise Failed(f"{record} is of other --set or --items; name another --out")
     for part, work in PARTS.items():
-        missing = part not in facts or (part == "evaluate" and options.cas and "cas" not in facts[part])
+        missing = not facts.get(part) or (part == "evaluate" and options.cas and "cas" not in facts[part])
         if not missing or (part == "judge" and options.judge is None):
             continue
         print(f"{spec.name}: {part}", file=sys.stderr, flush=True)
         facts[part] = work(spec, run, options)
-        partial = record.with_suffix(".partial")
+        partial = record.with_name(record.name + ".partial")
         partial.write_text(json.dumps(facts, indent=1) + "\n")
         partial.replace(record)
     return facts

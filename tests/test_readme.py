@@ -78,7 +78,12 @@ def test_command_lines_parse(words: list[str]):
 
 def test_wrong_command_lines_do_not_parse():
     """The test above can fail: an unknown flag, one left out, an unknown command."""
-    for line in ("fit mnist --out runs/x --bugdet 5m", "fit mnist", "generate --out x", "fit mnist --out x --size huge"):
+    for line in (
+        "fit mnist --out runs/x --bugdet 5m",
+        "fit mnist",
+        "generate --out x",
+        "fit mnist --out x --size huge",
+    ):
         with pytest.raises(Exception, match=r"(?i)no such option|missing|invalid|not one of"):
             parsed(["sfumato", *line.split()])
     with pytest.raises(KeyError):

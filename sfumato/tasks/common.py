@@ -12,6 +12,7 @@ from torch import Tensor
 from sfumato.config import DataSettings, apply_overrides, read_settings
 from sfumato.data import BUILTINS, Data
 from sfumato.errors import UserError
+from sfumato.machine import default_device
 from sfumato.model import Model, load, read_json
 
 Progress = Callable[[str, int, int], None]
@@ -19,21 +20,25 @@ Progress = Callable[[str, int, int], None]
 
 def open_model(model: Path | str | Model, device: str | None) -> Model:
     """The model itself, or the one in a folder."""
-    _process()  # of several GPUs each process has its own once it has joined, so before anything is put there
+    place = device or (str(model.device) if isinstance(model, Model) else default_device())
+    _process(place)  # of several GPUs each process has its own once it has joined, so before anything is put there
     if not isinstance(model, Model):
         return load(model, device)
     return model if device is None else model.to(device)
 
 
-def _process() -> tuple[int, int]:
-    """(rank, number of processes); joins the group when launched by `accelerate launch` or torchrun."""
+def _process(device: str = "cpu") -> tuple[int, int]:
+    """(rank, number of processes); the first call joins the group when launched by `accelerate launch` or torchrun.
+
+    Accelerate must be told to compute on the CPU: left alone there, it takes each process for the only one.
+    """
     import os
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     from accelerate import PartialState  # pyright: ignore[reportMissingTypeStubs]
 
-    state: Any = PartialState()
+    state: Any = PartialState(cpu=device == "cpu")
     return state.process_index, state.num_processes
 
 
@@ -108,12 +113,16 @@ def source_settings(model: object, overrides: Sequence[str], skip_bad: bool, lab
     return settings.model_copy(update={"skip_bad": True}) if skip_bad else settings
 
 
-def check_fit(name: object, shape: Sequence[int], mode: str, source: object, data: Data) -> None:
+def title(target: object) -> str:
+    """What to call a model or the place of samples."""
+    return "the model" if isinstance(target, Model) else str(target)
+
+
+def check_fit(name: str, shape: Sequence[int], mode: str, source: object, data: Data) -> None:
     """Refuse a source of other images than those of `name` (samples, or what a model makes), of shape (C, H, W)."""
     if (tuple(shape), mode) == (data.shape, data.mode):
         return
     ours, theirs = (f"{width}x{height} {kind}" for (_, height, width), kind in ((shape, mode), (data.shape, data.mode)))
-    name = "the model" if isinstance(name, Model) else name
     remedy = f" (convert these with --set data.resolution={shape[1]} --set data.mode={mode})"
     raise UserError(
         f"{name}: its images are {ours}, but those of {source} are {theirs}{remedy * (shape[1] == shape[2])}", code=1

@@ -55,10 +55,10 @@ def evaluate(
     """
     import time
 
-    from sfumato.tasks.common import check_counts, open_model, source_settings
+    from sfumato.tasks.common import check_counts, open_model, source_settings, title
     from sfumato.tasks.judge import FEWEST, Judge, check_samples, draw_samples, read_real, read_samples, relabelled
 
-    start = time.perf_counter()
+    start, name = time.perf_counter(), title(target)
     check_counts(batch=batch)
     check_counts(FEWEST, n=n)
     model = open_model(target, device) if _is_model(target) else None
@@ -66,13 +66,12 @@ def evaluate(
     train, held = read_real(source, settings)
     if model is None:
         samples = read_samples(str(target), n, settings.skip_bad, seed)
-        check_samples(target, samples, source, train, cas)
+        check_samples(name, samples, source, train, cas)
     else:
-        check_samples(target, model.card, source, train, cas)
+        check_samples(name, model.card, source, train, cas)
         samples = draw_samples(model, n or min(MOST, max(LEAST, len(held))), seed, batch, progress)
     samples = relabelled(samples, train)
     judge = Judge(train, device or (None if model is None else str(model.device)), progress)
-    name = str(target) if isinstance(target, str | Path) else "model"
     report = {"target": name, "source": str(source), **_measure(judge, samples, held, cas, seed)}
     if model is not None:
         report |= _measure_codec(judge, model, held, seed)

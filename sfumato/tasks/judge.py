@@ -109,7 +109,7 @@ def class_numbers(names: Sequence[str], known: Data) -> NDArray[np.int64] | None
     return np.array(found, np.int64) if found and len(found) == len(names) else None
 
 
-def check_samples(name: object, made: Data | Card, source: object, train: Data, cas: bool) -> None:
+def check_samples(name: str, made: Data | Card, source: object, train: Data, cas: bool) -> None:
     """Refuse samples that cannot be compared with a source, or have not the labels that are needed."""
     check_fit(name, made.shape, made.mode, source, train)
     if cas and not class_count(train):

@@ -67,6 +67,7 @@ def reconstruct(
         is_main,
         open_model,
         source_settings,
+        title,
     )
 
     start = time.perf_counter()
@@ -76,7 +77,7 @@ def reconstruct(
         check_target(out, overwrite)
         sheet = _sheet_beside(Path(out), overwrite) if sheet is None else sheet
     parts = _read(source, source_settings(model, overrides, skip_bad, labels=False), n, seed)
-    check_fit(model, loaded.card.shape, loaded.card.mode, source, parts[0])
+    check_fit(title(model), loaded.card.shape, loaded.card.mode, source, parts[0])
     items, rows, pairs, facts = _run(loaded, parts, batch, progress)
     if out is not None and is_main():
         loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)

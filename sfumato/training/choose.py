@@ -29,7 +29,7 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
     Returns:
         The weight, and what each one tried reached: `fd` (on the feature network's features) and `accuracy`.
     """
-    if not job.classes or network is None:
+    if not job.classes or network is None or job.held.labels is None:
         return model.sampling.guidance, {}
     index = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(0))[:REAL]
     real = torch.cat([network.features(job.train.batch(part).data.to(job.device)) for part in index.split(1000)])

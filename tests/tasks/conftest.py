@@ -1,7 +1,7 @@
 """A small model of 8x8 digits with random weights, and a network that judges quickly."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def make_model(classes: int = 10, shape: tuple[int, int, int] = (1, 8, 8), mode: str = "L") -> Model:
+def new_model(classes: int = 10, shape: tuple[int, int, int] = (1, 8, 8), mode: str = "L") -> Model:
     card = Card(
         modality="image",
         shape=shape,
@@ -47,8 +47,14 @@ def make_model(classes: int = 10, shape: tuple[int, int, int] = (1, 8, 8), mode:
 
 
 @pytest.fixture(scope="session")
+def make_model() -> Callable[..., Model]:
+    """Makes a model from (classes, shape, mode)."""
+    return new_model
+
+
+@pytest.fixture(scope="session")
 def model() -> Model:
-    return make_model()
+    return new_model()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""New items: the same whatever the batch, the number of items or of processes; even in their classes; readable again."""
+"""New items: the same whatever the batch, n or the number of processes; even in their classes; readable again."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_items_do_not_depend_on_the_number_of_processes(model: Model, monkeypatc
     for n, count in ((10, 2), (10, 3), (2, 3)):
         parts: list[torch.Tensor] = []
         for rank in range(count):
-            monkeypatch.setattr(common, "_process", lambda rank=rank, count=count: (rank, count))
+            monkeypatch.setattr(common, "_process", lambda device="", mine=(rank, count): mine)
             out = tmp_path / f"{n}-{rank}-of-{count}" if rank else None  # only the first process writes
             parts.append(generate(model, n=n, out=out, sheet=out and out.with_suffix(".png")).items)
         assert torch.allclose(torch.cat(parts), whole[:n], **CLOSE)
@@ -78,7 +78,7 @@ def test_items_do_not_depend_on_the_number_of_processes(model: Model, monkeypatc
 def test_two_real_processes(run: Path, tmp_path: Path, n: int, count: int):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", "29561"]
     words = ["-m", "sfumato", "generate", str(run), "-n", str(n), "--device", "cpu", "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for how, name in (([], "one"), (launch, "two")):
         command = [sys.executable, *how, *words, "--out", str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

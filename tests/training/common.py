@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+
 from sfumato.model import PARTS, Model
 from sfumato.training import fit
 from sfumato.training.loop import Trainer
-from torch import Tensor
 
 SMALL = (  # everything that the plan would take from the machine, and sizes that train in a moment
     "train.precision=fp32",

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from sfumato.training import planning
 from tests.training.common import pictures
 

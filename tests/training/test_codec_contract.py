@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from sfumato.codecs import ImageCodec
 from sfumato.data.base import Data
 from sfumato.model import load_part, save_part
 from sfumato.training.steps import CodecStep
 from sfumato.types import Batch
 from tests.training.common import images, pictures
-from torch import Tensor
 
 BOTTLENECKS = ("kl", "vq", "fsq", "none")
 LATENTS = ("grid", "vector")

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from sfumato.training.ema import EMA, ema_exponent
 from torch import nn
+
+from sfumato.training.ema import EMA, ema_exponent
 
 
 class Theta(nn.Module):

@@ -1,6 +1,7 @@
 """Which items a step gets."""
 
 import torch
+
 from sfumato.config import StageSettings
 from sfumato.training.feeds import DataFeed, LatentFeed, Order
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.training.common import assert_same_run, rows, small_fit
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +92,7 @@ def test_killed_at_moments_of_chance(source: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_budget_is_kept(tmp_path: Path):
     """All that `fit` does, imports included, and not much less than that."""
-    code = "import sys; from pathlib import Path; from sfumato import fit; fit('digits', out=Path(sys.argv[1]), budget='40s')"
+    code = "import sys; from sfumato import fit; fit('digits', out=sys.argv[1], budget='40s')"
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, check=True)
     assert 0.75 * 40 < time.monotonic() - began < 1.05 * 40

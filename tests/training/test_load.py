@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from sfumato.errors import UserError
 from sfumato.model import PARTS, load
 from sfumato.training.loop import Trainer
@@ -104,7 +105,13 @@ def test_a_key_is_missing(run: Path, key: str):
 
 @pytest.mark.parametrize(
     ("part", "key"),
-    [("codec", "shape"), ("denoiser", "net"), ("denoiser", "schedule"), ("denoiser", "predict"), ("conditioner", "name")],
+    [
+        ("codec", "shape"),
+        ("denoiser", "net"),
+        ("denoiser", "schedule"),
+        ("denoiser", "predict"),
+        ("conditioner", "name"),
+    ],
 )
 def test_a_key_of_a_part_is_missing(run: Path, part: str, key: str):
     edit(run / part / "config.json", lambda config: config.pop(key))

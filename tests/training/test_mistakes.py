@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+
 from sfumato import model as model_module
 from sfumato.errors import UserError
 from sfumato.training import fit
@@ -127,6 +128,14 @@ def test_nine_images_are_enough(tmp_path: Path):
     assert record(tmp_path / "run")["done"] == ["codec", "denoiser"]
 
 
+def test_a_held_out_part_without_labels(tmp_path: Path):
+    """Guidance is chosen on held-out labels where there are some."""
+    x, label = pictures(40, (1, 8, 8))
+    np.savez(tmp_path / "x.npz", x_train=x[:24, ..., 0], y_train=label[:24], x_test=x[24:, ..., 0])
+    model = small_fit(tmp_path / "x.npz", tmp_path / "run", "sample.guidance=null")
+    assert model.conditioner.classes == 3 and model.sampling.guidance >= 1
+
+
 def test_a_latent_vector(source: Path, tmp_path: Path):
     model = small_fit(source, tmp_path, *PLAIN, "codec.latent=vector", "codec.latent_dim=10")
     assert model.codec.latent_shape == (10,)
@@ -148,7 +157,9 @@ def test_a_folder_that_cannot_be_made(source: Path, tmp_path: Path):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
 def test_a_read_only_folder(source: Path):
-    refused(1, "cannot be written", source, Path("/proc/run"))
+    with pytest.raises(UserError, match=r"/proc/run: cannot be written") as caught:
+        small_fit(source, Path("/proc/run"))
+    assert caught.value.code == 1
 
 
 def test_a_file_in_its_place(source: Path, tmp_path: Path):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from sfumato.config import Settings, apply_overrides
 from sfumato.errors import UserError
 from sfumato.training import planning
@@ -24,7 +25,9 @@ def numbers(shape: tuple[int, int, int]) -> tuple[int, ...]:
     return (c, *(math.ceil(n / f) for n in shape[1:]))
 
 
-def planned(seconds: float = 600.0, shape: tuple[int, int, int] = MNIST, size: str | None = None, *overrides: str) -> Settings:
+def planned(
+    seconds: float = 600.0, shape: tuple[int, int, int] = MNIST, size: str | None = None, *overrides: str
+) -> Settings:
     return make_plan(apply_overrides(Settings(), overrides), replace(FACTS, shape=shape), seconds, size)
 
 
@@ -117,17 +120,27 @@ def job(seconds_used: float = 0.0, *overrides: str) -> Any:
     """As much of a job as sharing out needs: a budget of 100 s, of which some is used."""
     settings = make_plan(apply_overrides(Settings(budget_seconds=100), overrides), FACTS, 100, None)
     left = lambda: 100 * 0.99 - 6 - seconds_used
-    return SimpleNamespace(settings=settings, record={}, train=range(6_000), seconds_left=left, started=time.monotonic())
+    return SimpleNamespace(
+        settings=settings, record={}, train=range(6_000), seconds_left=left, started=time.monotonic()
+    )
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, codec: float = 0.01, denoiser: float = 0.02, features: float = 0.0) -> None:
+def measured(
+    monkeypatch: pytest.MonkeyPatch, codec: float = 0.01, denoiser: float = 0.02, features: float = 0.0
+) -> None:
     speeds = {"features": Speed(features, 0), "codec": Speed(codec, 1e9), "denoiser": Speed(denoiser, 2e9)}
     monkeypatch.setattr(planning, "measure_stages", lambda _: dict(speeds))
 
 
 @pytest.mark.parametrize(
     ("overrides", "steps"),
-    [((), 50), (("train.codec.steps=30",), 50), (("train.denoiser.steps=45",), 50), ((), 2), (("train.codec.steps=60",), 61)],
+    [
+        ((), 50),
+        (("train.codec.steps=30",), 50),
+        (("train.denoiser.steps=45",), 50),
+        ((), 2),
+        (("train.codec.steps=60",), 61),
+    ],
 )
 def test_steps_are_shared_out(overrides: tuple[str, ...], steps: int):
     shared = job(0, *overrides)
@@ -172,7 +185,9 @@ def test_nothing_is_left_of_a_run_without_a_plan(source: Path, tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_that_fails_spares_the_run_it_was_to_replace(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_plan_that_fails_spares_the_run_it_was_to_replace(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     small_fit(source, tmp_path, "codec.perceptual=none")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     measured(monkeypatch, codec=100.0, features=10.0)

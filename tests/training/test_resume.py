@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from sfumato.errors import UserError
 from sfumato.training import run as run_module
 from sfumato.training import stages

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sfumato.errors import UserError
 from sfumato.training import state as state_module
 from sfumato.training.state import load_state, save_state
@@ -126,7 +127,7 @@ def test_damage_is_told(name: str, tmp_path: Path):
     folder = tmp_path / "checkpoint"
     save(folder, 1)
     (folder / name).write_bytes(b"\x80\x04pickle or whatever")
-    with pytest.raises(UserError, match="checkpoint is damaged.*--overwrite") as caught:
+    with pytest.raises(UserError, match=r"checkpoint is damaged.*--overwrite") as caught:
         load_state(folder)
     assert caught.value.code == 1
 

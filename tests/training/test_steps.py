@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+
 from sfumato.codecs import ImageCodec
 from sfumato.codecs.losses import Perceptual
 from sfumato.conditioners import make_conditioner
@@ -12,7 +14,6 @@ from sfumato.training.loop import trained_state
 from sfumato.training.steps import CodecStep, DiffusionStep, matrices
 from sfumato.types import Batch
 from tests.training.common import images, names_reached, stirred
-from torch import nn
 
 SHAPE = (2, 16, 16)
 
@@ -51,7 +52,9 @@ def test_terms_on_the_image_reach_encoder_and_decoder(term: str, reached: set[st
     assert names_reached(losses[term], modules(step)) == reached
 
 
-@pytest.mark.parametrize(("bottleneck", "reached"), [("kl", {"encoder"}), ("vq", {"encoder"}), ("fsq", set()), ("none", set())])
+@pytest.mark.parametrize(
+    ("bottleneck", "reached"), [("kl", {"encoder"}), ("vq", {"encoder"}), ("fsq", set()), ("none", set())]
+)
 def test_the_bottleneck_reaches_the_encoder_only(bottleneck: str, reached: set[str]):
     step = codec_step(bottleneck)
     term = step(batch(), "codec", 0, generator())["bottleneck"]
@@ -78,7 +81,9 @@ def test_the_discriminator_phase_trains_the_discriminator_only():
     step(batch(), "codec", 12, generator())
     step(batch(), "discriminator", 12, generator())["loss"].backward()
     assert all(p.grad is not None for p in step.discriminator.parameters())
-    assert all(p.grad is None for name in ("encoder", "decoder", "perceptual") for p in modules(step)[name].parameters())
+    assert all(
+        p.grad is None for name in ("encoder", "decoder", "perceptual") for p in modules(step)[name].parameters()
+    )
 
 
 def test_phases_hold_each_parameter_once():

@@ -1,0 +1,82 @@
+"""The benchmarks' bookkeeping: what is asked of whom, what is skipped, what the table says."""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+REPORT = {"fd": 3.21, "fd_floor": 0.5, "accuracy": 0.99, "accuracy_floor": 0.993, "coverage": 0.9, "novelty": 0.95}
+
+
+@pytest.fixture
+def quality() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("quality", BENCHMARKS / "quality.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def calls(quality: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that were asked for; none is run, but `fit` leaves what it would."""
+    seen: list[list[str]] = []
+
+    def call(words: Sequence[str]) -> object:
+        seen.append(list(words))
+        if "fit" in words:
+            if "cifar10" in words:
+                raise quality.Failed("exit code 1")
+            run = Path(words[words.index("--out") + 1])
+            run.mkdir(exist_ok=True)
+            metrics = {"parameters": {"codec": 1_000, "denoiser": 2_000}, "codec": {"psnr": 25.04}}
+            (run / "run.json").write_text(json.dumps({"metrics": metrics}))
+            sample = {"sampler": "heun", "steps": 15, "guidance": 1.25}
+            (run / "model.json").write_text(json.dumps({"sample": sample}))
+        return quality.Done(json.dumps(REPORT), 12.5, 1.234)
+
+    monkeypatch.setattr(quality, "call", call)
+    return seen
+
+
+def test_a_row_a_run(quality: ModuleType, calls: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--data", "mnist", "--budgets", "5m,10m", "--seeds", "3", "--out", str(tmp_path / "runs")]
+    assert quality.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells[:10] == ["mnist", "5m", "3", "12.5", "1.23", "3,000", "25.0", "heun 15", "1.25", "12.5"]
+    assert cells[10:] == ["0.990 (0.993)", "3.210 (0.500)", "–", "0.900", "0.950"]
+    assert [words[2] for words in calls] == ["fit", "generate", "evaluate"] * 2
+    fit, generate = calls[:2]
+    assert fit[fit.index("--budget") + 1] == "5m" and fit[fit.index("--seed") + 1] == "3"
+    assert generate[generate.index("-n") + 1] == "10000" and "--guidance" not in generate
+
+    quality.main(words)  # again: everything is known
+    assert len(calls) == 6
+    quality.main([*words, "--judge", "judge.py"])  # only what is new
+    assert [words[:2] for words in calls[6:]] == [["judge.py", "images"]] * 2
+    assert calls[6][3:] == ["--reference", "mnist", "--cas"]
+    assert "judge: fd" in capsys.readouterr().out
+
+
+def test_failures_are_told_and_the_rest_goes_on(
+    quality: ModuleType, calls: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["--data", "cifar10,mnist", "--out", str(tmp_path)]
+    assert quality.main(words) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 3 and "exit code 1" in err
+    assert quality.main(["--data", "mnist", "--out", str(tmp_path), "--set", "codec.bottleneck=fsq"]) == 1
+    assert "name another --out" in capsys.readouterr().err
+
+
+def test_call_runs_a_process_of_its_own(quality: ModuleType):
+    done = quality.call(["-c", "print('hello')"])
+    assert done.output == "hello\n" and done.seconds >= 0 and 0.001 < done.gib < 2
+    with pytest.raises(quality.Failed, match="exit code 3"):
+        quality.call(["-c", "raise SystemExit(3)"])
