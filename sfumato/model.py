@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sfumato import __version__
 from sfumato.codecs import Codec
 from sfumato.conditioners import Conditioner, make_conditioner
-from sfumato.core import Denoiser, Noise, cfg, make_schedule, prior, sample, time_grid
+from sfumato.core import Denoiser, Noise, cfg, interval, make_schedule, prior, sample, time_grid
 from sfumato.core.noise import item_generator
 from sfumato.core.sampler import OnStep
 from sfumato.errors import UserError
@@ -57,12 +57,13 @@ class Card:
 
 @dataclass
 class Sampling:
-    """How a sampler is run: its name, number of steps, guidance weight (1 = off) and time grid."""
+    """How a sampler is run: its name, steps, guidance weight (1 = off), time grid, times (lo, hi) that are guided."""
 
     sampler: str = "heun"
     steps: int = 15
     guidance: float = 1.0
     grid: str = "uniform"
+    interval: Sequence[float] | None = None
 
 
 class Model:
@@ -148,7 +149,8 @@ class Model:
         draw = lambda: noise().to(self.device)
         denoise = self._denoise(label, len(items))
         if how.guidance != 1 and label is not None:
-            denoise = cfg(denoise, self._denoise(None, len(items)), how.guidance)
+            weight = interval(how.guidance, *how.interval) if how.interval else how.guidance
+            denoise = cfg(denoise, self._denoise(None, len(items)), weight)
         grid = time_grid(schedule, how.steps, how.grid)
         return sample(denoise, schedule, prior(schedule, draw), grid, how.sampler, draw, on_step)
 

@@ -12,7 +12,7 @@ class Codec(nn.Module):
     """Encoder, bottleneck and decoder around a whitened latent space.
 
     The networks work on raw codes h; everything outside sees z = (h − μ) / σ with μ, σ per channel, measured over
-    the training set by `whiten` and stored with the weights. So no scaling factor exists anywhere else.
+    the training set by `learn_statistics` and stored with the weights. So no scaling factor exists anywhere else.
 
     Args:
         latent_shape: Shape of one item's latent, channels first: (c, *spatial) for a grid, (d,) for a vector.
@@ -38,8 +38,15 @@ class Codec(nn.Module):
 
     def encode(self, x: Tensor) -> Latent:
         """Latents z (B, *latent_shape) of data x; deterministic (the posterior's mean, the nearest code)."""
-        h = self.bottleneck.mode(self.encoder(x)).float()  # type: ignore[operator]
-        return Latent((h - self.latent_mean) / self.latent_std)
+        return Latent(self.whitened(self.codes(x)))
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Raw codes h (B, *latent_shape) of data x, not whitened."""
+        return self.bottleneck.mode(self.encoder(x)).float()  # type: ignore[operator]
+
+    def whitened(self, h: Tensor) -> Tensor:
+        """Whitened codes z = (h − μ) / σ of raw codes h."""
+        return (h - self.latent_mean.to(h)) / self.latent_std.to(h)
 
     def decode(self, latent: Latent | Tensor) -> Tensor:
         """Data of latents z (B, *latent_shape); discrete bottlenecks first snap to their nearest code."""
@@ -53,15 +60,13 @@ class Codec(nn.Module):
         return self.decoder(h), loss, info
 
     @torch.no_grad()
-    def whiten(self, h: Tensor, floor: float = 1e-3) -> Tensor:
-        """Set μ and σ per channel from the raw codes h (N, *latent_shape) of the training set, and give their z.
+    def learn_statistics(self, h: Tensor, floor: float = 1e-3) -> None:
+        """Set μ and σ per channel from the raw codes h (N, *latent_shape) of the training set.
 
         A dead channel (σ below `floor` of the largest) keeps that floor, so that whitening never amplifies rounding.
-        Call it once, while μ = 0 and σ = 1: then `encode` gives raw codes.
         """
         axes = (0, *range(2, h.ndim))
         std, mean = torch.std_mean(h, axes, correction=0)
         std = std.clamp(min=max(floor * float(std.max()), 1e-8))
         self.latent_mean.copy_(mean.view_as(self.latent_mean))
         self.latent_std.copy_(std.view_as(self.latent_std))
-        return (h - self.latent_mean.to(h)) / self.latent_std.to(h)

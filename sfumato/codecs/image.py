@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from sfumato.codecs.base import Codec
 from sfumato.codecs.bottleneck import make_bottleneck
+from sfumato.errors import UserError
 
 
 class ResBlock(nn.Module):
@@ -152,6 +153,8 @@ class ImageCodec(Codec):
         groups: int = 1,
         levels: tuple[int, ...] | None = None,
     ) -> None:
+        if downsample < 1 or downsample & (downsample - 1):
+            raise UserError(f"codec.downsample={downsample} must be a power of two")
         count, height, wide = shape
         grid = (math.ceil(height / downsample), math.ceil(wide / downsample))
         options: dict[str, Any] = {"size": codebook_size, "groups": groups} if bottleneck == "vq" else {}

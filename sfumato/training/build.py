@@ -10,8 +10,9 @@ from sfumato.codecs.losses import Perceptual, load_vgg
 from sfumato.config import Settings
 from sfumato.core import Objective, make_times, make_weight
 from sfumato.data import Data
+from sfumato.errors import UserError
 from sfumato.model import Card, Model
-from sfumato.nn.classifier import Classifier, fit_classifier
+from sfumato.nn.classifier import SMALLEST, Classifier, fit_classifier
 from sfumato.training.job import Job
 from sfumato.training.plan import ADVERSARIAL_START
 from sfumato.training.steps import CodecStep, DiffusionStep
@@ -58,6 +59,7 @@ def build_card(settings: Settings, data: Data, modality: str, classes: int) -> C
             "sampler": sample.sampler,
             "steps": sample.steps,
             "guidance": (USUAL_GUIDANCE if classes else 1.0) if sample.guidance is None else sample.guidance,
+            "interval": None if sample.interval is None else list(sample.interval),
         },
     )
 
@@ -71,6 +73,10 @@ def uses_features(settings: Settings) -> bool:
 def feature_network(job: Job, steps: int) -> Classifier:
     """A small classifier of the training data (of its orientation where there are no labels), for features."""
     data, bf16 = job.train, job.precision == "bf16"
+    if min(data.shape[1:]) < SMALLEST:
+        raise UserError(
+            f"codec.perceptual={job.settings.codec.perceptual} needs images of {SMALLEST} pixels; set it to none"
+        )
     return fit_classifier(
         data, job.classes, steps=steps, width=FEATURE_WIDTH, seed=job.settings.seed, device=job.device, bf16=bf16
     )
@@ -82,7 +88,10 @@ def perceptual_term(settings: Settings, network: Classifier | None) -> nn.Module
         return Perceptual(network.pyramid)
     if not settings.codec.perceptual_weight or settings.codec.perceptual == "none":
         return None
-    return load_vgg()
+    weights = load_vgg()
+    if weights is None and settings.codec.perceptual == "lpips":
+        raise UserError("codec.perceptual=lpips needs the weights of VGG: name their file in $SFUMATO_VGG")
+    return weights
 
 
 def codec_step(model: Model, settings: Settings, network: Classifier | None, steps: int) -> CodecStep:
@@ -128,4 +137,5 @@ def kept_network(path: Path, job: Job) -> Classifier | None:
     with torch.random.fork_rng(devices=[]):  # whether it was trained or loaded, what is drawn next is the same
         network = Classifier(job.train.shape, state["head.weight"].shape[0], FEATURE_WIDTH)
     network.load_state_dict(state)
-    return network.to(job.device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.to(job.device).eval().requires_grad_(False)

@@ -27,9 +27,7 @@ class Order:
         """The items of a step, (batch,)."""
         first, last = step * self.batch, (step + 1) * self.batch - 1
         wanted = range(first // self.count, last // self.count + 1)
-        self.epochs = {
-            epoch: self.epochs[epoch] if epoch in self.epochs else self._draw(epoch) for epoch in wanted
-        }
+        self.epochs = {epoch: self.epochs[epoch] if epoch in self.epochs else self._draw(epoch) for epoch in wanted}
         return torch.cat(list(self.epochs.values()))[first - wanted.start * self.count :][: self.batch]
 
     def _draw(self, epoch: int) -> Tensor:

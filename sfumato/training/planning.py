@@ -7,15 +7,20 @@ from typing import Any
 import torch
 
 from sfumato import __version__
+from sfumato.config import StageSettings
 from sfumato.errors import UserError
 from sfumato.machine import measure_peak
 from sfumato.model import Model
+from sfumato.nn.classifier import Classifier
 from sfumato.training.build import build_card, codec_step, denoiser_step, feature_network, uses_features
 from sfumato.training.feeds import DataFeed, LatentFeed
 from sfumato.training.job import Job
+from sfumato.training.loop import Feed, Horizon, Trainer
 from sfumato.training.measure import Speed, measure_step
 from sfumato.training.plan import ADVERSARIAL_START, CODEC_SHARE, EFFICIENCY, FEATURE_STEPS, Facts, make_plan
+from sfumato.training.steps import TrainStep
 
+LATE = 99  # a step of a hundred at which every term of the loss plays
 WITHOUT_BUDGET = 600.0  # seconds that sizes are planned for where steps are given
 
 
@@ -47,6 +52,7 @@ def decide(job: Job, steps: int | None, size: str | None) -> None:
     )
     if steps is not None:
         divide_steps(job, steps)
+        rehearse(job)
     else:
         assert budget is not None
         divide_time(job, budget)
@@ -64,6 +70,17 @@ def divide_steps(job: Job, steps: int) -> None:
     denoiser.steps = denoiser.steps or max(1, steps - codec.steps)
     if job.settings.codec.perceptual_steps is None:
         job.settings.codec.perceptual_steps = min(FEATURE_STEPS, steps)
+
+
+def rehearse(job: Job) -> None:
+    """Take one step of each stage, to be thrown away: a plan that cannot be run fails here."""
+    with torch.random.fork_rng(devices=[]):
+        network = feature_network(job, steps=0) if uses_features(job.settings) else None
+        for stage, (step, settings, feed) in stage_copies(job, network).items():
+            kit: dict[str, Any] = {"stage": stage, "seed": job.settings.seed, "accelerator": job.accelerator}
+            trainer = Trainer(step, settings, Horizon(LATE + 1), **kit)
+            trainer.done = LATE
+            trainer.advance(feed.batch(0))
 
 
 def divide_time(job: Job, budget: float) -> None:
@@ -93,26 +110,31 @@ def divide_time(job: Job, budget: float) -> None:
     job.record["measured"] = {name: speed._asdict() for name, speed in speeds.items()}
 
 
+def stage_copies(job: Job, network: Classifier | None) -> dict[str, tuple[TrainStep, StageSettings, Feed]]:
+    """What each stage would train, how and on what, to be thrown away; from step `LATE` on the discriminator plays."""
+    settings, train = job.settings, job.settings.train
+    model = Model(build_card(settings, job.train, job.modality.name, job.classes)).to(job.device)
+    z = torch.randn(4096, *model.codec.latent_shape)
+    label = torch.arange(4096) % job.classes if job.classes else None
+    data = DataFeed(job.train, train.codec, settings.seed, job.device)
+    latents = LatentFeed(z, label, train.denoiser, settings.seed, job.device)
+    codec = codec_step(model, settings, network, LATE + 1).to(job.device)
+    denoiser = denoiser_step(model, settings).to(job.device)
+    return {"codec": (codec, train.codec, data), "denoiser": (denoiser, train.denoiser, latents)}
+
+
 def measure_stages(job: Job) -> dict[str, Speed]:
     """Seconds and operations of a real step of each stage, on copies that are thrown away."""
     settings = job.settings
     with torch.random.fork_rng(devices=[]):
-        model = Model(build_card(settings, job.train, job.modality.name, job.classes)).to(job.device)
         began = time.perf_counter()
         network = feature_network(job, steps=6) if uses_features(settings) else None
-        features = Speed((time.perf_counter() - began) / 8, 0.0)  # the first step is a slow one
+        speeds = {"features": Speed((time.perf_counter() - began) / 8, 0.0)}  # the first step is a slow one
         kit: dict[str, Any] = {"seed": settings.seed, "accelerator": job.accelerator}
-        z = torch.randn(4096, *model.codec.latent_shape)
-        label = torch.arange(4096) % job.classes if job.classes else None
-        speeds = {"features": features}
-        step = codec_step(model, settings, network, 100).to(job.device)
-        feed = DataFeed(job.train, settings.train.codec, settings.seed, job.device)
-        speeds["codec"] = measure_step(step, settings.train.codec, feed, stage="codec", **kit)
-        if settings.codec.adversarial_weight:
-            late = measure_step(step, settings.train.codec, feed, stage="codec", first=99, **kit)
-            share = 1 - ADVERSARIAL_START
-            speeds["codec"] = Speed(*((1 - share) * a + share * b for a, b in zip(speeds["codec"], late, strict=True)))
-        feed = LatentFeed(z, label, settings.train.denoiser, settings.seed, job.device)
-        step = denoiser_step(model, settings).to(job.device)
-        speeds["denoiser"] = measure_step(step, settings.train.denoiser, feed, stage="denoiser", **kit)
+        for stage, copy in stage_copies(job, network).items():
+            speeds[stage] = measure_step(*copy, stage=stage, **kit)
+            if stage == "codec" and settings.codec.adversarial_weight:
+                late = measure_step(*copy, stage=stage, first=LATE, **kit)
+                share = 1 - ADVERSARIAL_START
+                speeds[stage] = Speed(*((1 - share) * a + share * b for a, b in zip(speeds[stage], late, strict=True)))
     return speeds

@@ -77,7 +77,7 @@ def plan(job: Job, steps: int | None, size: str | None) -> None:
     folder, main = job.folder, job.accelerator.is_main_process
     try:
         decide(job, steps, size)
-    except UserError:
+    except Exception:
         if main and [path.name for path in folder.iterdir()] == ["run.json"]:  # nothing has begun: leave nothing
             shutil.rmtree(folder)
         raise
@@ -137,7 +137,7 @@ def run(
     train, held = modality.read(source, settings.data)
     if record is not None and record["data"]["fingerprint"] != train.fingerprint:
         raise UserError(f"{source}: the data differ from those {folder} was trained on; start another run")
-    device = device or (record or {}).get("device") or default_device()
+    device = device or (str(record["device"]) if record is not None else default_device())
     asked = settings.train.precision
     accelerator = make_accelerator(device, best_precision(device) if asked == "auto" else asked)
     if record is None and accelerator.is_main_process:

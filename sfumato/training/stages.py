@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sfumato.config import StageSettings
+from sfumato.data import LatentCache, latent_key
 from sfumato.metrics import reconstruction_report
-from sfumato.metrics.features import NamedExtractor
+from sfumato.metrics.features import NamedExtractor, weights_hash
 from sfumato.model import Model, load_part, save_part
 from sfumato.nn import count_parameters
 from sfumato.nn.classifier import Classifier
@@ -159,15 +160,21 @@ def train_codec(job: Job, model: Model, network: Classifier | None, state: State
 @torch.no_grad()
 def encode_all(job: Job, model: Model) -> Tensor:
     """Latents (N, *latent_shape) of the training part; sets the codec's statistics when they are not known yet."""
-    job.log.show("encode", 0, 1)
-    parts: list[Tensor] = []
-    for index in torch.arange(len(job.train)).split(ENCODED):
-        x = job.train.batch(index).data.to(job.device)
-        with job.accelerator.autocast():
-            parts.append(model.codec.encode(x).z.float().cpu())
-        job.log.show("encode", int(index[-1]) + 1, len(job.train))
-    z = torch.cat(parts)
-    return z if job.done("codec") else model.codec.whiten(z)
+
+    def codes() -> dict[str, Tensor]:
+        parts: list[Tensor] = []
+        for index in torch.arange(len(job.train)).split(ENCODED):
+            with job.accelerator.autocast():
+                parts.append(model.codec.codes(job.train.batch(index).data.to(job.device)).cpu())
+            job.log.show("encode", int(index[-1]) + 1, len(job.train))
+        return {"h": torch.cat(parts)}
+
+    weights = {k: v for k, v in model.codec.state_dict().items() if not k.startswith("latent_")}
+    key = latent_key(job.train.fingerprint, weights_hash(weights), {"precision": job.precision})
+    h = LatentCache(job.folder / "cache", key).compute(codes)["h"]
+    if not job.done("codec"):
+        model.codec.learn_statistics(h)
+    return model.codec.whitened(h)
 
 
 def measure_codec(job: Job, model: Model, network: Classifier | None) -> dict[str, Any]:

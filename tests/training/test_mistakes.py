@@ -59,6 +59,28 @@ def test_settings(options: dict[str, Any], match: str, source: Path, folder: Pat
     refused(2, match, folder if "label_from" in options else source, tmp_path / "run", **options)
 
 
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("codec.downsample=3", "must be a power of two"),
+        ("codec.perceptual=lpips", "needs the weights of VGG"),
+        ("denoiser.times_settings.men=3", "did you mean 'mean'"),
+        ("denoiser.weight_settings.gamma=3", "unknown setting 'gamma'"),
+        ("denoiser.schedule_settings.beta_max=3", "unknown setting 'beta_max'"),
+        ("codec.levels=8,5", "do not divide"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_told_before_it_begins(override: str, match: str, source: Path, tmp_path: Path):
+    kinds = ("codec.bottleneck=fsq", "codec.channels=3", "denoiser.times=logit_normal")
+    refused(2, match, source, tmp_path / "run", overrides=[*SMALL, *kinds, override])
+
+
+@pytest.mark.parametrize("override", ["codec.perceptual=features", "codec.adversarial_weight=1"])
+def test_images_too_small_for_a_term(override: str, tmp_path: Path):
+    root = save_images(tmp_path / "images", 12, (1, 6, 6))
+    refused(2, "8", root, tmp_path / "run", overrides=[*SMALL, override])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is at hand")
 def test_a_device_that_is_not_there(source: Path, tmp_path: Path):
     refused(2, "device 'cuda' cannot be used here", source, tmp_path / "run", device="cuda")
