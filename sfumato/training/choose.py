@@ -21,9 +21,9 @@ Tried = dict[str, dict[str, float]]
 
 @torch.no_grad()
 def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple[float, Tried]:
-    """A little more than the smallest weight at which the feature network sees the wanted label as often as in held-out items.
+    """A little more than the smallest weight at which items show their label as often as held-out ones do.
 
-    Label fidelity rises with the weight and diversity falls, so the smallest that is faithful is the best. Where no
+    Whether an item shows its label is what the feature network sees. Label fidelity rises with the weight and diversity falls, so the smallest that is faithful is the best. Where no
     weight gets there, the one of the smallest Fréchet distance is taken.
 
     Returns:

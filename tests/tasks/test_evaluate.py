@@ -69,7 +69,7 @@ def test_noise_is_far_worse(parts: tuple[Data, Data], write: Write):
     noise = torch.rand(180, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     report = evaluate(write(noise, torch.arange(180) % 10), "digits")
     assert report["fd"] > 10 * report["fd_floor"] and report["kd"] > abs(report["kd_floor"])
-    assert report["precision"] < report["precision_floor"] - 0.2 and report["coverage"] < 0.2
+    assert report["precision"] < report["precision_floor"] - 0.2 and report["coverage"] < report["coverage_floor"] / 2
     assert report["accuracy"] < 0.3 and report["memorised"] is False
 
 
