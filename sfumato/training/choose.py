@@ -23,8 +23,8 @@ Tried = dict[str, dict[str, float]]
 def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple[float, Tried]:
     """A little more than the smallest weight at which items show their label as often as held-out ones do.
 
-    Whether an item shows its label is what the feature network sees. Label fidelity rises with the weight and diversity falls, so the smallest that is faithful is the best. Where no
-    weight gets there, the one of the smallest Fréchet distance is taken.
+    The feature network says which label an item shows. Label fidelity rises with the weight and diversity falls, so
+    the smallest weight that is faithful is the best; where none is, the one of the smallest Fréchet distance is taken.
 
     Returns:
         The weight, and what each one tried reached: `fd` (on the feature network's features) and `accuracy`.

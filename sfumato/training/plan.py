@@ -18,6 +18,7 @@ from sfumato.nn import net_size
 from sfumato.nn.classifier import SMALLEST
 
 CODEC_SHARE = 0.5
+NOMINAL_RATE = 150e9  # operations a second, where steps are given: the plan must not depend on the machine then
 EFFICIENCY = 0.45  # share of the matrix peak that a training step reaches
 ADVERSARIAL_START = 0.5  # share of the codec's steps before the adversarial loss begins
 FEATURE_STEPS = 400  # training steps of the feature network
@@ -112,7 +113,7 @@ def plan_denoiser(
         net=net,
         width=width,
         depth=depth,
-        heads=max(1, width // 64),
+        heads=max(1, (given.width or width) // 64),
         patch=1,
         schedule="flow",
         predict="flow",

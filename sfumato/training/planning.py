@@ -17,7 +17,15 @@ from sfumato.training.feeds import DataFeed, LatentFeed
 from sfumato.training.job import Job
 from sfumato.training.loop import Feed, Horizon, Trainer
 from sfumato.training.measure import Speed, measure_step
-from sfumato.training.plan import ADVERSARIAL_START, CODEC_SHARE, EFFICIENCY, FEATURE_STEPS, Facts, make_plan
+from sfumato.training.plan import (
+    ADVERSARIAL_START,
+    CODEC_SHARE,
+    EFFICIENCY,
+    FEATURE_STEPS,
+    NOMINAL_RATE,
+    Facts,
+    make_plan,
+)
 from sfumato.training.steps import TrainStep
 
 LATE = 99  # a step of a hundred at which every term of the loss plays
@@ -28,7 +36,8 @@ def decide(job: Job, steps: int | None, size: str | None) -> None:
     """Fix every setting, in the job and in its record: from here on the run is deterministic."""
     job.log.show("plan", 0, 1)
     peak = measure_peak(job.precision, job.device)
-    facts = Facts(job.train.shape, len(job.train), job.classes, job.precision, EFFICIENCY * peak)
+    rate = EFFICIENCY * peak if steps is None else NOMINAL_RATE
+    facts = Facts(job.train.shape, len(job.train), job.classes, job.precision, rate)
     budget = job.settings.budget_seconds
     left = WITHOUT_BUDGET if steps is not None or budget is None else budget - (time.monotonic() - job.started)
     job.settings = make_plan(job.settings, facts, left, size)

@@ -82,7 +82,8 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     steps = [(row["stage"], row["step"]) for row in rows(run)]
     assert len(steps) == len(set(steps)), steps
-    assert record(run)["plan"] == record(other)["plan"]
+    ours, theirs = record(run)["plan"], record(other)["plan"]
+    assert ours == theirs, (ours, theirs)
     assert record(run)["done"] == ["codec", "denoiser"]
 
 
