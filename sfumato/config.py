@@ -119,7 +119,7 @@ class StageSettings(Section):
     )
     clip: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
     ema: float | None = Field(
-        default=None, ge=0, lt=0.5, description="width of the weight average, relative to training's length"
+        default=None, ge=0, lt=0.28, description="width of the weight average, relative to training's length"
     )
     weight_decay: float | None = Field(default=None, ge=0, description="decoupled weight decay")
 

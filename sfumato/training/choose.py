@@ -14,6 +14,9 @@ WEIGHTS = (1.0, 1.1, 1.2, 1.3, 1.5, 2.0)
 ITEMS = 1_000
 REAL = 5_000
 STEPS = 10
+CALLS = 2 * (2 * STEPS - 1)  # of the network per item: Heun, with and without the label
+SHARE = 0.03  # of the budget
+FEWEST = 200  # on fewer items nothing is chosen
 MARGIN = 0.1  # the network's own mistakes hide some missed labels, so a little more guidance is taken
 
 Tried = dict[str, dict[str, float]]
@@ -29,14 +32,15 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
     Returns:
         The weight, and what each one tried reached: `fd` (on the feature network's features) and `accuracy`.
     """
-    if not job.classes or network is None or job.held.labels is None:
+    count = affordable(job)
+    if not job.classes or network is None or job.held.labels is None or count < FEWEST:
         return model.sampling.guidance, {}
     index = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(0))[:REAL]
     real = torch.cat([network.features(job.train.batch(part).data.to(job.device)) for part in index.split(1000)])
     held = job.held.batch(torch.arange(min(len(job.held), REAL)))
     assert held.label is not None
     wanted = accuracy(network, network.features(held.data.to(job.device)), held.label)
-    labels = model.labels_for(range(ITEMS), job.settings.seed)
+    labels = model.labels_for(range(count), job.settings.seed)
     assert labels is not None
     tried: Tried = {}
     for weight in WEIGHTS:
@@ -46,6 +50,15 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
         if reached >= wanted:
             return round(weight + MARGIN, 2), tried
     return float(min(tried, key=lambda weight: tried[weight]["fd"])), tried
+
+
+def affordable(job: Job) -> int:
+    """How many items each weight may be tried on within `SHARE` of the budget, by the plan's measurements."""
+    speed, budget = job.record.get("measured", {}).get("denoiser"), job.settings.budget_seconds
+    if speed is None or budget is None:
+        return ITEMS
+    forward = speed["seconds"] / (job.settings.train.denoiser.batch or 1) / 3  # of a step, a third goes forward
+    return min(ITEMS, int(SHARE * budget / (forward * CALLS * len(WEIGHTS))))
 
 
 def drawn(job: Job, model: Model, network: Classifier, labels: Tensor, weight: float) -> Tensor:

@@ -14,7 +14,7 @@ from sfumato.modality import Modality
 from sfumato.model import write_json
 from sfumato.training.log import Log
 
-FINISH_SHARE, FINISH_SECONDS = 0.01, 6.0
+FINISH_SHARE, FINISH_SECONDS = 0.03, 6.0
 
 
 @dataclass

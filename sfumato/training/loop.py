@@ -208,7 +208,7 @@ class Trainer:
         if not math.isfinite(losses["loss"]):
             raise UserError(
                 f"{self.stage}: the loss is not finite at step {self.done}; lower the rate "
-                f"(--set train.{self.stage}.lr={(self.settings.lr or 0) / 3:.1g})",
+                f"(--set train.{self.stage}.lr={(self.settings.lr or 0) / 3:.1g}) and start again with --overwrite",
                 code=1,
             )
         speed = count / max(seconds, 1e-9)

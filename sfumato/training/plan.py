@@ -21,6 +21,7 @@ CODEC_SHARE = 0.5
 NOMINAL_RATE = 150e9  # operations a second, where steps are given: the plan must not depend on the machine then
 EFFICIENCY = 0.45  # share of the matrix peak that a training step reaches
 ADVERSARIAL_START = 0.5  # share of the codec's steps before the adversarial loss begins
+WARMUP = 100  # steps of linear warm-up, at most a tenth of the stage
 FEATURE_STEPS = 400  # training steps of the feature network
 CODEC_ITEMS = 200_000
 MLP_LIMIT = 256
@@ -127,10 +128,8 @@ def plan_denoiser(
 def plan_stage(given: StageSettings, stage: str, facts: Facts) -> StageSettings:
     """Batch, rates and averages of a stage; the number of steps is set once a step has been measured."""
     small = max(8, 2 ** int(math.log2(max(8, facts.count // 8))))
-    codec = StageSettings(batch=min(64, small), lr=2e-3, optimizer="adamw", warmup=100, decay=0.4, clip=1.0, ema=0.05)
-    denoiser = StageSettings(
-        batch=min(512, small), lr=2e-3, optimizer="adamw", warmup=100, decay=0.3, clip=1.0, ema=0.1
-    )
+    codec = StageSettings(batch=min(64, small), lr=2e-3, optimizer="adamw", decay=0.4, clip=1.0, ema=0.05)
+    denoiser = StageSettings(batch=min(512, small), lr=2e-3, optimizer="adamw", decay=0.3, clip=1.0, ema=0.1)
     return filled(given, (codec if stage == "codec" else denoiser).model_copy(update={"weight_decay": 0.0}))
 
 

@@ -23,6 +23,7 @@ from sfumato.training.plan import (
     EFFICIENCY,
     FEATURE_STEPS,
     NOMINAL_RATE,
+    WARMUP,
     Facts,
     make_plan,
 )
@@ -65,6 +66,8 @@ def decide(job: Job, steps: int | None, size: str | None) -> None:
     else:
         assert budget is not None
         divide_time(job, budget)
+    for stage in (job.settings.train.codec, job.settings.train.denoiser):
+        stage.warmup = min(WARMUP, (stage.steps or 0) // 10) if stage.warmup is None else stage.warmup
     job.record["plan"] = job.settings.model_dump()
     job.log.show("plan", 1, 1)
 

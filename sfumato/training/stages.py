@@ -92,8 +92,12 @@ def make_trainer(job: Job, step: TrainStep, settings: StageSettings, stage: str,
     fixed = math.isinf(left) or math.isinf(planned)  # the latter where the user gave the number of steps
     clock = math.inf if fixed else planned if stage == "codec" else max(left, 1.0)
     horizon = Horizon(settings.steps or 1, clock)
+    if not job.fresh:  # until there is a checkpoint of this stage, which has its own
+        horizon.amendments = [(a, b) for a, b in job.record.get("amendments", {}).get(stage, [])]
     if stage == "denoiser" and not fixed:  # what the first stage left over or took too much of
         horizon.amendments.append((0, max(1, round(horizon.steps * clock / planned))))
+        job.record.setdefault("amendments", {})[stage] = horizon.amendments
+        job.write()
     trainer = Trainer(
         step,
         settings,
