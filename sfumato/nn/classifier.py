@@ -169,7 +169,7 @@ def _fresh(shape: tuple[int, ...], classes: int, width: int, seed: int, device: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Classifier((shape[0], shape[1], shape[2]), classes, width)
-    return net.to(device).to(memory_format=torch.channels_last)
+    return net.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def _train(net: Classifier, lessons: _Lessons, steps: int, rate: float, bf16: bool) -> None:
