@@ -39,7 +39,6 @@ class EMA:
         self.exponent = ema_exponent(width) if width > 0 else float("inf")
         self.source = dict(module.named_parameters())
         self.weights = {name: value.detach().clone() for name, value in self.source.items()}
-        self.module = module
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -47,13 +46,9 @@ class EMA:
         beta = 0.0 if step <= 1 or self.exponent == float("inf") else (1 - 1 / step) ** (self.exponent + 1)
         torch._foreach_lerp_(list(self.weights.values()), [v.detach() for v in self.source.values()], 1 - beta)
 
-    def state(self) -> dict[str, Tensor]:
-        """The module's state with averaged parameters."""
-        return {**self.module.state_dict(), **self.weights}
-
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from a saved `state`."""
+        """Go on from saved weights."""
         for name, value in self.weights.items():
             value.copy_(state[name])
 
