@@ -7,6 +7,7 @@ plan decides can be fixed instead, by `--set train.denoiser.lr=3e-4` or `overrid
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -163,6 +164,11 @@ def setting_keys(section: type[Section] = Settings, prefix: str = "") -> Iterato
             yield from setting_keys(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name
+
+
+def setting(settings: Settings, key: str) -> Any:
+    """The value of a dotted key, such as `train.denoiser.lr`."""
+    return reduce(getattr, key.split("."), settings)
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

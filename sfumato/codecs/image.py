@@ -37,8 +37,7 @@ class Encoder(nn.Module):
     """Image (B, C, H, W) in [−1, 1] -> raw codes (B, out, ⌈H/f⌉, ⌈W/f⌉).
 
     The stem folds s×s pixels into channels before the first convolution, so that no work is done at full resolution.
-    A linear map of each f×f patch runs beside the network: it starts as the patches' principal components (see
-    `ImageCodec.start_from_patches`), the network learns what is missing.
+    A linear map of each f×f patch runs beside the network, which starts at zero and learns what is missing.
     """
 
     def __init__(self, channels: int, out: int, widths: list[int], depth: int, stem: int, downsample: int) -> None:

@@ -95,6 +95,21 @@ def replaced_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         ) from error
 
 
+def check_writable(out: Path) -> None:
+    """Refuse a path that could not be made or written, before any work is done for it; nothing is left there.
+
+    Raises:
+        UserError: With the path and the reason.
+    """
+    out = out.absolute()
+    place = next(path for path in (out, *out.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}); name another folder", code=1) from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

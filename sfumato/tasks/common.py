@@ -1,7 +1,6 @@
 """What several tasks need: opening a model, reading a source, sharing items between processes, output folders."""
 
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.config import DataSettings, apply_overrides, read_settings
-from sfumato.data import BUILTINS, Data
+from sfumato.data import BUILTINS, Data, check_writable
 from sfumato.errors import UserError
 from sfumato.machine import default_device
 from sfumato.model import Model, load, read_json
@@ -76,11 +75,7 @@ def check_target(out: Path | str, overwrite: bool) -> None:
     out = Path(out).absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise UserError(f"{out}: exists and is not empty; name another folder, or replace it with --overwrite")
-    try:
-        with tempfile.TemporaryFile(dir=next(parent for parent in out.parents if parent.exists())):
-            pass
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error}); name another folder", code=1) from error
+    check_writable(out)
 
 
 def draw_sheet(model: Model, items: Tensor, path: Path | str, columns: int | None = None) -> None:

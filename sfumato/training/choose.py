@@ -15,7 +15,7 @@ ITEMS = 1_000
 REAL = 5_000
 STEPS = 10
 CALLS = 2 * (2 * STEPS - 1)  # of the network per item: Heun, with and without the label
-SHARE = 0.03  # of the budget
+SHARE = 0.06  # of the denoiser's training
 FEWEST = 200  # on fewer items nothing is chosen
 MARGIN = 0.1  # the network's own mistakes hide some missed labels, so a little more guidance is taken
 
@@ -53,12 +53,14 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
 
 
 def affordable(job: Job) -> int:
-    """How many items each weight may be tried on within `SHARE` of the budget, by the plan's measurements."""
-    speed, budget = job.record.get("measured", {}).get("denoiser"), job.settings.budget_seconds
-    if speed is None or budget is None:
-        return ITEMS
-    forward = speed["seconds"] / (job.settings.train.denoiser.batch or 1) / 3  # of a step, a third goes forward
-    return min(ITEMS, int(SHARE * budget / (forward * CALLS * len(WEIGHTS))))
+    """How many items each weight may be tried on: all of them together cost `SHARE` of the denoiser's training.
+
+    A training item costs as much as three calls of the network; steps, and not seconds, are counted, so that the
+    choice does not depend on the machine.
+    """
+    stage = job.settings.train.denoiser
+    calls = 3 * (stage.steps or 1) * (stage.batch or 1)
+    return min(ITEMS, int(SHARE * calls / (CALLS * len(WEIGHTS))))
 
 
 def drawn(job: Job, model: Model, network: Classifier, labels: Tensor, weight: float) -> Tensor:

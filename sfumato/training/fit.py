@@ -65,7 +65,7 @@ def fit(
         raise UserError("give --budget or --steps, not both")
     if steps is not None and steps < 2:
         raise UserError(f"--steps must be at least 2, not {steps}")
-    seconds = None if steps is not None else parse_budget(budget or "10m")
+    seconds = None if budget is None else parse_budget(budget)
     data = {"label_from": label_from, "skip_bad": skip_bad}
     given = read_settings({"seed": seed, "modality": modality, "budget_seconds": seconds, "data": data})
     settings = apply_overrides(given, overrides)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from sfumato import __version__
-from sfumato.config import Settings, read_settings
+from sfumato.config import Settings, read_settings, setting, setting_keys
+from sfumato.data import check_writable
 from sfumato.errors import UserError
 from sfumato.machine import best_precision, default_device
 from sfumato.modality import find_modality, recognise
@@ -23,6 +23,7 @@ from sfumato.training.planning import decide
 from sfumato.training.stages import train_stages
 from sfumato.training.state import load_state
 
+USUAL_BUDGET = 600.0  # seconds, where neither a budget nor steps are given
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 WRITTEN = (  # what a run leaves in its folder beside `run.json`
     *("model.json", "metrics.jsonl", "README.md", "samples", "codec", "conditioner", "denoiser"),
@@ -61,15 +62,27 @@ def begin(folder: Path, source: str) -> None:
 
 
 def make_folder(folder: Path, source: str) -> None:
-    """Make the folder of a new run, and see whether it can be written; an old run in it stays for now."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        if not is_run(folder):
-            begin(folder, source)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})", code=1) from error
+    """Make the folder of a new run; an old run in it stays for now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_run(folder):
+        begin(folder, source)
+
+
+def check_same(asked: Settings, planned: Settings, folder: Path) -> None:
+    """Refuse what is asked of a resumed run beside its plan: it would not be the same run.
+
+    Args:
+        asked: What the user fixed this time; what is at its default was not.
+        planned: What the run goes on with.
+        folder: Where it lives.
+    """
+    usual = Settings()
+    for key in setting_keys():
+        ours, theirs = setting(asked, key), setting(planned, key)
+        if ours not in (setting(usual, key), theirs):
+            raise UserError(
+                f"{folder}: its plan has {key}={theirs}, not {ours}; leave that out with --resume, or start a new run"
+            )
 
 
 def plan(job: Job, steps: int | None, size: str | None) -> None:
@@ -131,15 +144,19 @@ def run(
         progress: Who shows how far it is.
     """
     record = check_folder(folder, resume, overwrite)
+    check_writable(folder)
     if record is not None:
-        settings = read_settings(record["plan"])
+        asked, settings = settings, read_settings(record["plan"])
+        check_same(asked, settings, folder)
+    elif steps is None and settings.budget_seconds is None:
+        settings.budget_seconds = USUAL_BUDGET
     modality = find_modality(settings.modality) if settings.modality else recognise(source)
     train, held = modality.read(source, settings.data)
     if record is not None and record["data"]["fingerprint"] != train.fingerprint:
         raise UserError(f"{source}: the data differ from those {folder} was trained on; start another run")
     device = device or (str(record["device"]) if record is not None else default_device())
-    asked = settings.train.precision
-    accelerator = make_accelerator(device, best_precision(device) if asked == "auto" else asked)
+    precision = settings.train.precision
+    accelerator = make_accelerator(device, best_precision(device) if precision == "auto" else precision)
     if record is None and accelerator.is_main_process:
         make_folder(folder, source)
     accelerator.wait_for_everyone()

@@ -72,7 +72,9 @@ def test_a_cached_network_is_trained_once_and_a_foreign_file_is_not_used(tmp_pat
     assert [p.name for p in path.parent.iterdir()] == ["net.safetensors"]
     save_file({"body.weight": torch.zeros(1)}, path)
     assert torch.equal(cached_network(path, Net, train).body.weight, first.body.weight)
-    assert trained == [1, 1]
+    path.write_bytes(b"damaged")
+    assert torch.equal(cached_network(path, Net, train).body.weight, first.body.weight)
+    assert trained == [1, 1, 1]
 
 
 def test_inception_has_the_published_shape_and_runs():

@@ -206,10 +206,21 @@ def test_a_checkpoint_cut_short_is_survived(source: Path, tmp_path: Path, refere
     assert not list(tmp_path.glob("checkpoint.*"))
 
 
-def test_settings_given_on_resume_do_not_change_the_plan(source: Path, tmp_path: Path, reference: Callable[..., Path]):
+@pytest.mark.parametrize(
+    ("overrides", "options", "match"),
+    [
+        (("train.codec.lr=0.5",), {}, r"its plan has train\.codec\.lr=0\.002, not 0\.5"),
+        ((), {"seed": 4}, r"its plan has seed=0, not 4"),
+    ],
+)
+def test_settings_that_contradict_the_plan_are_refused_on_resume(
+    overrides: tuple[str, ...], options: dict[str, Any], match: str, source: Path, tmp_path: Path
+):
     cut_off("mid-codec", source, tmp_path, *PLAIN, resume=False)
-    small_fit(source, tmp_path, "train.codec.lr=0.5", "denoiser.width=64", resume=True, steps=50, seed=4)
-    assert_same_run(tmp_path, reference(*PLAIN))
+    before = checkpoint(tmp_path)
+    with pytest.raises(UserError, match=match):
+        small_fit(source, tmp_path, *PLAIN, *overrides, resume=True, **options)
+    assert checkpoint(tmp_path) == before
 
 
 def test_a_seed_makes_the_run(source: Path, tmp_path: Path, reference: Callable[..., Path]):
