@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 import sfumato
 from sfumato.apps.progress import ProgressLine
-from sfumato.data import read_source
+from sfumato.data import read_source, sample_sheet
 
 
 def draw_curves(run: Path, width: int = 800, height: int = 240) -> Image.Image:
@@ -48,9 +48,9 @@ def main(source="mnist", budget="5m", out="runs/mnist-example", steps=None, over
     noised = [model.denoiser.noised(z, eps, torch.full((8,), t)) for t in (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1)]
     model.sample(range(8), model.labels_for(range(8), seed=0), on_step=lambda i, t, z_t, z_hat: path.append(z_t.cpu()))
     for name, states in {"forward": noised, "reverse": path, "reconstructions": [z]}.items():
-        columns = [model.decode(z_t).clamp(-1, 1) for z_t in states]  # a row shows one item, from left to right
+        columns = [model.decode(z_t) for z_t in states]  # a row shows one item, from left to right
         columns = [x, *columns] if name == "reconstructions" else columns
-        model.modality.sheet(torch.stack(columns, 1).flatten(0, 1), len(columns)).save(pictures / f"{name}.png")
+        sample_sheet(torch.stack(columns, 1).flatten(0, 1), len(columns)).save(pictures / f"{name}.png")
     model.generate(100, seed=0, sheet=pictures / "samples.png")
     return pictures
 

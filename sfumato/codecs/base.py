@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sfumato.codecs.losses import reconstruction
 from sfumato.types import Latent
 
 
@@ -24,6 +25,9 @@ class Codec(nn.Module):
     bottleneck: nn.Module
     decoder: nn.Module
 
+    prepares = 0  # training items that `prepare` looks at
+    draws = False  # whether several latents stand for one item, so that training draws a new one each time
+
     def __init__(self, latent_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.latent_shape = latent_shape
@@ -35,6 +39,22 @@ class Codec(nn.Module):
     def latent_size(self) -> int:
         """How many numbers one item's latent holds."""
         return math.prod(self.latent_shape)
+
+    @property
+    def learns(self) -> bool:
+        """Whether there are weights to train."""
+        return any(True for _ in self.parameters())
+
+    def prepare(self, x: Tensor) -> None:
+        """Take from training items x (N, ...) what can be known before training; here nothing."""
+
+    def distance(self, x_hat: Tensor, x: Tensor, kind: str) -> Tensor:
+        """How far what the decoder puts out is from data x: a number per item (B,), to be trained on."""
+        return reconstruction(x_hat, x, kind)
+
+    def draw(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """One of the latents z (B, *latent_shape) that stand for data x."""
+        return self.encode(x).z
 
     def encode(self, x: Tensor) -> Latent:
         """Latents z (B, *latent_shape) of data x; deterministic (the posterior's mean, the nearest code)."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from sfumato.codecs.base import Codec
 from sfumato.codecs.bottleneck import make_bottleneck
 from sfumato.errors import UserError
+from sfumato.types import Latent
 
 
 class ResBlock(nn.Module):
@@ -172,6 +173,10 @@ class ImageCodec(Codec):
         self.encoder = ToVector(encoder, inside, grid, neck.in_channels) if latent_dim else encoder
         self.decoder = FromVector(decoder, widths[-1], grid, neck.out_channels) if latent_dim else decoder
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def decode(self, latent: Latent | Tensor) -> Tensor:
+        """Images (B, C, H, W) in [−1, 1] of latents z."""
+        return super().decode(latent).clamp(-1, 1)
 
     @property
     def last_layer(self) -> nn.Parameter:

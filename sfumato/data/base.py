@@ -56,6 +56,11 @@ class Data:
         return channels, height, width
 
     @property
+    def classes(self) -> int:
+        """Number of classes; 0 without labels, or with one only."""
+        return len(self.label_names) if self.labels is not None and len(self.label_names) > 1 else 0
+
+    @property
     def pixels(self) -> NDArray[np.uint8] | NDArray[np.uint16]:
         """The integers (N, H, W, C); a copy when this is a subset."""
         return self.store if self.rows is None else self.store[self.rows]

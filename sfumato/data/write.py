@@ -50,7 +50,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def check_images_target(out: Path, overwrite: bool) -> None:
     """Raise when `out` may not be written to; only a folder of images and metadata is ever replaced."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder for the images")
@@ -62,6 +62,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
         raise UserError(
             f"{out}: holds other things than images ({foreign[0]}), so it is not replaced; name another folder"
         )
+    check_writable(out)
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def replaced_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         overwrite: Whether such a folder may be replaced.
     """
     try:
-        _check_target(out, overwrite)
+        check_images_target(out, overwrite)
         out = out.resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.config import DataSettings, apply_overrides, read_settings
-from sfumato.data import BUILTINS, Data, check_writable
+from sfumato.data import BUILTINS, Data
 from sfumato.errors import UserError
 from sfumato.machine import default_device
 from sfumato.model import Model, load, read_json
@@ -70,20 +70,12 @@ def check_counts(least: int = 1, **counts: int | None) -> None:
             raise UserError(f"{'-' if len(name) == 1 else '--'}{name} must be at least {least}, not {count}")
 
 
-def check_target(out: Path | str, overwrite: bool) -> None:
-    """Refuse, before any work is done, an output folder with something in it, or one that cannot be written."""
-    out = Path(out).absolute()
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
-        raise UserError(f"{out}: exists and is not empty; name another folder, or replace it with --overwrite")
-    check_writable(out)
-
-
-def draw_sheet(model: Model, items: Tensor, path: Path | str, columns: int | None = None) -> None:
-    """A picture of items (N, ...), to look at."""
+def save_picture(picture: Any, path: Path | str) -> None:
+    """Write a picture to a file, in the format that its name says."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        model.modality.sheet(items, columns).save(path)
+        picture.save(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be written ({error})", code=1) from error
 

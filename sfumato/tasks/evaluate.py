@@ -2,18 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sfumato.data import Data
-    from sfumato.metrics import Images, Report
+    from sfumato.modality import Judge
     from sfumato.model import Model
     from sfumato.tasks.common import Progress
-    from sfumato.tasks.judge import Judge
 
 MOST, LEAST = 10_000, 1_000  # items that are generated, unless told otherwise
 CHECKED = 2_000  # held-out items that the codec is measured on
-COPIES, NOVELTY = 0.2, 0.7  # more copies than this, or less novelty, and the samples look copied
 
 
 def evaluate(
@@ -55,24 +53,26 @@ def evaluate(
     """
     import time
 
+    from sfumato.modality import recognise
     from sfumato.tasks.common import check_counts, open_model, source_settings, title
-    from sfumato.tasks.judge import FEWEST, Judge, check_samples, draw_samples, read_real, read_samples, relabelled
+    from sfumato.tasks.samples import FEWEST, check_samples, draw_samples, read_real, read_samples, relabelled
 
     start, name = time.perf_counter(), title(target)
     check_counts(batch=batch)
     check_counts(FEWEST, n=n)
     model = open_model(target, device) if _is_model(target) else None
     settings = source_settings(None if model is None else target, overrides, skip_bad, labels=True)
-    train, held = read_real(source, settings)
+    row = recognise(str(source)) if model is None else model.modality
+    train, held = read_real(row, source, settings)
     if model is None:
-        samples = read_samples(str(target), n, settings.skip_bad, seed)
+        samples = read_samples(row, str(target), n, settings.skip_bad, seed)
         check_samples(name, samples, source, train, cas)
     else:
         check_samples(name, model.card, source, train, cas)
         samples = draw_samples(model, n or min(MOST, max(LEAST, len(held))), seed, batch, progress)
     samples = relabelled(samples, train)
-    judge = Judge(train, device or (None if model is None else str(model.device)), progress)
-    report = {"target": name, "source": str(source), **_measure(judge, samples, held, cas, seed)}
+    judge = row.judge(train, device or (None if model is None else str(model.device)), progress)
+    report = {"target": name, "source": str(source), **judge.report(samples, held, cas, seed)}
     if model is not None:
         report |= _measure_codec(judge, model, held, seed)
     notes = list(dict.fromkeys([*train.notes, *samples.notes]))
@@ -84,37 +84,9 @@ def _is_model(target: "Path | str | Model") -> bool:
     return not isinstance(target, str | Path) or any((Path(target) / f).is_file() for f in ("model.json", "run.json"))
 
 
-def _measure(judge: "Judge", fake: "Data", held: "Data", cas: bool, seed: int) -> dict[str, Any]:
-    """The report on samples, and whether they look copied."""
-    from sfumato.metrics import image_report
-    from sfumato.tasks.common import tell
-
-    extractor = judge.extractor
-    tell(judge.progress, "measure", 0, 1)
-    report = image_report(
-        cast("Images", fake),  # its fingerprint is a cached property, which the type checker takes for none
-        cast("Images", judge.train),
-        cast("Images", held),
-        extractor,
-        classifier=None if fake.labels is None else judge.logits,
-        cas=judge.student if cas else None,
-        cache=judge.cache,
-        seed=seed,
-    )
-    tell(judge.progress, "measure", 1, 1)
-    return {**report, "memorised": _looks_copied(report)}
-
-
 def _measure_codec(judge: "Judge", model: "Model", held: "Data", seed: int) -> dict[str, Any]:
     """What the codec keeps of held-out items."""
-    from sfumato.metrics import reconstruction_report
     from sfumato.metrics.features import pick
 
     x = held.batch(pick(len(held), CHECKED, seed)).data
-    report = reconstruction_report(x, model.reconstruct(x), judge.extractor)
-    return {"codec_n": len(x), **{f"codec_{name}": value for name, value in report.items()}}
-
-
-def _looks_copied(report: "Report") -> bool:
-    """Whether many samples lie closer to training items than nearly all held-out ones do."""
-    return float(report["copies"]) > COPIES + float(report["copies_floor"]) or float(report["novelty"]) < NOVELTY
+    return {"codec_n": len(x), **{f"codec_{name}": v for name, v in judge.compare(x, model.reconstruct(x)).items()}}

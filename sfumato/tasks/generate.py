@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from sfumato.tasks.common import Progress
 
 
+SHOWN = 100  # items on a sheet
+
+
 @dataclass
 class Result:
     """Items (N, ...) in the range of the data, and for each a row of facts: label, seed, item number, settings."""
@@ -70,14 +73,14 @@ def generate(
 
     import torch
 
-    from sfumato.tasks.common import check_counts, check_target, draw_sheet, gathered, is_main, open_model, shard, tell
+    from sfumato.tasks.common import check_counts, gathered, is_main, open_model, save_picture, shard, tell
 
     start = time.perf_counter()
     check_counts(n=n, steps=steps, batch=batch)
     loaded = open_model(model, device)
     how = _sampling(loaded, steps, guidance, sampler)
     if out is not None:
-        check_target(out, overwrite)
+        loaded.modality.check_target(Path(out), overwrite)
     fixed = None if label is None else loaded.class_number(label)
     mine = shard(n)
     labels = loaded.labels_for(mine, seed) if fixed is None else torch.full((len(mine),), fixed)
@@ -85,14 +88,14 @@ def generate(
     for first in range(0, len(mine), batch):
         some = slice(first, first + batch)
         z = loaded.sample(mine[some], None if labels is None else labels[some], seed=seed, how=how)
-        parts.append(loaded.decode(z).clamp(-1, 1))
+        parts.append(loaded.decode(z))
         tell(progress, "generate", min(first + batch, len(mine)), len(mine))
     items = gathered(torch.cat(parts), n)
     rows = _rows(loaded, n, seed, fixed, how)
     if out is not None and is_main():
         loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)
     if sheet is not None and is_main():
-        draw_sheet(loaded, items[:100], sheet)
+        save_picture(loaded.modality.sheet(items[:SHOWN], loaded.card.mode, None), sheet)
     return Result(items, rows, time.perf_counter() - start, vars(how).copy())
 
 

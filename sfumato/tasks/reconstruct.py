@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from sfumato.config import DataSettings
     from sfumato.data import Data
+    from sfumato.modality import Modality
     from sfumato.model import Model
     from sfumato.tasks.common import Progress
 
@@ -32,9 +33,10 @@ def reconstruct(
     device: str | None = None,
     progress: "Progress | None" = None,
 ) -> Result:
-    """Encode and decode images: see what the codec keeps.
+    """Encode and decode items: see what the codec keeps.
 
-    Peak signal-to-noise ratio (psnr, in dB) and structural similarity (ssim) are to the originals.
+    Of images, peak signal-to-noise ratio (psnr, in dB), structural similarity (ssim) and mean absolute error (l1, in
+    units of [-1, 1]) are to the originals.
 
     Args:
         model: Folder of the model.
@@ -62,10 +64,9 @@ def reconstruct(
     from sfumato.tasks.common import (
         check_counts,
         check_fit,
-        check_target,
-        draw_sheet,
         is_main,
         open_model,
+        save_picture,
         source_settings,
         title,
     )
@@ -74,15 +75,15 @@ def reconstruct(
     check_counts(n=n, batch=batch)
     loaded = open_model(model, device)
     if out is not None:
-        check_target(out, overwrite)
+        loaded.modality.check_target(Path(out), overwrite)
         sheet = _sheet_beside(Path(out), overwrite) if sheet is None else sheet
-    parts = _read(source, source_settings(model, overrides, skip_bad, labels=False), n, seed)
+    parts = _read(loaded.modality, str(source), source_settings(model, overrides, skip_bad, labels=False), n, seed)
     check_fit(title(model), loaded.card.shape, loaded.card.mode, source, parts[0])
     items, rows, pairs, facts = _run(loaded, parts, batch, progress)
     if out is not None and is_main():
         loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)
     if sheet is not None and is_main():
-        draw_sheet(loaded, pairs, sheet, 8)
+        save_picture(loaded.modality.pairs(*pairs, loaded.card.mode), sheet)
     return Result(items, rows, time.perf_counter() - start, facts)
 
 
@@ -96,18 +97,12 @@ def _sheet_beside(out: Path, overwrite: bool) -> Path:
     return sheet
 
 
-def _read(source: str | Path, settings: "DataSettings", n: int | None, seed: int) -> "list[Data]":
-    """All images of a source in their order, or n at random: held-out ones, then others."""
-    from sfumato.data import read_images, split
+def _read(row: "Modality", source: str, settings: "DataSettings", n: int | None, seed: int) -> "list[Data]":
+    """All items of a source in their order, or n at random: held-out ones, then others."""
+    from sfumato.data import split
     from sfumato.metrics.features import pick
 
-    train, held = read_images(
-        source,
-        resolution=settings.resolution,
-        mode=settings.mode,
-        label_from=settings.label_from,
-        skip_bad=settings.skip_bad,
-    )
+    train, held = row.parts(source, settings)
     if n is None or n >= len(train) + len(held or ()):
         return [train] if held is None else [train, held]
     if held is None:
@@ -118,35 +113,33 @@ def _read(source: str | Path, settings: "DataSettings", n: int | None, seed: int
 
 def _run(
     model: "Model", parts: "list[Data]", batch: int, progress: "Progress | None"
-) -> "tuple[Tensor, list[dict[str, Any]], Tensor, dict[str, Any]]":
-    """Reconstructions (N, ...), a row for each, evenly spread pairs (2 K, ...) for the sheet, and the mean scores."""
+) -> "tuple[Tensor, list[dict[str, Any]], tuple[Tensor, Tensor], dict[str, Any]]":
+    """Reconstructions (N, ...), a row for each, evenly spread originals and theirs for the sheet, the mean scores."""
     import torch
 
-    from sfumato.metrics import psnr, ssim
     from sfumato.tasks.common import tell
 
-    total = sum(map(len, parts))
-    stride, done, structure = -(-total // SHOWN), 0, 0.0
+    row, mode, total, done = model.modality, model.card.mode, sum(map(len, parts)), 0
+    stride = -(-total // SHOWN)
     items: list[Tensor] = []
     pairs: list[Tensor] = []
     rows: list[dict[str, Any]] = []
+    scores: list[dict[str, float]] = []
     for data in parts:
         for first in range(0, len(data), batch):
             index = range(first, min(first + batch, len(data)))
             x = data.batch(index).data
-            x_hat = model.reconstruct(x).clamp(-1, 1)
-            structure += len(x) * ssim(x, x_hat)
-            rows += [
-                _row(data, i) | {"psnr": round(psnr(u[None], v[None]), 3)}
-                for i, u, v in zip(index, x, x_hat, strict=True)
-            ]
-            pairs.append(torch.stack([x, x_hat], 1)[-done % stride :: stride])
+            x_hat = model.reconstruct(x)
+            scores += [row.compare(u[None], v[None], mode, None) for u, v in zip(x, x_hat, strict=True)]
+            rows += [_row(data, i) for i in index]
+            pairs.append(torch.stack([x, x_hat.to(x)])[:, -done % stride :: stride])
             items.append(x_hat)
             done += len(x)
             tell(progress, "reconstruct", done, total)
-    facts: dict[str, Any] = {"psnr": sum(row["psnr"] for row in rows) / total, "ssim": structure / total}
-    facts |= {"notes": parts[0].notes} if parts[0].notes else {}
-    return torch.cat(items), rows, torch.cat(pairs).flatten(0, 1), facts
+    rows = [facts | {k: round(v, 4) for k, v in score.items()} for facts, score in zip(rows, scores, strict=True)]
+    means: dict[str, Any] = {name: sum(score[name] for score in scores) / total for name in scores[0]}
+    shown = torch.cat(pairs, 1)
+    return torch.cat(items), rows, (shown[0], shown[1]), means | ({"notes": parts[0].notes} if parts[0].notes else {})
 
 
 def _row(data: "Data", i: int) -> dict[str, Any]:

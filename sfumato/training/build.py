@@ -4,16 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sfumato.codecs.losses import Perceptual, load_vgg
 from sfumato.config import Settings
-from sfumato.core import Objective, make_times, make_weight
+from sfumato.core import Objective, make_times, make_weight, step_generator
 from sfumato.data import Data
 from sfumato.errors import UserError
+from sfumato.modality import Modality
 from sfumato.model import Card, Model
 from sfumato.nn.classifier import SMALLEST, Classifier, fit_classifier
+from sfumato.training.feeds import DataFeed, LatentFeed
 from sfumato.training.job import Job
+from sfumato.training.loop import Feed
 from sfumato.training.plan import ADVERSARIAL_START
 from sfumato.training.steps import CodecStep, DiffusionStep
 
@@ -21,22 +24,9 @@ USUAL_GUIDANCE = 1.25  # until it is chosen by measurement
 FEATURE_WIDTH = 16  # channels of the feature network's stem
 
 
-def build_card(settings: Settings, data: Data, modality: str, classes: int) -> Card:
+def build_card(settings: Settings, data: Data, modality: Modality, classes: int) -> Card:
     """The model that a complete plan describes."""
-    codec, denoiser, sample = settings.codec, settings.denoiser, settings.sample
-    vector = codec.latent == "vector"
-    options: dict[str, Any] = {
-        "shape": list(data.shape),
-        "bottleneck": codec.bottleneck,
-        "downsample": codec.downsample,
-        "channels": codec.channels,
-        "latent_dim": codec.latent_dim if vector else 0,
-        "width": codec.width,
-        "depth": codec.depth,
-        "codebook_size": codec.codebook_size,
-        "groups": codec.groups,
-        "levels": None if codec.levels is None else list(codec.levels),
-    }
+    denoiser, sample = settings.denoiser, settings.sample
     net: dict[str, Any] = {"name": denoiser.net, "width": denoiser.width, "depth": denoiser.depth}
     if denoiser.net != "mlp":
         net["heads"] = denoiser.heads
@@ -44,11 +34,11 @@ def build_card(settings: Settings, data: Data, modality: str, classes: int) -> C
         net["patch"] = denoiser.patch
     dropout = denoiser.class_dropout
     return Card(
-        modality=modality,
+        modality=modality.name,
         shape=data.shape,
         mode=data.mode,
         label_names=list(data.label_names) if classes else [],
-        codec=options,
+        codec=modality.codec_options(settings.codec, data.shape, data.mode),
         conditioner={"name": "label", "classes": classes, "dropout": dropout} if classes else {"name": "none"},
         denoiser={
             "net": net,
@@ -62,6 +52,16 @@ def build_card(settings: Settings, data: Data, modality: str, classes: int) -> C
             "interval": None if sample.interval is None else list(sample.interval),
         },
     )
+
+
+def new_model(job: Job) -> Model:
+    """The model of a job, untrained; its codec knows what can be known of the data before training."""
+    model = Model(build_card(job.settings, job.train, job.modality, job.classes))
+    if model.codec.prepares:
+        count = min(len(job.train), model.codec.prepares)
+        some = torch.randperm(len(job.train), generator=step_generator(job.settings.seed, "prepare", 0))[:count]
+        model.codec.prepare(job.train.batch(some).data)
+    return model.to(job.device)
 
 
 def uses_features(settings: Settings) -> bool:
@@ -116,7 +116,16 @@ def denoiser_step(model: Model, settings: Settings) -> DiffusionStep:
     denoiser = settings.denoiser
     weight = make_weight(denoiser.weight or "uniform", **(denoiser.weight_settings or {}))
     times = make_times(denoiser.times or "uniform", **(denoiser.times_settings or {}))
-    return DiffusionStep(model.denoiser, model.conditioner, Objective(weight, times))
+    draw = model.codec.draw if model.codec.draws else None
+    return DiffusionStep(model.denoiser, model.conditioner, Objective(weight, times), draw)
+
+
+def latent_feed(job: Job, model: Model, z: Tensor, label: Tensor | None) -> Feed:
+    """What the denoiser is trained on: latents z (N, *latent_shape) at hand, or data to draw them from."""
+    settings = job.settings.train.denoiser
+    if model.codec.draws:
+        return DataFeed(job.train, settings, job.settings.seed, "denoiser", job.device)
+    return LatentFeed(z, label, settings, job.settings.seed, job.device)
 
 
 def keep_network(path: Path, network: Classifier) -> None:

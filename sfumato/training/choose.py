@@ -68,7 +68,7 @@ def drawn(job: Job, model: Model, network: Classifier, labels: Tensor, weight: f
     how = replace(model.sampling, steps=STEPS, guidance=weight)
     with job.accelerator.autocast():
         x = model.decode(model.sample(range(len(labels)), labels, seed=job.settings.seed, how=how).float())
-    return network.features(x.float().clamp(-1, 1).to(job.device)).float()
+    return network.features(x.to(job.device)).float()
 
 
 def accuracy(network: Classifier, features: Tensor, labels: Tensor) -> float:

@@ -37,9 +37,9 @@ class Order:
 class DataFeed:
     """Batches of data, read as they are needed."""
 
-    def __init__(self, data: Data, settings: StageSettings, seed: int, device: str) -> None:
+    def __init__(self, data: Data, settings: StageSettings, seed: int, stage: str, device: str) -> None:
         self.data, self.device = data, torch.device(device)
-        self.order = Order(len(data), settings.batch or 1, seed, "codec")
+        self.order = Order(len(data), settings.batch or 1, seed, stage)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step."""

@@ -60,7 +60,7 @@ class Job:
     @property
     def classes(self) -> int:
         """Number of classes; 0 without labels, or with one only."""
-        return len(self.train.label_names) if self.train.labels is not None and len(self.train.label_names) > 1 else 0
+        return self.train.classes
 
     def seconds_left(self) -> float:
         """What the budget still has for training; infinite without one, or where the plan is an earlier session's.

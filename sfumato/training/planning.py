@@ -10,21 +10,20 @@ from sfumato import __version__
 from sfumato.config import StageSettings
 from sfumato.errors import UserError
 from sfumato.machine import measure_peak
-from sfumato.model import Model
+from sfumato.modality import Facts
 from sfumato.nn.classifier import Classifier
-from sfumato.training.build import build_card, codec_step, denoiser_step, feature_network, uses_features
-from sfumato.training.feeds import DataFeed, LatentFeed
+from sfumato.training.build import codec_step, denoiser_step, feature_network, latent_feed, new_model, uses_features
+from sfumato.training.feeds import DataFeed
 from sfumato.training.job import Job
 from sfumato.training.loop import Feed, Horizon, Trainer
 from sfumato.training.measure import Speed, measure_step
 from sfumato.training.plan import (
     ADVERSARIAL_START,
-    CODEC_SHARE,
     EFFICIENCY,
     FEATURE_STEPS,
     NOMINAL_RATE,
     WARMUP,
-    Facts,
+    blank_codec,
     make_plan,
 )
 from sfumato.training.steps import TrainStep
@@ -38,10 +37,11 @@ def decide(job: Job, steps: int | None, size: str | None) -> None:
     job.log.show("plan", 0, 1)
     peak = measure_peak(job.precision, job.device)
     rate = EFFICIENCY * peak if steps is None else NOMINAL_RATE
-    facts = Facts(job.train.shape, len(job.train), job.classes, job.precision, rate)
+    facts = Facts(job.train.shape, job.train.mode, len(job.train), job.classes, job.precision, rate)
     budget = job.settings.budget_seconds
     left = WITHOUT_BUDGET if steps is not None or budget is None else budget - (time.monotonic() - job.started)
-    job.settings = make_plan(job.settings, facts, left, size)
+    job.settings = make_plan(job.modality, job.settings, facts, left, size)
+    share = job.modality.codec_share if blank_codec(job.modality, job.settings, facts).learns else 0.0
     job.record.update(
         {
             "source": job.source,
@@ -61,25 +61,26 @@ def decide(job: Job, steps: int | None, size: str | None) -> None:
         }
     )
     if steps is not None:
-        divide_steps(job, steps)
+        divide_steps(job, steps, share)
         rehearse(job)
     else:
         assert budget is not None
-        divide_time(job, budget)
+        divide_time(job, budget, share)
     for stage in (job.settings.train.codec, job.settings.train.denoiser):
         stage.warmup = min(WARMUP, (stage.steps or 0) // 10) if stage.warmup is None else stage.warmup
     job.record["plan"] = job.settings.model_dump()
     job.log.show("plan", 1, 1)
 
 
-def divide_steps(job: Job, steps: int) -> None:
-    """Share out a number of steps between the stages."""
+def divide_steps(job: Job, steps: int, share: float) -> None:
+    """Give the first stage its share of a number of steps, the second one the rest."""
     codec, denoiser = job.settings.train.codec, job.settings.train.denoiser
-    first = min(steps - 1, max(1, round(steps * CODEC_SHARE)))
-    if denoiser.steps is not None:
-        first = max(1, steps - denoiser.steps)
-    codec.steps = codec.steps or first
-    denoiser.steps = denoiser.steps or max(1, steps - codec.steps)
+    if share:
+        first = min(steps - 1, max(1, round(steps * share)))
+        if denoiser.steps is not None:
+            first = max(1, steps - denoiser.steps)
+        codec.steps = codec.steps or first
+    denoiser.steps = denoiser.steps or max(1, steps - (codec.steps or 0))
     if job.settings.codec.perceptual_steps is None:
         job.settings.codec.perceptual_steps = min(FEATURE_STEPS, steps)
 
@@ -95,28 +96,28 @@ def rehearse(job: Job) -> None:
             trainer.advance(feed.batch(0))
 
 
-def divide_time(job: Job, budget: float) -> None:
-    """Share out the budget's seconds, by the measured time of real steps.
+def divide_time(job: Job, budget: float, share: float) -> None:
+    """Give the first stage its share of the budget's seconds, the second one the rest, by the time of real steps.
 
     Raises:
         UserError: So little is left for training that nothing would be learned.
     """
     codec, denoiser = job.settings.train.codec, job.settings.train.denoiser
     speeds = measure_stages(job)
-    features = speeds.pop("features")
+    features, coding = speeds.pop("features"), speeds.get("codec", Speed(0.0, 0.0))
     if job.settings.codec.perceptual_steps is None:
         affordable = int(0.08 * budget / max(features.seconds, 1e-6))
         job.settings.codec.perceptual_steps = max(20, min(FEATURE_STEPS, affordable))
     fixed = job.settings.codec.perceptual_steps * features.seconds
-    fixed += len(job.train) / (codec.batch or 1) * speeds["codec"].seconds / 5  # encoding everything once
+    fixed += len(job.train) / (codec.batch or 1) * coding.seconds / 5  # encoding everything once
     job.record["seconds"] = {}
     left = job.seconds_left() - fixed
     if left < 0.25 * budget:
         need = (budget - left) / 0.7
         raise UserError(f"--budget {budget:g}s is too small for these data on this machine; give at least {need:.0f}s")
-    shares = {"codec": CODEC_SHARE * left, "denoiser": (1 - CODEC_SHARE) * left}
+    shares = {"codec": share * left, "denoiser": (1 - share) * left}
     for name, stage in (("codec", codec), ("denoiser", denoiser)):
-        if stage.steps is None:  # what the user fixed, the clock does not amend
+        if name in speeds and stage.steps is None:  # what the user fixed, the clock does not amend
             stage.steps = max(1, int(shares[name] / speeds[name].seconds))
             job.record["seconds"][name] = shares[name]
     job.record["measured"] = {name: speed._asdict() for name, speed in speeds.items()}
@@ -125,14 +126,15 @@ def divide_time(job: Job, budget: float) -> None:
 def stage_copies(job: Job, network: Classifier | None) -> dict[str, tuple[TrainStep, StageSettings, Feed]]:
     """What each stage would train, how and on what, to be thrown away; from step `LATE` on the discriminator plays."""
     settings, train = job.settings, job.settings.train
-    model = Model(build_card(settings, job.train, job.modality.name, job.classes)).to(job.device)
+    model = new_model(job)
     z = torch.randn(4096, *model.codec.latent_shape)
     label = torch.arange(4096) % job.classes if job.classes else None
-    data = DataFeed(job.train, train.codec, settings.seed, job.device)
-    latents = LatentFeed(z, label, train.denoiser, settings.seed, job.device)
-    codec = codec_step(model, settings, network, LATE + 1).to(job.device)
-    denoiser = denoiser_step(model, settings).to(job.device)
-    return {"codec": (codec, train.codec, data), "denoiser": (denoiser, train.denoiser, latents)}
+    copies: dict[str, tuple[TrainStep, StageSettings, Feed]] = {}
+    if model.codec.learns:
+        step = codec_step(model, settings, network, LATE + 1).to(job.device)
+        copies["codec"] = (step, train.codec, DataFeed(job.train, train.codec, settings.seed, "codec", job.device))
+    latents = latent_feed(job, model, z, label)
+    return copies | {"denoiser": (denoiser_step(model, settings).to(job.device), train.denoiser, latents)}
 
 
 def measure_stages(job: Job) -> dict[str, Speed]:

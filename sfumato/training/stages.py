@@ -10,29 +10,28 @@ from torch import Tensor
 
 from sfumato.config import StageSettings
 from sfumato.data import LatentCache, latent_key
-from sfumato.metrics import reconstruction_report
 from sfumato.metrics.features import NamedExtractor, weights_hash
 from sfumato.model import Model, load_part, save_part
 from sfumato.nn import count_parameters
 from sfumato.nn.classifier import Classifier
 from sfumato.training.build import (
-    build_card,
     codec_step,
     denoiser_step,
     feature_network,
     keep_network,
     kept_network,
+    latent_feed,
+    new_model,
     uses_features,
 )
 from sfumato.training.card import write_card
 from sfumato.training.choose import choose_guidance
-from sfumato.training.feeds import DataFeed, LatentFeed
+from sfumato.training.feeds import DataFeed
 from sfumato.training.job import Job
 from sfumato.training.loop import Feed, Horizon, Trainer, held_interrupts
 from sfumato.training.state import State, save_state
 from sfumato.training.steps import TrainStep
 
-SHEET = 64  # items on a sample sheet
 PAIRS = 32  # items on a reconstruction sheet
 CHECKED = 2_000  # held-out items the codec is measured on
 ENCODED = 500  # items encoded at once
@@ -48,11 +47,11 @@ def train_stages(job: Job, state: State | None) -> Model:
         state: Its checkpoint, or None.
     """
     torch.manual_seed(job.settings.seed)
-    model = Model(build_card(job.settings, job.train, job.modality.name, job.classes)).to(job.device)
+    model = new_model(job)
     network = features(job) if uses_features(job.settings) else None
     if job.done("codec"):
         load_part(job.folder / "codec", model.codec)
-    else:
+    elif model.codec.learns:
         train_codec(job, model, network, state)
     model.codec.eval().requires_grad_(False)
     z = encode_all(job, model)
@@ -142,23 +141,17 @@ def train_codec(job: Job, model: Model, network: Classifier | None, state: State
     settings = job.settings.train.codec
     step = codec_step(model, job.settings, network, settings.steps or 1).to(job.device)
     trainer = make_trainer(job, step, settings, "codec", state)
-    feed = DataFeed(job.train, settings, job.settings.seed, job.device)
+    feed = DataFeed(job.train, settings, job.settings.seed, "codec", job.device)
     some = job.held.batch(torch.arange(min(len(job.held), PAIRS))).data
 
     def sheet() -> tuple[str, Any]:
-        """Originals, each above its reconstruction."""
-        columns = min(8, len(some))
-        x = some[: len(some) // columns * columns].unflatten(0, (-1, columns))
-        x_hat = (
-            model.codec.eval()
-            .decode(model.codec.encode(x.flatten(0, 1).to(job.device)))
-            .cpu()
-            .unflatten(0, (-1, columns))
-        )
+        """Originals beside their reconstructions."""
+        model.codec.eval()
+        x_hat = model.reconstruct(some)
         model.codec.train()
-        return "reconstructions", job.modality.sheet(torch.stack([x, x_hat.clamp(-1, 1)], 1).flatten(0, 2), columns)
+        return "reconstructions", job.modality.pairs(some, x_hat, job.train.mode)
 
-    drive(job, trainer, feed, torch.no_grad()(sheet))
+    drive(job, trainer, feed, sheet)
 
 
 @torch.no_grad()
@@ -182,11 +175,11 @@ def encode_all(job: Job, model: Model) -> Tensor:
 
 
 def measure_codec(job: Job, model: Model, network: Classifier | None) -> dict[str, Any]:
-    """PSNR, SSIM and, with a feature network, rFD of held-out items."""
+    """How close reconstructions of held-out items are."""
     x = job.held.batch(torch.arange(min(len(job.held), CHECKED))).data
     few = len(x) < 2  # of one item there is no covariance
     extractor = None if network is None or few else NamedExtractor("features", network.features, job.device)
-    report = reconstruction_report(x, model.reconstruct(x), extractor)
+    report = job.modality.compare(x, model.reconstruct(x), job.train.mode, extractor)
     job.log.record({"stage": "reconstruction", "step": job.settings.train.codec.steps or 0, **report})
     return {"codec": {k: round(v, 4) for k, v in report.items()}}
 
@@ -196,14 +189,14 @@ def train_denoiser(job: Job, model: Model, z: Tensor, state: State | None) -> No
     settings = job.settings.train.denoiser
     trainer = make_trainer(job, denoiser_step(model, job.settings).to(job.device), settings, "denoiser", state)
     label = torch.from_numpy(job.train.labels) if job.classes and job.train.labels is not None else None
-    feed = LatentFeed(z, label, settings, job.settings.seed, job.device)
-    items = range(SHEET)
+    feed = latent_feed(job, model, z, label)
+    items = range(job.modality.shown)
 
     def sheet() -> tuple[str, Any]:
         """Items that a class each row would show, from the average so far."""
-        labels = torch.arange(SHEET) % job.classes if job.classes else None
+        labels = torch.arange(len(items)) % job.classes if job.classes else None
         with job.accelerator.autocast():
             x = model.decode(model.sample(items, labels, seed=job.settings.seed).float())
-        return "samples", job.modality.sheet(x.clamp(-1, 1), None)
+        return "samples", job.modality.sheet(x, job.train.mode, None)
 
     drive(job, trainer, feed, sheet)

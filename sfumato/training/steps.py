@@ -1,6 +1,6 @@
 """What is trained: a step is a module whose `forward` is the loss. The loop knows nothing of codecs or diffusion."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,6 @@ from sfumato.codecs.losses import (
     adaptive_weight,
     hinge_d,
     hinge_g,
-    reconstruction,
 )
 from sfumato.conditioners import Conditioner
 from sfumato.core import Denoiser, Objective
@@ -122,7 +121,7 @@ class CodecStep(TrainStep):
     def _reconstruct(self, x: Tensor, step: int, generator: Generator) -> Losses:
         x_hat, extra, info = self.codec(x, generator)
         self._drawn = x_hat.detach()
-        terms = {"rec": reconstruction(x_hat.float(), x, self.kind).mean(), "bottleneck": extra.mean()}
+        terms = {"rec": self.codec.distance(x_hat, x, self.kind).mean(), "bottleneck": extra.mean()}
         loss = terms["rec"] + self.bottleneck_weight * terms["bottleneck"]
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(x_hat, x).mean()
@@ -155,11 +154,18 @@ class DiffusionStep(TrainStep):
         denoiser: Network, schedule and parametrisation.
         conditioner: Labels -> what the network is told.
         objective: Weight and time density.
+        draw: (x, generator) -> latents of data x, where batches hold data; None where they hold latents.
     """
 
-    def __init__(self, denoiser: Denoiser, conditioner: Conditioner, objective: Objective) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        conditioner: Conditioner,
+        objective: Objective,
+        draw: Callable[[Tensor, Generator], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.denoiser, self.conditioner, self.objective = denoiser, conditioner, objective
+        self.denoiser, self.conditioner, self.objective, self.draw = denoiser, conditioner, objective, draw
 
     @property
     def averaged(self) -> nn.Module:
@@ -169,7 +175,7 @@ class DiffusionStep(TrainStep):
         return [Phase("denoiser", [*self.averaged.parameters(), *self.objective.parameters()])]
 
     def forward(self, batch: Batch, phase: str, step: int, generator: Generator) -> Losses:
-        z = batch.data
+        z = batch.data if self.draw is None else self.draw(batch.data, generator)
         t = self.objective.draw(self.denoiser.schedule, (len(z),), generator)
         eps = torch.randn(z.shape, generator=generator).to(z.device)
         label = None if batch.label is None else self.conditioner.drop(batch.label, generator)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfumato.modality import judge
 from sfumato.model import Card, Model
-from sfumato.tasks import judge
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,8 +12,9 @@ import torch
 
 from sfumato.data import Data, read_source, write_images
 from sfumato.errors import UserError
+from sfumato.modality import judge
 from sfumato.model import Model
-from sfumato.tasks import judge
+from sfumato.tasks import samples
 from sfumato.tasks.evaluate import evaluate
 from sfumato.tasks.generate import generate
 
@@ -140,7 +141,7 @@ def test_how_many_a_model_makes(model: Model, monkeypatch: pytest.MonkeyPatch):
         asked.append(n)
         raise UserError("enough")
 
-    monkeypatch.setattr(judge, "draw_samples", stop)
+    monkeypatch.setattr(samples, "draw_samples", stop)
     for n in (None, 30):
         with pytest.raises(UserError, match="enough"):
             evaluate(model, "digits", n=n)
@@ -172,7 +173,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "file"))
     train, _ = read_source("digits")
     monkeypatch.setattr(judge, "STEPS", 2)
-    one = judge.Judge(train, "cpu")
+    one = judge.ImageJudge(train, "cpu")
     assert one.cache is None and one.extractor(everything(train)[:3]).shape[0] == 3
 
 

@@ -157,7 +157,7 @@ def test_folders_that_are_not_written_to(model: Model, tmp_path: Path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
     assert "is not empty" in str(refused(model, tmp_path / "full"))
-    assert "is not empty" in str(refused(model, tmp_path / "full" / "letter.txt", overwrite=True))
+    assert "is a file" in str(refused(model, tmp_path / "full" / "letter.txt", overwrite=True))
     below = refused(model, tmp_path / "full" / "letter.txt" / "out")
     assert "cannot be written" in str(below) and below.code == 1
     assert (tmp_path / "full" / "letter.txt").read_text() == "dear" and len(list(tmp_path.rglob("*"))) == 2

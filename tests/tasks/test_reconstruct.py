@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,19 +58,26 @@ def test_what_is_written_is_read_again(model: Model, pictures: Path, tmp_path: P
     assert (tmp_path / "named.png").is_file() and not (tmp_path / "two-sheet.png").exists()
 
 
-def test_the_sheet_shows_pairs_from_all_over(model: Model, pictures: Path, monkeypatch: pytest.MonkeyPatch):
-    shown: list[torch.Tensor] = []
-    monkeypatch.setattr("sfumato.tasks.common.draw_sheet", lambda model, items, path, columns: shown.append(items))
+def test_the_sheet_shows_pairs_from_all_over(
+    model: Model, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shown: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def pairs(x: torch.Tensor, x_hat: torch.Tensor, mode: str) -> Image.Image:
+        shown.append((x, x_hat))
+        return Image.new("L", (1, 1))
+
+    monkeypatch.setattr(model, "modality", replace(model.modality, pairs=pairs))
     x = read_images(pictures)[0].batch(range(40)).data
     for batch in (7, 40):
-        items = reconstruct(model, pictures, sheet=Path("unused.png"), batch=batch).items
-        assert torch.equal(shown[-1][0::2], x[::2]) and torch.equal(shown[-1][1::2], items[::2])
+        items = reconstruct(model, pictures, sheet=tmp_path / "pairs.png", batch=batch).items
+        assert torch.equal(shown[-1][0], x[::2]) and torch.equal(shown[-1][1], items[::2])
 
 
 def test_held_out_items_come_first(model: Model):
     train, held = read_source("digits")
     few = reconstruct(model, "digits", n=20)
-    of_held = model.reconstruct(held.batch(range(len(held))).data).clamp(-1, 1)
+    of_held = model.reconstruct(held.batch(range(len(held))).data)
     away = (few.items[:, None] - of_held).abs().flatten(2).amax(2).min(1)
     assert away.values.max() < 1e-4 and len(away.indices.unique()) == 20
     assert len({row["label"] for row in few.rows}) > 3  # not the first ones of the files
@@ -94,7 +102,10 @@ def test_other_images_than_the_models(model: Model, tmp_path: Path):
 def test_a_source_is_read_as_the_run_read_its_own(run: Path, tmp_path: Path):
     write_images(tmp_path / "colour", torch.rand(3, 3, 12, 10) * 2 - 1)
     result = reconstruct(run, tmp_path / "colour")  # 8 pixels and L stand in run.json
-    assert result.items.shape == (3, 1, 8, 8) and [set(row) for row in result.rows] == [{"source", "psnr"}] * 3
+    assert (
+        result.items.shape == (3, 1, 8, 8)
+        and [set(row) for row in result.rows] == [{"source", "psnr", "ssim", "l1"}] * 3
+    )
 
 
 def test_captions_and_one_image(make_model: Callable[..., Model], tmp_path: Path):

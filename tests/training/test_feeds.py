@@ -55,7 +55,7 @@ def test_data_feed_reads_what_the_order_says(source):
     from sfumato.data import read_source
 
     train, _ = read_source(str(source))
-    feed = DataFeed(train, StageSettings(batch=8), 0, "cpu")
+    feed = DataFeed(train, StageSettings(batch=8), 0, "codec", "cpu")
     batch = feed.batch(3)
     assert torch.equal(batch.index, Order(len(train), 8, 0, "codec")[3])
     assert torch.equal(batch.data, train.batch(batch.index).data)

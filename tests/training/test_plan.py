@@ -11,13 +11,15 @@ import pytest
 
 from sfumato.config import Settings, apply_overrides
 from sfumato.errors import UserError
+from sfumato.modality import Facts
+from sfumato.modality.image import IMAGE, latent_grid
 from sfumato.training import planning
 from sfumato.training.measure import Speed
-from sfumato.training.plan import Facts, latent_grid, make_plan
+from sfumato.training.plan import make_plan
 from tests.training.common import record, small_fit
 
 MNIST, CIFAR, FLOWERS = (1, 28, 28), (3, 32, 32), (3, 128, 128)
-FACTS = Facts(MNIST, 60_000, 10, "fp32", 5e10)
+FACTS = Facts(MNIST, "L", 60_000, 10, "fp32", 5e10)
 
 
 def numbers(shape: tuple[int, int, int]) -> tuple[int, ...]:
@@ -28,7 +30,7 @@ def numbers(shape: tuple[int, int, int]) -> tuple[int, ...]:
 def planned(
     seconds: float = 600.0, shape: tuple[int, int, int] = MNIST, size: str | None = None, *overrides: str
 ) -> Settings:
-    return make_plan(apply_overrides(Settings(), overrides), replace(FACTS, shape=shape), seconds, size)
+    return make_plan(IMAGE, apply_overrides(Settings(), overrides), replace(FACTS, shape=shape), seconds, size)
 
 
 def test_mnist_gets_4_by_4_by_4():
@@ -56,7 +58,7 @@ def test_sizes_grow_with_the_budget():
 
 
 def test_sizes_grow_with_the_machine():
-    slow, fast = (make_plan(Settings(), replace(FACTS, rate=rate), 300, None) for rate in (1e9, 1e13))
+    slow, fast = (make_plan(IMAGE, Settings(), replace(FACTS, rate=rate), 300, None) for rate in (1e9, 1e13))
     assert slow.codec.width < fast.codec.width and slow.denoiser.width < fast.denoiser.width
 
 
@@ -74,7 +76,7 @@ def test_the_size_dial_wins_over_the_budget():
 )  # fmt: skip
 def test_overrides_win(override: str):
     given = apply_overrides(Settings(), [override])
-    plan = make_plan(given, FACTS, 600, "m")
+    plan = make_plan(IMAGE, given, FACTS, 600, "m")
     value, wanted = (plan, given)
     for key in override.partition("=")[0].split("."):
         value, wanted = getattr(value, key), getattr(wanted, key)
@@ -105,7 +107,7 @@ def test_many_latent_numbers_call_for_a_transformer():
 
 
 def test_few_images_make_small_batches():
-    few = make_plan(Settings(), replace(FACTS, count=100), 600, None)
+    few = make_plan(IMAGE, Settings(), replace(FACTS, count=100), 600, None)
     assert few.train.denoiser.batch < 100 and few.train.codec.batch < 100
 
 
@@ -119,7 +121,7 @@ def test_images_too_small_for_features_do_without():
 
 def job(seconds_used: float = 0.0, *overrides: str) -> Any:
     """As much of a job as sharing out needs: a budget of 100 s, of which some is used."""
-    settings = make_plan(apply_overrides(Settings(budget_seconds=100), overrides), FACTS, 100, None)
+    settings = make_plan(IMAGE, apply_overrides(Settings(budget_seconds=100), overrides), FACTS, 100, None)
     left = lambda: 100 * 0.99 - 6 - seconds_used
     return SimpleNamespace(
         settings=settings, record={}, train=range(6_000), seconds_left=left, started=time.monotonic()
@@ -145,7 +147,7 @@ def measured(
 )
 def test_steps_are_shared_out(overrides: tuple[str, ...], steps: int):
     shared = job(0, *overrides)
-    planning.divide_steps(shared, 50 if steps > 50 else steps)
+    planning.divide_steps(shared, 50 if steps > 50 else steps, 0.5)
     stages = shared.settings.train
     assert stages.codec.steps + stages.denoiser.steps == steps
     assert min(stages.codec.steps, stages.denoiser.steps) >= 1
@@ -157,7 +159,7 @@ def test_steps_are_shared_out(overrides: tuple[str, ...], steps: int):
 def test_time_is_shared_out_by_what_steps_take(monkeypatch: pytest.MonkeyPatch):
     measured(monkeypatch)
     shared = job(10.0)
-    planning.divide_time(shared, 100)
+    planning.divide_time(shared, 100, 0.5)
     stages, seconds = shared.settings.train, shared.record["seconds"]
     assert stages.codec.steps == pytest.approx(seconds["codec"] / 0.01, rel=0.01)
     assert stages.denoiser.steps == pytest.approx(seconds["denoiser"] / 0.02, rel=0.01)
@@ -168,7 +170,7 @@ def test_time_is_shared_out_by_what_steps_take(monkeypatch: pytest.MonkeyPatch):
 def test_the_clock_does_not_amend_what_the_user_fixed(monkeypatch: pytest.MonkeyPatch):
     measured(monkeypatch)
     shared = job(0.0, "train.codec.steps=123")
-    planning.divide_time(shared, 100)
+    planning.divide_time(shared, 100, 0.5)
     assert shared.settings.train.codec.steps == 123
     assert list(shared.record["seconds"]) == ["denoiser"]
 
@@ -176,7 +178,7 @@ def test_the_clock_does_not_amend_what_the_user_fixed(monkeypatch: pytest.Monkey
 def test_a_budget_too_small_says_which_would_do(monkeypatch: pytest.MonkeyPatch):
     measured(monkeypatch)
     with pytest.raises(UserError, match=r"--budget 100s is too small .* at least (\d+)s"):
-        planning.divide_time(job(80.0), 100)
+        planning.divide_time(job(80.0), 100, 0.5)
 
 
 def test_nothing_is_left_of_a_run_without_a_plan(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

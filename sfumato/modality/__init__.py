@@ -1,0 +1,26 @@
+"""The table of modalities. A new one is a reader, a codec, a writer, and one row here (or `sfumato.register(row)`)."""
+
+from sfumato.choice import choose
+from sfumato.modality.image import IMAGE
+from sfumato.modality.row import Facts, Judge, Modality
+
+__all__ = ["MODALITIES", "Facts", "Judge", "Modality", "find_modality", "recognise", "register"]
+
+MODALITIES: dict[str, Modality] = {row.name: row for row in (IMAGE,)}
+
+
+def register(row: Modality) -> None:
+    """Add a modality from outside the package, in front of those that are there."""
+    rows = {row.name: row, **MODALITIES}
+    MODALITIES.clear()
+    MODALITIES.update(rows)
+
+
+def find_modality(name: str) -> Modality:
+    """The row called `name`."""
+    return choose(MODALITIES, "modality", name)
+
+
+def recognise(source: str) -> Modality:
+    """The first row that recognises what is there."""
+    return next(row for row in MODALITIES.values() if row.recognises(source))

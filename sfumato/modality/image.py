@@ -1,0 +1,151 @@
+"""Images: how they are planned for, read, measured, written and shown."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.codecs import ImageCodec
+from sfumato.config import CodecSettings, DataSettings, Settings
+from sfumato.data import Data, check_images_target, read_images, read_source, sample_sheet, write_images
+from sfumato.data.write import to_pixels
+from sfumato.metrics import reconstruction_report
+from sfumato.modality.judge import ImageJudge
+from sfumato.modality.row import Facts, Modality
+from sfumato.nn.classifier import SMALLEST
+
+CODEC_ITEMS = 200_000  # images that the codec sees at least, however wide it is
+FEWEST_NUMBERS = 16  # of a latent, however small the item
+CODEC_WIDTHS = (32, 48, 64, 96, 128)
+PAIRED = 8  # columns of a sheet of originals and reconstructions
+
+
+def latent_grid(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Downsampling f and channels c: a grid of about 4 (from 64 pixels: 8) positions a side, numbers ≤ 1/12."""
+    channels, height, width = shape
+    side = max(height, width)
+    aim = 4 if side < 64 else 8
+    f = 2 ** max(1, math.ceil(math.log2(side / aim)))
+    if side < 16:  # tiny images: few positions with several numbers each work better than many with one
+        f = min(2 * f, 2 ** math.ceil(math.log2(side)))
+    positions = math.ceil(height / f) * math.ceil(width / f)
+    numbers = max(FEWEST_NUMBERS, channels * height * width // 12)
+    return f, max(1, min(16, numbers // positions))
+
+
+def codec_flops(width: int, shape: tuple[int, ...]) -> float:
+    """About how many operations a training step of the codec takes per image (forward and backward)."""
+    return 150e3 * (width / 64) ** 2 * shape[1] * shape[2] * 1.3
+
+
+def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
+    """The widest codec that still sees `CODEC_ITEMS` images in its seconds, on few latent numbers."""
+    f, c = latent_grid(facts.shape)
+    fits = [w for w in CODEC_WIDTHS if seconds * facts.rate / codec_flops(w, facts.shape) >= CODEC_ITEMS]
+    codec = CodecSettings(
+        bottleneck="kl",
+        latent="grid",
+        downsample=f,
+        channels=c,
+        latent_dim=c * 16,
+        width=max(fits, default=CODEC_WIDTHS[0]),
+        depth=1,
+        kl_weight=1e-3,
+        perceptual="auto" if min(facts.shape[1:]) >= SMALLEST else "none",  # the feature network needs some pixels
+        perceptual_weight=2.0,
+        adversarial_weight=0.0,
+        reconstruction="l1",
+        codebook_size=512,
+        groups=2 if c % 2 == 0 and not (given.codec.channels or 0) % 2 else 1,
+    )
+    return Settings(codec=codec)
+
+
+def codec_options(codec: CodecSettings, shape: tuple[int, ...], mode: str) -> dict[str, Any]:
+    """Arguments of `ImageCodec`."""
+    return {
+        "shape": list(shape),
+        "bottleneck": codec.bottleneck,
+        "downsample": codec.downsample,
+        "channels": codec.channels,
+        "latent_dim": codec.latent_dim if codec.latent == "vector" else 0,
+        "width": codec.width,
+        "depth": codec.depth,
+        "codebook_size": codec.codebook_size,
+        "groups": codec.groups,
+        "levels": None if codec.levels is None else list(codec.levels),
+    }
+
+
+def read(source: str, settings: DataSettings) -> tuple[Data, Data]:
+    """Training and held-out part of a source of images."""
+    return read_source(
+        source,
+        resolution=settings.resolution,
+        mode=settings.mode,
+        label_from=settings.label_from,
+        skip_bad=settings.skip_bad,
+        held_out=settings.held_out,
+    )
+
+
+def parts(source: str, settings: DataSettings) -> tuple[Data, Data | None]:
+    """All images of a source, and those it holds out itself."""
+    return read_images(
+        source,
+        resolution=settings.resolution,
+        mode=settings.mode,
+        label_from=settings.label_from,
+        skip_bad=settings.skip_bad,
+    )
+
+
+def made(items: Tensor, labels: Tensor | None, mode: str, label_names: list[str]) -> Data:
+    """Items as the integers that would be written."""
+    return Data(to_pixels(items, mode), mode, None, None if labels is None else labels.numpy(), label_names)
+
+
+def compare(x: Tensor, x_hat: Tensor, mode: str, features: Callable[[Tensor], Tensor] | None) -> dict[str, float]:
+    """PSNR, SSIM, L1 and, with features, the Fréchet distance of reconstructions."""
+    return reconstruction_report(x, x_hat, features)
+
+
+def write(out: Path, items: Tensor, rows: list[dict[str, Any]], mode: str, overwrite: bool) -> None:
+    """A folder of PNG files."""
+    write_images(out, items, rows, mode=mode, overwrite=overwrite)
+
+
+def sheet(items: Tensor, mode: str, columns: int | None) -> Any:
+    """Items side by side."""
+    return sample_sheet(items, columns)
+
+
+def pairs(x: Tensor, x_hat: Tensor, mode: str) -> Any:
+    """Originals, each above its reconstruction."""
+    columns = min(PAIRED, len(x))
+    whole = len(x) // columns * columns
+    rows = [v[:whole].unflatten(0, (-1, columns)) for v in (x, x_hat)]
+    return sample_sheet(torch.stack(rows, 1).flatten(0, 2), columns)
+
+
+IMAGE = Modality(
+    name="image",
+    recognises=lambda source: True,
+    read=read,
+    parts=parts,
+    made=made,
+    plan=plan,
+    codec_share=0.5,
+    codec=ImageCodec,
+    codec_options=codec_options,
+    judge=ImageJudge,
+    compare=compare,
+    check_target=check_images_target,
+    write=write,
+    sheet=sheet,
+    pairs=pairs,
+    shown=64,
+)

@@ -1,0 +1,89 @@
+"""What a row of the table of modalities holds: everything that is particular to one kind of data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sfumato.codecs import Codec
+from sfumato.config import CodecSettings, DataSettings, Settings
+from sfumato.data import Data
+
+Extractor = Callable[[Tensor], Tensor]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan knows of the data and the machine.
+
+    Args:
+        shape: Shape of an item.
+        mode: How its numbers are meant, as JSON can hold it.
+        count: Training items.
+        classes: Number of classes; 0 without labels.
+        precision: `bf16` or `fp32`.
+        rate: Floating-point operations per second that training reaches.
+    """
+
+    shape: tuple[int, ...]
+    mode: Any
+    count: int
+    classes: int
+    precision: str
+    rate: float
+
+
+class Judge(Protocol):
+    """What measures samples against one source."""
+
+    def report(self, fake: Data, held: Data, cas: bool, seed: int) -> dict[str, Any]:
+        """Numbers about samples, each beside its floor, what real held-out items score; `memorised` among them."""
+        ...
+
+    def compare(self, x: Tensor, x_hat: Tensor) -> dict[str, float]:
+        """How close reconstructions are to their originals."""
+        ...
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One row.
+
+    Args:
+        name: As in `--modality`.
+        recognises: Whether a source looks like this kind.
+        read: Source and data settings -> (training part, held-out part).
+        parts: The same -> everything there is, and what the source itself holds out if it does.
+        made: (items (N, ...), labels (N,) or None, mode, label names) -> the same as they would be read back.
+        plan: (what the user fixed, facts, seconds of the first stage) -> what this kind of data wants.
+        codec_share: Share of the training time that the first stage gets, where the codec has anything to learn.
+        codec: The codec's class; its constructor's arguments are stored in `codec/config.json`.
+        codec_options: (settings of the codec, shape, mode) -> those arguments.
+        judge: (training part, device, progress) -> who measures samples.
+        compare: (x, x̂, mode, features or None) -> how close reconstructions are.
+        check_target: (where, overwrite) -> refuses a place that items cannot be written to.
+        write: (where, items (N, ...), a row of facts per item, mode, overwrite) -> the files.
+        sheet: (items (N, ...), mode, columns or None) -> a picture to look at.
+        pairs: (x, x̂, mode) -> a picture of originals beside their reconstructions.
+        shown: Items that a sheet takes while training.
+    """
+
+    name: str
+    recognises: Callable[[str], bool]
+    read: Callable[[str, DataSettings], tuple[Data, Data]]
+    parts: Callable[[str, DataSettings], tuple[Data, Data | None]]
+    made: Callable[[Tensor, Tensor | None, Any, list[str]], Data]
+    plan: Callable[[Settings, Facts, float], Settings]
+    codec_share: float
+    codec: Callable[..., Codec]
+    codec_options: Callable[[CodecSettings, tuple[int, ...], Any], dict[str, Any]]
+    judge: Callable[[Data, str | None, Progress | None], Judge]
+    compare: Callable[[Tensor, Tensor, Any, Extractor | None], dict[str, float]]
+    check_target: Callable[[Path, bool], None]
+    write: Callable[[Path, Tensor, list[dict[str, Any]], Any, bool], None]
+    sheet: Callable[[Tensor, Any, int | None], Any]
+    pairs: Callable[[Tensor, Tensor, Any], Any]
+    shown: int

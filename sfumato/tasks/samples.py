@@ -1,0 +1,69 @@
+"""The sets that are compared: a source's parts, samples read or newly generated, under the same class numbers."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfumato.config import DataSettings
+from sfumato.data import Data
+from sfumato.errors import UserError
+from sfumato.metrics.features import pick
+from sfumato.modality import Modality
+from sfumato.model import Card, Model, find_class
+from sfumato.tasks.common import Progress, check_fit
+from sfumato.tasks.generate import generate
+
+FEWEST = 2  # items of each set: one has no variance
+
+
+def class_numbers(names: Sequence[str], known: Data) -> NDArray[np.int64] | None:
+    """The class in `known` of each name; None without classes, or where a name is not one of them."""
+    numbers = [find_class(known.label_names, name) for name in names] if known.classes else []
+    found = [number for number in numbers if number is not None]
+    return np.array(found, np.int64) if found and len(found) == len(names) else None
+
+
+def check_samples(name: str, made: Data | Card, source: object, train: Data, cas: bool) -> None:
+    """Refuse samples that cannot be compared with a source, or have not the labels that are needed."""
+    check_fit(name, made.shape, made.mode, source, train)
+    if cas and not train.classes:
+        raise UserError(f"{source}: has no classes, and --cas needs them")
+    if cas and class_numbers(made.label_names, train) is None:
+        found = f"has labels that {source} has not" if made.label_names else "has no labels"
+        raise UserError(f"{name}: {found}, and --cas needs them")
+
+
+def relabelled(data: Data, known: Data) -> Data:
+    """The same items under the class numbers of `known`; without labels where these do not fit."""
+    numbers, labels = class_numbers(data.label_names, known), data.labels
+    notes = data.notes
+    if numbers is None and labels is not None and known.classes:
+        notes = [*notes, "the samples have labels that the source has not: no accuracy"]
+    labels = None if numbers is None or labels is None else numbers[labels]
+    return replace(data, labels=labels, label_names=known.label_names, notes=notes)
+
+
+def read_real(row: Modality, source: str | Path, settings: DataSettings) -> tuple[Data, Data]:
+    """Training and held-out part of a source."""
+    train, held = row.read(str(source), settings)
+    if len(held) < FEWEST:
+        remedy = "take more data, or a larger share with --set data.held_out=0.3"
+        raise UserError(f"{source}: only {len(held)} held-out item, at least {FEWEST} are needed; {remedy}", code=1)
+    return train, held
+
+
+def read_samples(row: Modality, folder: str | Path, n: int | None, skip_bad: bool, seed: int) -> Data:
+    """Samples from files; n of them at random, or all."""
+    data, _ = row.parts(str(folder), DataSettings(skip_bad=skip_bad))
+    if len(data) < FEWEST:
+        raise UserError(f"{folder}: only {len(data)} sample, at least {FEWEST} are needed", code=1)
+    return data if n is None or n >= len(data) else data.subset(pick(len(data), n, seed))
+
+
+def draw_samples(model: Model, n: int, seed: int, batch: int, progress: Progress | None) -> Data:
+    """New items of a model, as they would be written."""
+    items = generate(model, n=n, seed=seed, batch=batch, progress=progress).items
+    return model.modality.made(items, model.labels_for(range(n), seed), model.card.mode, model.card.label_names)
