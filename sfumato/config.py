@@ -16,7 +16,7 @@ from sfumato.errors import UserError
 
 SMALLEST_BUDGET = 20.0  # seconds: below this nothing but the measuring of the machine would happen
 
-Bottleneck = Literal["kl", "vq", "fsq", "none"]
+Bottleneck = Literal["kl", "vq", "fsq", "none", "identity"]
 LatentKind = Literal["grid", "vector"]
 Perceptual = Literal["auto", "none", "features", "lpips"]
 Net = Literal["mlp", "dit", "unet"]
@@ -63,7 +63,9 @@ class DataSettings(Section):
 class CodecSettings(Section):
     """The first stage: data to latents of zero mean and unit variance, and back."""
 
-    bottleneck: Bottleneck | None = Field(default=None, description="kl (continuous), vq or fsq (discrete), none")
+    bottleneck: Bottleneck | None = Field(
+        default=None, description="kl (continuous), vq or fsq (discrete), none; identity: a table's own features"
+    )
     latent: LatentKind | None = Field(default=None, description="a grid of positions, or one vector")
     downsample: int | None = Field(default=None, ge=1, description="pixels per latent position, along a side")
     channels: int | None = Field(default=None, ge=1, description="numbers per latent position")

@@ -2,5 +2,6 @@
 
 from sfumato.codecs.base import Codec
 from sfumato.codecs.image import ImageCodec
+from sfumato.codecs.table import TableCodec
 
-__all__ = ["Codec", "ImageCodec"]
+__all__ = ["Codec", "ImageCodec", "TableCodec"]

@@ -277,8 +277,9 @@ def _sum_over_processes(x: Tensor) -> Tensor:
     return x
 
 
-LEVELS = {4: (8, 5, 5, 5), 3: (8, 6, 5), 5: (8, 8, 8, 6, 5), 2: (16, 16), 1: (8,)}
-"""Levels per channel where none are given (Mentzer et al. 2023, table 1): the first key that divides the channels."""
+LEVELS = {2: (24, 24), 3: (8, 6, 5), 5: (8, 8, 8, 6, 5), 1: (8,)}
+"""Levels per channel where none are given: the first key that divides the channels. Pairs of fine levels hold as much as
+two codes of 512; the others are of Mentzer et al. 2023, table 1."""
 
 
 class FSQ(Discrete):

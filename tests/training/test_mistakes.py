@@ -48,7 +48,7 @@ def refused(code: int, match: str, source: Path | str, out: Path, **options: Any
         ({"modality": "imagery"}, "unknown modality 'imagery'.*image"),
         ({"overrides": ["train.denoiser.lrr=1"]}, r"did you mean 'train\.denoiser\.lr'"),
         ({"overrides": ["codec.bottelneck=vq"]}, r"did you mean 'codec\.bottleneck'"),
-        ({"overrides": ["codec.bottleneck=vae"]}, r"codec\.bottleneck=vae.*'kl', 'vq', 'fsq' or 'none'"),
+        ({"overrides": ["codec.bottleneck=vae"]}, r"codec\.bottleneck=vae.*'kl', 'vq', 'fsq', 'none' or 'identity'"),
         ({"overrides": ["train.codec.lr=fast"]}, r"train\.codec\.lr=fast"),
         ({"overrides": ["train.codec.lr"]}, "write key=value"),
         ({"device": "gpu"}, "device 'gpu' cannot be used here"),

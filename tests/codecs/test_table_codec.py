@@ -1,0 +1,133 @@
+"""Rows to features and back exactly; spikes, tails and missing cells; latents of zero mean and unit variance."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.codecs import TableCodec
+from sfumato.codecs.scores import Scores, knots
+from sfumato.training.steps import CodecStep
+from sfumato.types import Batch
+from tests.training.common import names_reached, stirred
+
+ROWS = 3_000
+COLUMNS = [
+    {"name": "height", "levels": 0, "missing": False},
+    {"name": "kind", "levels": 5, "missing": True},
+    {"name": "age", "levels": 0, "missing": False},
+    {"name": "gain", "levels": 0, "missing": True},
+    {"name": "married", "levels": 2, "missing": False},
+]
+BOTTLENECKS = ("identity", "kl", "vq", "fsq", "none")
+
+
+def rows(count: int = ROWS, seed: int = 0) -> Tensor:
+    """A bell, five uneven levels and a missing one, whole numbers, a spike with a heavy tail, a rare yes."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda: torch.rand(count, generator=g, dtype=torch.float64)
+    kind = torch.multinomial(torch.tensor([0.6, 0.25, 0.1, 0.04, 0.01]), count, True, generator=g).double()
+    age = 17 + (rand() * 73).floor()
+    gain = torch.where(rand() < 0.9, 0.0, 1e4 * torch.randn(count, generator=g).double().exp())
+    holes = lambda x: torch.where(rand() < 0.05, torch.nan, x)
+    height = 170 + 8 * torch.randn(count, generator=g).double() + 3 * (kind == 0)
+    return torch.stack([height, holes(kind), age, holes(gain), (rand() < 0.05).double()], 1)
+
+
+def make_codec(bottleneck: str) -> TableCodec:
+    torch.manual_seed(0)
+    codec = TableCodec(COLUMNS, bottleneck=bottleneck, latent_dim=8, width=64, depth=1, codebook_size=32, groups=2)
+    codec.prepare(rows())
+    return codec
+
+
+def same(a: Tensor, b: Tensor) -> Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_rows_come_back_from_their_features(drawn: bool):
+    x, features = rows(), make_codec("identity").features
+    back = features.inverse(features(x, torch.Generator().manual_seed(1) if drawn else None))
+    assert same(x, back)[:, [1, 2, 4]].all()
+    whole = x[:, 3] == 0
+    assert (back[whole, 3] == 0).all() and (back[:, 3].isnan() == x[:, 3].isnan()).all()
+    for column in (0, 3):  # float32 scores, and half a row is cut off at either end
+        inner = (x[:, column] > x[:, column].nanquantile(0.001)) & (x[:, column] < x[:, column].nanquantile(0.999))
+        torch.testing.assert_close(back[inner, column], x[inner, column], rtol=1e-4, atol=0)
+
+
+def test_drawn_scores_are_standard_normal_whatever_the_column():
+    f = Scores(3)
+    x = rows(20_000)[:, [0, 2, 3]]
+    f.fit(x)
+    z = f(x, torch.Generator().manual_seed(0)).double()
+    at = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    share = (z[..., None] < at).double().mean(0)
+    assert (share - torch.special.ndtr(at)).abs().max() < 4 * 0.5 / 20_000**0.5  # 4 standard errors
+
+
+def test_normal_scores_make_the_column_again():
+    f, x = Scores(3), rows(20_000)[:, [0, 2, 3]]
+    f.fit(x)
+    made = f.inverse(torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0)))
+    for column in range(3):
+        real = x[:, column][~x[:, column].isnan()].sort().values
+        ours = made[:, column].sort().values
+        at = torch.cat([real, ours])
+        gap = torch.searchsorted(real, at, right=True) / len(real) - torch.searchsorted(ours, at, right=True) / len(
+            ours
+        )
+        assert gap.abs().max() < 0.02  # the Kolmogorov-Smirnov distance of samples of this size
+        assert ours[0] >= real[0] and ours[-1] <= real[-1]
+
+
+@pytest.mark.parametrize("values", [[], [3.0], [3.0] * 50, [1.0, 2.0], list(range(5_000)), [0.0] * 999 + [1.0]])
+def test_knots_never_turn_back(values: list[float]):
+    x, u = knots(torch.tensor(values, dtype=torch.float64), 256)
+    assert x.shape == u.shape == (256,) and (x.diff() >= 0).all() and (u.diff() >= 0).all()
+    assert u[0] == 0 and u[-1] == 1
+
+
+@pytest.mark.parametrize("bottleneck", BOTTLENECKS)
+def test_latents_have_zero_mean_and_unit_variance(bottleneck: str):
+    codec, x = make_codec(bottleneck), rows()
+    stirred(codec.encoder)
+    with torch.no_grad():
+        codec.learn_statistics(codec.codes(x))
+        z = codec.encode(x).z
+    assert z.shape == (ROWS, codec.latent_size) and z.mean(0).abs().max() < 1e-3
+    groups = z.split(codec.features.widths if bottleneck == "identity" else [codec.latent_size], 1)
+    for group in groups:  # the corners of a category share their deviation
+        torch.testing.assert_close(group.var(0).mean(), torch.tensor(1.0), rtol=0.02, atol=0)
+
+
+def test_identity_learns_nothing_and_gives_rows_back():
+    codec, x = make_codec("identity"), rows(seed=1)
+    assert not codec.learns and codec.draws
+    codec.learn_statistics(codec.codes(x))
+    back = codec.decode(codec.draw(x, torch.Generator().manual_seed(0)))
+    assert same(x, back)[:, [1, 2, 4]].all() and back.dtype == torch.float64
+
+
+@pytest.mark.parametrize("bottleneck", ["kl", "vq", "fsq", "none"])
+def test_a_learned_codec_overfits_few_rows(bottleneck: str):
+    x = rows(64)
+    codec = make_codec(bottleneck).train()
+    step = CodecStep(codec, None, bottleneck_weight=1e-4 if bottleneck == "kl" else 1.0)
+    optimizer = torch.optim.AdamW(codec.parameters(), 3e-3)
+    for i in range(200):
+        loss = step(Batch(x, torch.arange(64)), "codec", i, torch.Generator().manual_seed(i))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    codec.eval()
+    codec.learn_statistics(codec.codes(x))
+    right = same(x, codec.decode(codec.encode(x)))[:, [1, 4]].float().mean()
+    assert right > (0.9 if bottleneck in ("kl", "none") else 0.75), right
+
+
+def test_the_loss_reaches_encoder_and_decoder():
+    codec = make_codec("kl")
+    stirred(codec.encoder), stirred(codec.decoder)
+    loss = CodecStep(codec, None)(Batch(rows(32), torch.arange(32)), "codec", 0, torch.Generator())["loss"]
+    assert names_reached(loss, {"encoder": codec.encoder, "decoder": codec.decoder}) == {"encoder", "decoder"}
