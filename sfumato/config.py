@@ -30,9 +30,12 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 def _split(value: Any) -> Any:
     """Lists may be typed as `8,5,5`."""
-    return value.strip("[]() ").split(",") if isinstance(value, str) else value
+    return (
+        [part.strip() for part in value.strip("[]() ").split(",") if part.strip()] if isinstance(value, str) else value
+    )
 
 
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Levels = Annotated[tuple[int, ...], BeforeValidator(_split)]
 Interval = Annotated[tuple[float, float], BeforeValidator(_split)]
 Numbers = dict[str, float]
@@ -54,6 +57,10 @@ class DataSettings(Section):
     label_from: str | None = Field(
         default=None, description="regular expression over the path; its first group is the label"
     )
+    categorical: Names = Field(
+        default=(), description="columns that are categories though they look like numbers, such as zip,grade"
+    )
+    exclude: Names = Field(default=(), description="columns that are left out")
     skip_bad: bool = Field(default=False, description="leave out files that cannot be read, instead of stopping")
     held_out: float = Field(
         default=0.1, gt=0, lt=1, description="share kept for measuring, where the data has no test part"

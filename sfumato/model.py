@@ -37,7 +37,7 @@ class Card:
     Args:
         modality: Row of the table of modalities.
         shape: Shape of one item.
-        mode: How the item's numbers are meant ("L", "RGB", …).
+        mode: How the item's numbers are meant, as JSON can hold it ("L", "RGB", the columns of a table).
         label_names: Name of each class; empty without classes.
         codec: Arguments of the codec's constructor.
         conditioner: Name and arguments of the conditioner.
@@ -47,7 +47,7 @@ class Card:
 
     modality: str
     shape: tuple[int, ...]
-    mode: str
+    mode: Any
     label_names: list[str]
     codec: dict[str, Any]
     conditioner: dict[str, Any]

@@ -278,8 +278,8 @@ def _sum_over_processes(x: Tensor) -> Tensor:
 
 
 LEVELS = {2: (24, 24), 3: (8, 6, 5), 5: (8, 8, 8, 6, 5), 1: (8,)}
-"""Levels per channel where none are given: the first key that divides the channels. Pairs of fine levels hold as much as
-two codes of 512; the others are of Mentzer et al. 2023, table 1."""
+"""Levels per channel where none are given: the first key that divides the channels. Pairs of fine levels hold a little
+more than codes of 512; the others are of Mentzer et al. 2023, table 1."""
 
 
 class FSQ(Discrete):

@@ -81,7 +81,7 @@ class Scores(nn.Module):
         return torch.where(missing, 0.0, ends[0].T), torch.where(missing, 1.0, ends[1].T)
 
     def _place(self, value: Tensor, upper: bool) -> Tensor:
-        """Where (D, B) values are on (0, 1), at the upper or lower end of a vertical stretch; straight lines between knots."""
+        """Where (D, B) values are on (0, 1): on straight lines between knots, at either end of vertical ones."""
         after = torch.searchsorted(self.x, value, right=upper).clamp(1, self.count - 1)
         x_0, x_1 = self.x.gather(1, after - 1), self.x.gather(1, after)
         u_0, u_1 = self.u.gather(1, after - 1), self.u.gather(1, after)

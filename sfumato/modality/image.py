@@ -12,6 +12,7 @@ from sfumato.codecs import ImageCodec
 from sfumato.config import CodecSettings, DataSettings, Settings
 from sfumato.data import Data, check_images_target, read_images, read_source, sample_sheet, write_images
 from sfumato.data.write import to_pixels
+from sfumato.errors import UserError
 from sfumato.metrics import reconstruction_report
 from sfumato.modality.judge import ImageJudge
 from sfumato.modality.row import Facts, Modality
@@ -80,7 +81,7 @@ def codec_options(codec: CodecSettings, shape: tuple[int, ...], mode: str) -> di
     }
 
 
-def read(source: str, settings: DataSettings) -> tuple[Data, Data]:
+def read(source: str, settings: DataSettings, mode: str | None = None) -> tuple[Data, Data]:
     """Training and held-out part of a source of images."""
     return read_source(
         source,
@@ -92,7 +93,7 @@ def read(source: str, settings: DataSettings) -> tuple[Data, Data]:
     )
 
 
-def parts(source: str, settings: DataSettings) -> tuple[Data, Data | None]:
+def parts(source: str, settings: DataSettings, mode: str | None = None) -> tuple[Data, Data | None]:
     """All images of a source, and those it holds out itself."""
     return read_images(
         source,
@@ -106,6 +107,17 @@ def parts(source: str, settings: DataSettings) -> tuple[Data, Data | None]:
 def made(items: Tensor, labels: Tensor | None, mode: str, label_names: list[str]) -> Data:
     """Items as the integers that would be written."""
     return Data(to_pixels(items, mode), mode, None, None if labels is None else labels.numpy(), label_names)
+
+
+def check_fit(name: str, shape: tuple[int, ...], mode: str, source: object, data: Data) -> None:
+    """Refuse a source of other images than those of `name` (samples, or what a model makes), of shape (C, H, W)."""
+    if (shape, mode) == (data.shape, data.mode):
+        return
+    ours, theirs = (f"{width}x{height} {kind}" for (_, height, width), kind in ((shape, mode), (data.shape, data.mode)))
+    remedy = f" (convert these with --set data.resolution={shape[1]} --set data.mode={mode})"
+    raise UserError(
+        f"{name}: its images are {ours}, but those of {source} are {theirs}{remedy * (shape[1] == shape[2])}", code=1
+    )
 
 
 def compare(x: Tensor, x_hat: Tensor, mode: str, features: Callable[[Tensor], Tensor] | None) -> dict[str, float]:
@@ -143,6 +155,7 @@ IMAGE = Modality(
     codec_options=codec_options,
     judge=ImageJudge,
     compare=compare,
+    check_fit=check_fit,
     check_target=check_images_target,
     write=write,
     sheet=sheet,

@@ -55,7 +55,8 @@ class Modality:
     Args:
         name: As in `--modality`.
         recognises: Whether a source looks like this kind.
-        read: Source and data settings -> (training part, held-out part).
+        read: (source, data settings, mode or None) -> (training part, held-out part); a mode says how the numbers of a
+            model or of other data are meant, where that is not plain from the source.
         parts: The same -> everything there is, and what the source itself holds out if it does.
         made: (items (N, ...), labels (N,) or None, mode, label names) -> the same as they would be read back.
         plan: (what the user fixed, facts, seconds of the first stage) -> what this kind of data wants.
@@ -64,7 +65,9 @@ class Modality:
         codec_options: (settings of the codec, shape, mode) -> those arguments.
         judge: (training part, device, progress) -> who measures samples.
         compare: (x, x̂, mode, features or None) -> how close reconstructions are.
-        check_target: (where, overwrite) -> refuses a place that items cannot be written to.
+        check_fit: (name, shape, mode, source, data) -> refuses data of another kind than `name` makes.
+        check_fit: Callable[[str, tuple[int, ...], Any, object, Data], None]
+    check_target: (where, overwrite) -> refuses a place that items cannot be written to.
         write: (where, items (N, ...), a row of facts per item, mode, overwrite) -> the files.
         sheet: (items (N, ...), mode, columns or None) -> a picture to look at.
         pairs: (x, x̂, mode) -> a picture of originals beside their reconstructions.
@@ -73,8 +76,8 @@ class Modality:
 
     name: str
     recognises: Callable[[str], bool]
-    read: Callable[[str, DataSettings], tuple[Data, Data]]
-    parts: Callable[[str, DataSettings], tuple[Data, Data | None]]
+    read: Callable[[str, DataSettings, Any], tuple[Data, Data]]
+    parts: Callable[[str, DataSettings, Any], tuple[Data, Data | None]]
     made: Callable[[Tensor, Tensor | None, Any, list[str]], Data]
     plan: Callable[[Settings, Facts, float], Settings]
     codec_share: float
@@ -82,6 +85,7 @@ class Modality:
     codec_options: Callable[[CodecSettings, tuple[int, ...], Any], dict[str, Any]]
     judge: Callable[[Data, str | None, Progress | None], Judge]
     compare: Callable[[Tensor, Tensor, Any, Extractor | None], dict[str, float]]
+    check_fit: Callable[[str, tuple[int, ...], Any, object, Data], None]
     check_target: Callable[[Path, bool], None]
     write: Callable[[Path, Tensor, list[dict[str, Any]], Any, bool], None]
     sheet: Callable[[Tensor, Any, int | None], Any]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.config import DataSettings, apply_overrides, read_settings
-from sfumato.data import BUILTINS, Data
+from sfumato.data import BUILTINS
 from sfumato.errors import UserError
 from sfumato.machine import default_device
 from sfumato.model import Model, load, read_json
@@ -103,17 +103,6 @@ def source_settings(model: object, overrides: Sequence[str], skip_bad: bool, lab
 def title(target: object) -> str:
     """What to call a model or the place of samples."""
     return "the model" if isinstance(target, Model) else str(target)
-
-
-def check_fit(name: str, shape: Sequence[int], mode: str, source: object, data: Data) -> None:
-    """Refuse a source of other images than those of `name` (samples, or what a model makes), of shape (C, H, W)."""
-    if (tuple(shape), mode) == (data.shape, data.mode):
-        return
-    ours, theirs = (f"{width}x{height} {kind}" for (_, height, width), kind in ((shape, mode), (data.shape, data.mode)))
-    remedy = f" (convert these with --set data.resolution={shape[1]} --set data.mode={mode})"
-    raise UserError(
-        f"{name}: its images are {ours}, but those of {source} are {theirs}{remedy * (shape[1] == shape[2])}", code=1
-    )
 
 
 def label_values(names: Sequence[str]) -> list[Any]:

@@ -63,12 +63,12 @@ def evaluate(
     model = open_model(target, device) if _is_model(target) else None
     settings = source_settings(None if model is None else target, overrides, skip_bad, labels=True)
     row = recognise(str(source)) if model is None else model.modality
-    train, held = read_real(row, source, settings)
+    train, held = read_real(row, source, settings, None if model is None else model.card.mode)
     if model is None:
-        samples = read_samples(row, str(target), n, settings.skip_bad, seed)
-        check_samples(name, samples, source, train, cas)
+        samples = read_samples(row, str(target), n, skip_bad, train.mode, seed)
+        check_samples(row, name, samples, source, train, cas)
     else:
-        check_samples(name, model.card, source, train, cas)
+        check_samples(row, name, model.card, source, train, cas)
         samples = draw_samples(model, n or min(MOST, max(LEAST, len(held))), seed, batch, progress)
     samples = relabelled(samples, train)
     judge = row.judge(train, device or (None if model is None else str(model.device)), progress)

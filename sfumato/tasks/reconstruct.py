@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
     from sfumato.config import DataSettings
     from sfumato.data import Data
-    from sfumato.modality import Modality
     from sfumato.model import Model
     from sfumato.tasks.common import Progress
 
@@ -63,7 +62,6 @@ def reconstruct(
 
     from sfumato.tasks.common import (
         check_counts,
-        check_fit,
         is_main,
         open_model,
         save_picture,
@@ -77,8 +75,8 @@ def reconstruct(
     if out is not None:
         loaded.modality.check_target(Path(out), overwrite)
         sheet = _sheet_beside(Path(out), overwrite) if sheet is None else sheet
-    parts = _read(loaded.modality, str(source), source_settings(model, overrides, skip_bad, labels=False), n, seed)
-    check_fit(title(model), loaded.card.shape, loaded.card.mode, source, parts[0])
+    parts = _read(loaded, str(source), source_settings(model, overrides, skip_bad, labels=False), n, seed)
+    loaded.modality.check_fit(title(model), loaded.card.shape, loaded.card.mode, source, parts[0])
     items, rows, pairs, facts = _run(loaded, parts, batch, progress)
     if out is not None and is_main():
         loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)
@@ -97,12 +95,12 @@ def _sheet_beside(out: Path, overwrite: bool) -> Path:
     return sheet
 
 
-def _read(row: "Modality", source: str, settings: "DataSettings", n: int | None, seed: int) -> "list[Data]":
+def _read(model: "Model", source: str, settings: "DataSettings", n: int | None, seed: int) -> "list[Data]":
     """All items of a source in their order, or n at random: held-out ones, then others."""
     from sfumato.data import split
     from sfumato.metrics.features import pick
 
-    train, held = row.parts(source, settings)
+    train, held = model.modality.parts(source, settings, model.card.mode)
     if n is None or n >= len(train) + len(held or ()):
         return [train] if held is None else [train, held]
     if held is None:

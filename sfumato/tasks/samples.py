@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from sfumato.errors import UserError
 from sfumato.metrics.features import pick
 from sfumato.modality import Modality
 from sfumato.model import Card, Model, find_class
-from sfumato.tasks.common import Progress, check_fit
+from sfumato.tasks.common import Progress
 from sfumato.tasks.generate import generate
 
 FEWEST = 2  # items of each set: one has no variance
@@ -26,9 +27,9 @@ def class_numbers(names: Sequence[str], known: Data) -> NDArray[np.int64] | None
     return np.array(found, np.int64) if found and len(found) == len(names) else None
 
 
-def check_samples(name: str, made: Data | Card, source: object, train: Data, cas: bool) -> None:
+def check_samples(row: Modality, name: str, made: Data | Card, source: object, train: Data, cas: bool) -> None:
     """Refuse samples that cannot be compared with a source, or have not the labels that are needed."""
-    check_fit(name, made.shape, made.mode, source, train)
+    row.check_fit(name, made.shape, made.mode, source, train)
     if cas and not train.classes:
         raise UserError(f"{source}: has no classes, and --cas needs them")
     if cas and class_numbers(made.label_names, train) is None:
@@ -46,18 +47,18 @@ def relabelled(data: Data, known: Data) -> Data:
     return replace(data, labels=labels, label_names=known.label_names, notes=notes)
 
 
-def read_real(row: Modality, source: str | Path, settings: DataSettings) -> tuple[Data, Data]:
-    """Training and held-out part of a source."""
-    train, held = row.read(str(source), settings)
+def read_real(row: Modality, source: str | Path, settings: DataSettings, mode: Any = None) -> tuple[Data, Data]:
+    """Training and held-out part of a source; its numbers are meant as `mode` says, if there is a model."""
+    train, held = row.read(str(source), settings, mode)
     if len(held) < FEWEST:
         remedy = "take more data, or a larger share with --set data.held_out=0.3"
         raise UserError(f"{source}: only {len(held)} held-out item, at least {FEWEST} are needed; {remedy}", code=1)
     return train, held
 
 
-def read_samples(row: Modality, folder: str | Path, n: int | None, skip_bad: bool, seed: int) -> Data:
-    """Samples from files; n of them at random, or all."""
-    data, _ = row.parts(str(folder), DataSettings(skip_bad=skip_bad))
+def read_samples(row: Modality, folder: str | Path, n: int | None, skip_bad: bool, mode: Any, seed: int) -> Data:
+    """Samples from files, read as the source of this mode; n of them at random, or all."""
+    data, _ = row.parts(str(folder), DataSettings(skip_bad=skip_bad), mode)
     if len(data) < FEWEST:
         raise UserError(f"{folder}: only {len(data)} sample, at least {FEWEST} are needed", code=1)
     return data if n is None or n >= len(data) else data.subset(pick(len(data), n, seed))

@@ -20,6 +20,7 @@ def fit(
     size: Literal["xs", "s", "m", "l", "xl"] | None = None,
     modality: str | None = None,
     label_from: str | None = None,
+    categorical: str | None = None,
     skip_bad: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -33,13 +34,15 @@ def fit(
     The run folder is the model. Without --budget and --steps, ten minutes are taken.
 
     Args:
-        source: A built-in set (digits, mnist, fashion-mnist, cifar10), a folder, a file or hf://owner/name.
+        source: A built-in set (digits, mnist, fashion-mnist, cifar10), a folder, a file (images or a table) or
+            hf://owner/name.
         out: Folder of the run.
         budget: Wall clock for everything, such as 90s, 10m or 1h30m.
         steps: Optimizer steps of both stages together, in place of a budget.
         size: Size of the denoiser (default: from the plan).
         modality: Kind of data (default: recognised).
         label_from: Regular expression over file names; its first group is the label.
+        categorical: Columns of a table that are categories though they look like numbers, separated by commas.
         skip_bad: Leave out files that cannot be read.
         resume: Go on with the run in this folder, exactly.
         overwrite: Replace the run in this folder.
@@ -66,7 +69,7 @@ def fit(
     if steps is not None and steps < 2:
         raise UserError(f"--steps must be at least 2, not {steps}")
     seconds = None if budget is None else parse_budget(budget)
-    data = {"label_from": label_from, "skip_bad": skip_bad}
+    data = {"label_from": label_from, "categorical": categorical or (), "skip_bad": skip_bad}
     given = read_settings({"seed": seed, "modality": modality, "budget_seconds": seconds, "data": data})
     settings = apply_overrides(given, overrides)
 

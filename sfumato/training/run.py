@@ -151,7 +151,7 @@ def run(
     elif steps is None and settings.budget_seconds is None:
         settings.budget_seconds = USUAL_BUDGET
     modality = find_modality(settings.modality) if settings.modality else recognise(source)
-    train, held = modality.read(source, settings.data)
+    train, held = modality.read(source, settings.data, None)
     if record is not None and record["data"]["fingerprint"] != train.fingerprint:
         raise UserError(f"{source}: the data differ from those {folder} was trained on; start another run")
     device = device or (str(record["device"]) if record is not None else default_device())

@@ -1,0 +1,201 @@
+"""Tables: how they are planned for, read, measured, written and shown."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sfumato.codecs import TableCodec
+from sfumato.config import (
+    CodecSettings,
+    DataSettings,
+    DenoiserSettings,
+    SampleSettings,
+    Settings,
+    StageSettings,
+    TrainSettings,
+)
+from sfumato.data import (
+    Column,
+    Dialect,
+    TableData,
+    check_table_target,
+    histograms,
+    is_table,
+    modelled,
+    read_rows,
+    read_table,
+    snapped,
+    split,
+    table_files,
+    write_table,
+)
+from sfumato.errors import UserError
+from sfumato.metrics import table_report
+from sfumato.modality.row import Extractor, Facts, Modality, Progress
+
+COPIED = 0.6  # a copy AUC above it, and the samples look copied: training rows are told from held-out ones by them
+NUMBERS = 16  # of a learned latent, at least
+
+
+def columns_of(mode: Any) -> list[Column]:
+    """The columns that `TableData.mode` tells of."""
+    return [Column(**column) for column in mode["columns"]]
+
+
+def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
+    """Features as they are for a latent, a perceptron on them, large batches."""
+    batch = min(1024, max(8, 2 ** int(math.log2(max(8, facts.count // 8)))))
+    codec = CodecSettings(
+        bottleneck="identity",
+        latent="vector",
+        latent_dim=max(NUMBERS, 2 * facts.shape[0]),
+        downsample=1,
+        channels=1,
+        width=512,
+        depth=2,
+        kl_weight=1e-3,
+        perceptual="none",
+        perceptual_weight=0.0,
+        adversarial_weight=0.0,
+        reconstruction="l2",
+        codebook_size=512,
+        groups=max(NUMBERS, 2 * facts.shape[0]) // 2,
+    )
+    train = TrainSettings(codec=StageSettings(batch=batch), denoiser=StageSettings(batch=batch))
+    sample = SampleSettings(sampler="heun", steps=40)
+    return Settings(codec=codec, denoiser=DenoiserSettings(net="mlp"), train=train, sample=sample)
+
+
+def codec_options(codec: CodecSettings, shape: tuple[int, ...], mode: Any) -> dict[str, Any]:
+    """Arguments of `TableCodec`."""
+    columns = [
+        {"name": c.name, "levels": len(c.levels), "missing": c.missing is not None} for c in modelled(columns_of(mode))
+    ]
+    return {
+        "columns": columns,
+        "bottleneck": codec.bottleneck,
+        "latent_dim": codec.latent_dim,
+        "width": codec.width,
+        "depth": codec.depth,
+        "codebook_size": codec.codebook_size,
+        "groups": codec.groups,
+        "levels": None if codec.levels is None else list(codec.levels),
+    }
+
+
+def parts(source: str, settings: DataSettings, mode: Any = None) -> tuple[TableData, TableData | None]:
+    """All rows of a table, and those in a file of their own that are held out."""
+    columns = columns_of(mode) if mode else read(source, settings)[0].columns
+    files = [read_rows(path, columns) for path in table_files(Path(source).expanduser())]
+    return files[0], files[1] if len(files) > 1 else None
+
+
+def read(source: str, settings: DataSettings, mode: Any = None) -> tuple[TableData, TableData]:
+    """Training and held-out rows of a table, with its own columns or those that `mode` tells of."""
+    if not mode:
+        return read_table(
+            source, categorical=settings.categorical, exclude=settings.exclude, held_out=settings.held_out
+        )
+    data, held = parts(source, settings, mode)
+    return split(data, settings.held_out) if held is None else (data, held)
+
+
+def made(items: Tensor, labels: Tensor | None, mode: Any, label_names: list[str]) -> TableData:
+    """Rows as they would be written: numbers on their grid."""
+    columns = columns_of(mode)
+    return TableData(snapped(columns, items.numpy().astype(np.float64)), columns, Dialect(**mode["dialect"]))
+
+
+def check_fit(name: str, shape: tuple[int, ...], mode: Any, source: object, data: TableData) -> None:
+    """Refuse a table of other columns."""
+    ours, theirs = ([c.name for c in modelled(columns)] for columns in (columns_of(mode), data.columns))
+    if ours != theirs:
+        odd = sorted(set(ours) ^ set(theirs)) or ours
+        raise UserError(f"{name}: its columns are not those of {source}: {', '.join(map(repr, odd[:5]))}", code=1)
+
+
+def compare(x: Tensor, x_hat: Tensor, mode: Any, features: Extractor | None) -> dict[str, float]:
+    """`cells`: share of cells that are the same; `error`: mean absolute error of numbers, as share of their range."""
+    columns = modelled(columns_of(mode))
+    values, values_hat = (snapped(columns, v.numpy().astype(np.float64)) for v in (x, x_hat))
+    same = (values == values_hat) | (np.isnan(values) & np.isnan(values_hat))
+    span = np.array([max((c.high or 0.0) - (c.low or 0.0), 1e-300) for c in columns])
+    numbers = [j for j, c in enumerate(columns) if not c.levels]
+    report = {"cells": float(same.mean())}
+    if numbers:
+        away = (np.abs(values - values_hat) / span)[:, numbers]
+        report["error"] = float(np.nanmean(away)) if not np.isnan(away).all() else 0.0
+    return report
+
+
+class TableJudge:
+    """Measures rows against those of one table.
+
+    Args:
+        train: The training part.
+        device: Not needed.
+        progress: Who shows how far it is.
+    """
+
+    def __init__(self, train: TableData, device: str | None = None, progress: Progress | None = None) -> None:
+        self.train, self.progress = train, progress
+
+    def report(self, fake: TableData, held: TableData, cas: bool, seed: int) -> dict[str, Any]:
+        """What `sfumato.metrics.table_report` says; with `cas` also how well the last column is foretold.
+
+        `memorised` says whether training rows can be told from held-out ones by how near the samples come to them.
+        """
+        if self.progress is not None:
+            self.progress("measure", 0, 1)
+        columns = modelled(self.train.columns)
+        report = table_report(
+            fake.values, self.train.values, held.values, columns, target=columns[-1].name if cas else None, seed=seed
+        )
+        if self.progress is not None:
+            self.progress("measure", 1, 1)
+        return {**report, "memorised": float(report["copy_auc"]) > COPIED}
+
+    def compare(self, x: Tensor, x_hat: Tensor) -> dict[str, float]:
+        """How close reconstructed rows are."""
+        return compare(x, x_hat, self.train.mode, None)
+
+
+def write(out: Path, items: Tensor, rows: list[dict[str, Any]], mode: Any, overwrite: bool) -> None:
+    """One file with the columns, types, order and missing values of the original."""
+    write_table(
+        out, columns_of(mode), items.numpy().astype(np.float64), dialect=Dialect(**mode["dialect"]), overwrite=overwrite
+    )
+
+
+def sheet(items: Tensor, mode: Any, columns: int | None) -> Any:
+    """How each column is distributed."""
+    return histograms(modelled(columns_of(mode)), [items.numpy()], columns)
+
+
+def pairs(x: Tensor, x_hat: Tensor, mode: Any) -> Any:
+    """How each column is distributed, before and after."""
+    return histograms(modelled(columns_of(mode)), [x.numpy(), x_hat.numpy()], None)
+
+
+TABLE = Modality(
+    name="table",
+    recognises=is_table,
+    read=read,
+    parts=parts,
+    made=made,
+    plan=plan,
+    codec_share=0.4,
+    codec=TableCodec,
+    codec_options=codec_options,
+    judge=TableJudge,
+    compare=compare,
+    check_fit=check_fit,
+    check_target=check_table_target,
+    write=write,
+    sheet=sheet,
+    pairs=pairs,
+    shown=2000,
+)
