@@ -3,22 +3,49 @@
 from .base import Data, split
 from .builtin import BUILTINS, read_builtin
 from .cache import LatentCache, cache_root, latent_key
+from .columns import Column, modelled
+from .histograms import histograms
 from .images import read_images, read_source
+from .rows import Dialect
+from .table import (
+    TableData,
+    check_table_target,
+    column_frame,
+    is_table,
+    read_rows,
+    read_table,
+    snapped,
+    table_files,
+    write_table,
+)
 from .write import check_images_target, check_writable, replaced_folder, sample_sheet, write_images
 
 __all__ = [
     "BUILTINS",
+    "Column",
     "Data",
+    "Dialect",
     "LatentCache",
+    "TableData",
     "cache_root",
     "check_images_target",
+    "check_table_target",
     "check_writable",
+    "column_frame",
+    "histograms",
+    "is_table",
     "latent_key",
+    "modelled",
     "read_builtin",
     "read_images",
+    "read_rows",
     "read_source",
+    "read_table",
     "replaced_folder",
     "sample_sheet",
+    "snapped",
     "split",
+    "table_files",
     "write_images",
+    "write_table",
 ]

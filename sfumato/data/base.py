@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -131,7 +132,23 @@ def _shares(sizes: NDArray[np.int64], total: int) -> NDArray[np.int64]:
     return share
 
 
-def split(data: Data, fraction: float = 0.1, cap: int = 5000) -> tuple[Data, Data]:
+class Splittable(Protocol):
+    """What a split asks of a data set."""
+
+    labels: NDArray[np.int64] | None
+
+    @cached_property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def subset(self, index: Index, /) -> Self: ...
+
+
+S = TypeVar("S", bound=Splittable)
+
+
+def split(data: S, fraction: float = 0.1, cap: int = 5000) -> tuple[S, S]:
     """Training and held-out part: deterministic from the content, in proportion by class, at least one held out.
 
     Args:

@@ -80,7 +80,7 @@ def replaced_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
         try:
             yield partial
-            partial.chmod(0o777 & ~_umask())
+            partial.chmod(0o777 & ~umask())
             if out.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
                 os.rename(out, old)
@@ -111,7 +111,8 @@ def check_writable(out: Path) -> None:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}); name another folder", code=1) from error
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The bits that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,0 +1,233 @@
+"""What one column of a table is, and how its cells become numbers and text again."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute
+from numpy.typing import NDArray
+
+Kind = Literal["number", "integer", "category", "boolean", "date", "id", "constant"]
+Values = NDArray[np.float64]
+pc: Any = pyarrow.compute  # its functions are made while it is imported: a type checker sees none
+
+# what stands for a missing cell, in small letters and without blanks around it
+MARKERS = ("", "na", "n/a", "#n/a", "nan", "<na>", "nat", "?", "null", "none")
+INTEGER = r"^-?(0|[1-9]\d*)$"
+PADDED = r"^[+-]?0\d"
+NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table: how to read it, what it may hold, how to write it. `dataclasses.asdict` is its JSON.
+
+    Args:
+        name: As in the header.
+        kind: "number" and "integer" are kept as they are, "category" and "boolean" as the index of their level, "date"
+            as seconds since 1970 (UTC). "id" (a name of the row) and "constant" carry no information: not modelled.
+        levels: The categories as written in the source, most frequent first; a boolean's are false, then true.
+        missing: How a missing cell is written; None where the column has none.
+        decimals: Numbers lie on a grid of so many decimals (0 for integers); None where they are continuous.
+        low: Smallest value of the training part.
+        high: Largest value of the training part.
+        step: Grid of dates in seconds: 86400 for days, 60 for minutes, 1, 0.001, 0.000001.
+        format: Of dates the strptime format; of ids the str.format of a running number.
+        value: The text of a constant; None where every cell is missing.
+        dtype: Arrow type in a Parquet source; None in a text file.
+        point: Whether whole numbers are written with a point ("3.0").
+    """
+
+    name: str
+    kind: Kind
+    levels: list[str] = field(default_factory=list)
+    missing: str | None = None
+    decimals: int | None = None
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    format: str | None = None
+    value: str | None = None
+    dtype: str | None = None
+    point: bool = False
+
+    @property
+    def modelled(self) -> bool:
+        """Whether it is one of the D columns that training sees."""
+        return self.kind not in ("id", "constant")
+
+
+def modelled(columns: Sequence[Column]) -> list[Column]:
+    """The columns that training sees, in their order: one for each column of the values (N, D)."""
+    return [column for column in columns if column.modelled]
+
+
+def blanks(cells: pa.Array) -> pa.BooleanArray:
+    """Which cells (texts or numbers) are missing."""
+    if pa.types.is_floating(cells.type):
+        return pc.is_null(cells, nan_is_null=True)
+    small = pc.utf8_lower(pc.utf8_trim_whitespace(cells))
+    marked = pc.is_in(small, value_set=pa.array(MARKERS))
+    return pc.or_(pc.is_null(cells), marked)
+
+
+def numbers(cells: pa.Array, decimal: str = ".") -> pa.Array:
+    """Texts as float64; missing stays missing.
+
+    Raises:
+        pyarrow.ArrowInvalid: One of them is not a number.
+    """
+    plain = pc.utf8_trim_whitespace(cells)
+    if decimal == ",":
+        plain = pc.replace_substring(plain, ",", ".")
+    return pc.cast(plain, pa.float64())
+
+
+def seconds(texts: Sequence[str], layout: str) -> Values:
+    """Seconds since 1970 of dates in one strptime format; NaN where a text is not such a date."""
+    stamps = pd.to_datetime(
+        pd.Series(texts, dtype=object).str.strip(), format=layout, errors="coerce", utc="%z" in layout
+    )
+    since = stamps.dt.tz_localize(None) - pd.Timestamp(0)
+    return (since / pd.Timedelta(seconds=1)).to_numpy(np.float64)
+
+
+def number_text(value: float, point: bool = False, decimal: str = ".") -> str:
+    """The shortest text that reads as this number; a whole one without point, unless `point`."""
+    whole = value.is_integer() and abs(value) < 1e15 and not point
+    text = str(int(value)) if whole else repr(value)
+    return text.replace(".", decimal)
+
+
+def encode(column: Column, cells: pa.Array, decimal: str = ".") -> Values:
+    """Cells (N,) of a modelled column as float64: NaN where they are missing, or no level or date of this column.
+
+    Raises:
+        pyarrow.ArrowInvalid: A cell of a number column is not a number.
+    """
+    if column.levels:
+        return _look_up(cells, _spellings(column), column.kind == "boolean")
+    if pa.types.is_floating(cells.type):
+        return cells.to_numpy(zero_copy_only=False)
+    cells = pc.if_else(blanks(cells), None, cells)
+    if column.kind != "date":
+        return numbers(cells, decimal).to_numpy(zero_copy_only=False)
+    assert column.format is not None
+    packed = cells.dictionary_encode()
+    return _unpack(packed, seconds(packed.dictionary.to_pylist(), column.format))
+
+
+def _unpack(packed: pa.DictionaryArray, values: Values) -> Values:
+    """The value of each cell (N,), from those of the different ones; NaN where it is missing."""
+    return np.append(values, np.nan)[pc.fill_null(packed.indices, -1).to_numpy(zero_copy_only=False)]
+
+
+def _spellings(column: Column) -> dict[str, float]:
+    """Index of each level, by its text, and by the plain form of it where no other level has that."""
+    plain = {_plain(level, column.kind == "boolean"): float(k) for k, level in enumerate(column.levels)}
+    return plain | {level: float(k) for k, level in enumerate(column.levels)}
+
+
+def _look_up(cells: pa.Array, spellings: dict[str, float], boolean: bool) -> Values:
+    packed = cells.dictionary_encode()
+    words = [v if isinstance(v, str) else number_text(v) for v in packed.dictionary.to_pylist()]
+    found = [spellings.get(word, spellings.get(_plain(word, boolean), np.nan)) for word in words]
+    return _unpack(packed, np.array(found, np.float64))
+
+
+def _plain(text: str, boolean: bool) -> str:
+    """A level as other programs may write it: without blanks around it, 1.0 as 1, TRUE as true."""
+    text = text.strip().lower() if boolean else text.strip()
+    return number_text(float(text)) if re.match(NUMBER, text) else text
+
+
+def snap(column: Column, values: Values) -> Values:
+    """Values of a number, integer or date column on the column's grid."""
+    if column.kind == "date" and column.step:
+        return np.rint(values / column.step) * column.step
+    return values if column.decimals is None else np.round(values, column.decimals)
+
+
+def _codes(column: Column, values: Values) -> NDArray[np.int64]:
+    return np.clip(np.rint(values), 0, len(column.levels) - 1).astype(np.int64)
+
+
+def _stamps(column: Column, values: Values) -> pd.Series:
+    micros = np.rint(snap(column, values) * 1e6).astype(np.int64)
+    return pd.Series(micros.view("datetime64[us]"))
+
+
+def running(column: Column, count: int, start: int = 0) -> list[int]:
+    """New ids of an id column for the rows from `start` on: 1, 2, 3 ..., or 0, 1, 2 ... where the source does so."""
+    first = start + (0 if column.low == 0 else 1)
+    return list(range(first, first + count))
+
+
+def texts(column: Column, values: Values, decimal: str = ".", start: int = 0) -> list[str]:
+    """Cells as they are written in a text file.
+
+    Args:
+        column: What they are.
+        values: (N,); those of ids and constants are ignored.
+        decimal: The decimal mark.
+        start: Number of the first row, for ids.
+    """
+    if column.kind == "constant":
+        return [column.missing or "" if column.value is None else column.value] * len(values)
+    if column.kind == "id":
+        return [(column.format or "{}").format(number) for number in running(column, len(values), start)]
+    blank = np.isnan(values)
+    filled = np.where(blank, 0.0, values)
+    if column.levels:
+        written = [column.levels[code] for code in _codes(column, filled)]
+    elif column.kind == "date":
+        written = _stamps(column, filled).dt.strftime(column.format).tolist()
+    else:
+        written = [number_text(value, column.point, decimal) for value in snap(column, filled).tolist()]
+    for i in np.flatnonzero(blank):
+        written[i] = column.missing or ""
+    return written
+
+
+def series(column: Column, values: Values) -> pd.Series:
+    """Cells with the type they have, from values (N,): Int64, boolean and so on where the column has missing cells."""
+    count = len(values)
+    if column.kind == "constant":
+        blank, found = np.full(count, column.value is None), _objects(column, [column.value or ""]).repeat(count)
+    elif column.kind == "id":
+        whole = column.decimals == 0
+        blank, found = np.zeros(count, bool), np.array(running(column, count) if whole else texts(column, values))
+    else:
+        blank = np.isnan(values)
+        found = _typed(column, np.where(blank, 0.0, values))
+    found = pd.Series(found)
+    if column.missing is None and not blank.any():
+        return found
+    nullable = {"i": "Int64", "b": "boolean"}.get(found.dtype.kind)
+    return (found.astype(nullable) if nullable else found).mask(blank)
+
+
+def _typed(column: Column, values: Values) -> pd.Series | NDArray[Any]:
+    if column.levels:
+        return _objects(column, column.levels)[_codes(column, values)]
+    if column.kind == "date":
+        return _stamps(column, values)
+    snapped = snap(column, values)
+    return snapped.astype(np.int64) if column.kind == "integer" and not column.point else snapped
+
+
+def _objects(column: Column, levels: Sequence[str]) -> NDArray[Any]:
+    """Levels as the values they stand for: booleans, integers, numbers or texts."""
+    plain = [level.strip().lower() for level in levels]
+    words = column.dtype is not None and "string" in column.dtype
+    if not words and not any(re.match(PADDED, text) for text in plain):
+        if set(plain) <= {"true", "false"}:
+            return np.array([text == "true" for text in plain])
+        for pattern, kind in ((INTEGER, int), (NUMBER, float)):
+            if all(re.match(pattern, text) for text in plain):
+                return np.array([kind(text) for text in plain])
+    return np.array(levels, dtype=object)

@@ -1,0 +1,388 @@
+"""Tables: from a file to TableData, and from values back to a file."""
+
+import csv
+import gzip
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, ClassVar, TextIO
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from numpy.typing import NDArray
+
+from ..choice import nearest
+from ..errors import UserError
+from ..types import Batch
+from .base import Index, split
+from .cache import allocate, atomic
+from .columns import Column, Values, blanks, encode, modelled, series, snap, texts
+from .files import first_few, inventory
+from .rows import DELIMITERS, TABLE, Dialect, TableFile, arrow_type, open_table
+from .tally import Tally
+from .write import check_writable, umask
+
+FEWEST = 20  # rows from which a model can be trained at all
+HELD = ("test", "validation", "val")  # names of the held-out file beside train.csv
+PIECE = 2**16  # rows written at a time
+
+
+@dataclass(eq=False)
+class TableData:
+    """Rows of a table as numbers; what `Data` is for images.
+
+    Args:
+        store: The modelled columns (M, D) in float64: numbers, level indices, seconds; NaN where missing. Shared
+            between subsets.
+        columns: All columns of the source; `modelled(columns)` are those of the store.
+        dialect: How a text source is written.
+        rows: Which rows of `store` are the items (N,); default all of them.
+        notes: Lines worth telling the user about how the data were read.
+    """
+
+    classes: ClassVar[int] = 0
+    captions: ClassVar[None] = None
+    names: ClassVar[None] = None
+
+    store: Values
+    columns: list[Column]
+    dialect: Dialect = field(default_factory=Dialect)
+    rows: NDArray[np.int64] | None = None
+    notes: list[str] = field(default_factory=list)
+    labels: NDArray[np.int64] | None = None
+    label_names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        assert self.store.shape[1:] == (len(modelled(self.columns)),), self.store.shape
+        assert self.store.dtype == np.float64 and self.labels is None
+
+    def __len__(self) -> int:
+        return len(self.store) if self.rows is None else len(self.rows)
+
+    @property
+    def mode(self) -> dict[str, Any]:
+        """What the numbers mean, as JSON can hold it: the columns, and how a text source is written."""
+        return {"columns": [asdict(column) for column in self.columns], "dialect": asdict(self.dialect)}
+
+    @property
+    def shape(self) -> tuple[int]:
+        """(D,) of one row."""
+        return (self.store.shape[1],)
+
+    @property
+    def values(self) -> Values:
+        """The rows (N, D); a copy when this is a subset."""
+        return self.store if self.rows is None else self.store[self.rows]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the content: what the columns are, and the values."""
+        what = [(c.name, c.kind, c.levels) for c in self.columns]
+        digest = hashlib.sha256(repr(("table", self.store.shape, what)).encode())
+        for start in range(0, len(self.store), PIECE):
+            digest.update(np.ascontiguousarray(self.store[start : start + PIECE]).data)
+        digest.update(b"-" if self.rows is None else self.rows.tobytes())
+        return digest.hexdigest()
+
+    def batch(self, index: Index) -> Batch:
+        """The rows `index` (B,) in float64 (B, D)."""
+        where = np.asarray(index, dtype=np.int64).reshape(-1)
+        taken = self.store.take(where if self.rows is None else self.rows[where], axis=0)
+        return Batch(torch.from_numpy(taken), torch.from_numpy(where))
+
+    def subset(self, index: Index) -> "TableData":
+        """The rows `index` (B,) as TableData of their own; the values are shared, not copied."""
+        where = np.asarray(index, dtype=np.int64).reshape(-1)
+        part = replace(self, rows=where if self.rows is None else self.rows[where])
+        part.__dict__["fingerprint"] = hashlib.sha256(self.fingerprint.encode() + where.tobytes()).hexdigest()
+        return part
+
+
+# -- reading
+
+
+def is_table(source: str | Path) -> bool:
+    """Whether a source looks like a table: a file called so, or a folder with train.csv (.tsv, .parquet ...)."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return any(TABLE.sub("", file.name).lower() == "train" for file in path.iterdir() if TABLE.search(file.name))
+    return bool(TABLE.search(path.name))
+
+
+def read_table(
+    source: str | Path, *, categorical: Sequence[str] = (), exclude: Sequence[str] = (), held_out: float = 0.1
+) -> tuple[TableData, TableData]:
+    """Training and held-out rows of a table, with their columns found out from both (see `tally`).
+
+    Args:
+        source: A .csv, .tsv (also .gz) or .parquet with a header; or a folder with train.csv and, held out, test.csv.
+        categorical: Columns that are categories though they look like numbers.
+        exclude: Columns to leave out.
+        held_out: Share held out where there is no test.csv: a tenth, 5,000 rows at most (see `split`).
+
+    Raises:
+        UserError: What is wrong with the source, and what to do.
+    """
+    path = Path(source).expanduser()
+    files = _same_header([open_table(file) for file in table_files(path)])
+    for what, names in (("categorical", categorical), ("exclude", exclude)):
+        for name in names:
+            if name not in files[0].names:
+                raise UserError(f"{source}: {what}: no column {name!r}; {nearest(name, files[0].names)}")
+    notes = _first_notes(files[0])
+    columns, counts = _infer(files, set(categorical), set(exclude), notes)
+    data = TableData(allocate((sum(counts), len(modelled(columns))), np.float64), columns, files[0].dialect)
+    start = 0
+    for file, count in zip(files, counts, strict=True):
+        _fill(data.store[start : start + count], columns, file, notes)
+        start += count
+    data.notes = notes
+    if len(counts) == 1:
+        return _with_range(*split(data, held_out))
+    return _with_range(data.subset(np.arange(counts[0])), data.subset(np.arange(counts[0], start)))
+
+
+def read_rows(path: str | Path, columns: Sequence[Column]) -> TableData:
+    """The rows of one file under columns that are known: of samples, say. Ids and constants need not be there.
+
+    Args:
+        path: A .csv, .tsv or .parquet with a header.
+        columns: What each column is; a category they do not know is read as missing, and noted.
+
+    Raises:
+        UserError: The file is no table, lacks a column, or has text where a number should be.
+    """
+    file = open_table(Path(path).expanduser())
+    lacking = [column.name for column in modelled(columns) if column.name not in file.names]
+    if lacking:
+        raise UserError(f"{path}: lacks the column{'s' * (len(lacking) > 1)} {first_few(map(repr, lacking))}", code=1)
+    notes = _first_notes(file)
+    extra = sorted(set(file.names) - {column.name for column in columns})
+    if extra:
+        notes.append(f"{path}: not in the model, and left out: {first_few(map(repr, extra))}")
+    count = sum(len(piece[0]) for piece in file.pieces())
+    data = TableData(allocate((count, len(modelled(columns))), np.float64), list(columns), file.dialect, notes=notes)
+    _fill(data.store, data.columns, file, notes)
+    return data
+
+
+def table_files(path: Path) -> list[Path]:
+    """The training file, and the held-out one where there is one."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        if not TABLE.search(path.name):
+            raise UserError(f"{path}: not a table; want .csv, .tsv or .parquet")
+        return [path]
+    tables = {TABLE.sub("", file.name).lower(): file for file in sorted(path.iterdir()) if TABLE.search(file.name)}
+    if "train" not in tables:
+        found = inventory(file.name for file in path.iterdir())
+        raise UserError(f"{path}: no train.csv (or .tsv, .parquet) here, found {found}; name the file itself", code=1)
+    held = next((tables[name] for name in HELD if name in tables), None)
+    return [tables["train"], held] if held else [tables["train"]]
+
+
+def _same_header(files: list[TableFile]) -> list[TableFile]:
+    names = files[0].names
+    for file in files[1:]:
+        differing = sorted(set(names) ^ set(file.names))
+        if differing:
+            place = f"{file.path}: has other columns than {files[0].path.name}"
+            raise UserError(f"{place}: {first_few(map(repr, differing))}; both need the same header", code=1)
+    return files
+
+
+def _first_notes(file: TableFile) -> list[str]:
+    delimiter = file.dialect.delimiter
+    notes = [f"{file.path}: the delimiter is {DELIMITERS[delimiter]}"] if delimiter != "," else []
+    return [*notes, f"{file.path}: decimals have a comma"] if file.dialect.decimal == "," else notes
+
+
+def _infer(
+    files: list[TableFile], categorical: set[str], exclude: set[str], notes: list[str]
+) -> tuple[list[Column], list[int]]:
+    """What each column is, and the number of rows of each file."""
+    first = files[0]
+    tallies = {
+        name: Tally(name, first.path, dtype, first.dialect.decimal)
+        for name, dtype in zip(first.names, first.dtypes, strict=True)
+        if name not in exclude
+    }
+    counts: list[int] = []
+    for file in files:
+        counts.append(0)
+        for piece in file.pieces():
+            counts[-1] += len(piece[0])
+            for name, cells in zip(file.names, piece, strict=True):
+                if name in tallies:
+                    tallies[name].add(cells)
+        for tally in tallies.values():
+            tally.end_file()
+    if counts[0] < FEWEST or not all(counts):
+        few = next((i for i, count in enumerate(counts) if not count), 0)
+        wanted = "a row" if few else f"{FEWEST} rows"
+        raise UserError(f"{files[few].path}: has {counts[few]} rows; at least {wanted} are needed", code=1)
+    columns = [tally.column(tally.name in categorical, notes) for tally in tallies.values()]
+    _say_unmodelled(columns, first.path, notes)
+    return columns, counts
+
+
+def _say_unmodelled(columns: list[Column], path: Path, notes: list[str]) -> None:
+    """Note the ids and constants; raise when there is nothing else."""
+    ids = [repr(column.name) for column in columns if column.kind == "id"]
+    constants = [repr(column.name) for column in columns if column.kind == "constant"]
+    if len(ids) + len(constants) == len(columns):
+        found = f"{len(constants)} constant, {len(ids)} with a name for each row"
+        raise UserError(f"{path}: no column can be learned from ({found}); add one that varies", code=1)
+    if ids:
+        notes.append(f"{path}: differ in every row, so new ones are numbered: {first_few(ids)}")
+    if constants:
+        notes.append(f"{path}: constant: {first_few(constants)}")
+
+
+def _fill(store: Values, columns: list[Column], file: TableFile, notes: list[str]) -> None:
+    """Read a file into its part of the store (n, D)."""
+    start = 0
+    lost: dict[str, int] = {}
+    for piece in file.pieces():
+        cells = dict(zip(file.names, piece, strict=True))
+        for k, column in enumerate(modelled(columns)):
+            try:
+                values = encode(column, cells[column.name], file.dialect.decimal)
+            except pa.ArrowInvalid as error:
+                found = str(error).splitlines()[0]
+                raise UserError(f"{file.path}: column {column.name!r} should hold numbers ({found})", code=1) from error
+            store[start : start + len(values), k] = values
+            unknown = int(np.isnan(values).sum()) - int(blanks(cells[column.name]).sum().as_py() or 0)
+            lost[column.name] = lost.get(column.name, 0) + unknown
+        start += len(piece[0])
+    strange = [f"{name!r} ({count})" for name, count in lost.items() if count > 0]
+    if strange:
+        notes.append(f"{file.path}: values the model does not know, read as missing: {first_few(strange)}")
+
+
+def _with_range(train: TableData, held: TableData) -> tuple[TableData, TableData]:
+    """Both parts, with the range that each number has in the training part."""
+    ranged, k = list(train.columns), 0
+    for i, column in enumerate(train.columns):
+        if column.modelled and not column.levels:
+            values = train.store[:, k] if train.rows is None else train.store[train.rows, k]
+            known = values[~np.isnan(values)]
+            if known.size:
+                ranged[i] = replace(column, low=float(known.min()), high=float(known.max()))
+        k += column.modelled
+    train.columns = held.columns = ranged
+    return train, held
+
+
+# -- writing
+
+
+def column_frame(columns: Sequence[Column], values: Values) -> pd.DataFrame:
+    """A data frame with all columns of the source, in their order and types.
+
+    Ids are numbered anew, constants filled in, missing cells are pandas' own (NaN, NaT, <NA>).
+
+    Args:
+        columns: All columns.
+        values: The modelled ones (N, D), NaN where missing; numbers are put on their grid, levels are clipped.
+    """
+    return pd.concat({c.name: series(c, v) for c, v in _paired(columns, values)}, axis=1)
+
+
+def _paired(columns: Sequence[Column], values: Values) -> list[tuple[Column, Values]]:
+    """Each column with its values (N,); an empty column for those that are not modelled."""
+    assert values.ndim == 2 and values.shape[1] == len(modelled(columns)), values.shape
+    taken = iter(values.T)
+    nothing = np.full(len(values), np.nan)
+    return [(column, next(taken) if column.modelled else nothing) for column in columns]
+
+
+def snapped(columns: Sequence[Column], values: Values) -> Values:
+    """Values (N, D) of the modelled columns, numbers and dates on their grid."""
+    return np.stack([v if c.levels else snap(c, v) for c, v in zip(columns, values.T, strict=True)], axis=1)
+
+
+def check_table_target(path: Path, overwrite: bool) -> None:
+    """Raise when no table may be written there."""
+    if not TABLE.search(path.name):
+        raise UserError(f"{path}: not the name of a table; want .csv, .tsv or .parquet")
+    if path.exists() and not (overwrite and path.is_file()):
+        raise UserError(f"{path}: exists; pass --overwrite or name another file")
+    check_writable(path)
+
+
+def write_table(
+    path: str | Path,
+    columns: Sequence[Column],
+    values: Values,
+    *,
+    dialect: Dialect | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """One table, whole or not at all; `read_table` and `read_rows` read it back.
+
+    Args:
+        path: A .csv, .tsv (also .gz) or .parquet.
+        columns: All columns of the source.
+        values: The modelled ones (N, D), NaN where missing.
+        dialect: Of a text file; default commas, tabs for .tsv.
+        overwrite: Whether a file may be replaced.
+
+    Raises:
+        UserError: The file is there already or cannot be written, or a value is infinite.
+    """
+    path = Path(path)
+    check_table_target(path, overwrite)
+    if np.isinf(values).any():
+        raise UserError(f"{path}: the table holds infinite numbers: nothing written", code=1)
+    tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
+    try:
+        with atomic(path) as draft:
+            if path.suffix.lower() in (".parquet", ".pq"):
+                _write_parquet(draft, columns, values)
+            else:
+                _write_text(draft, columns, values, dialect or Dialect("\t" if tabs else ","), path)
+            draft.chmod(0o666 & ~umask())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})", code=1) from error
+    return path
+
+
+def _write_text(draft: Path, columns: Sequence[Column], values: Values, dialect: Dialect, path: Path) -> None:
+    with draft.open("wb") as raw:
+        packed = path.suffix.lower() == ".gz"
+        file = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if packed else raw
+        with TextIOWrapper(file, "utf-8", newline="") as text:  # type: ignore[arg-type]
+            _write_lines(text, columns, values, dialect)
+
+
+def _write_lines(text: TextIO, columns: Sequence[Column], values: Values, dialect: Dialect) -> None:
+    writer = csv.writer(text, delimiter=dialect.delimiter, lineterminator="\n")
+    writer.writerow([column.name for column in columns])
+    for start in range(0, len(values), PIECE):
+        pairs = _paired(columns, values[start : start + PIECE])
+        writer.writerows(zip(*(texts(column, v, dialect.decimal, start) for column, v in pairs), strict=True))
+
+
+def _write_parquet(draft: Path, columns: Sequence[Column], values: Values) -> None:
+    arrays = [_arrow(series(column, v), column.dtype) for column, v in _paired(columns, values)]
+    pyarrow.parquet.write_table(pa.Table.from_arrays(arrays, [column.name for column in columns]), draft)
+
+
+def _arrow(cells: pd.Series, dtype: str | None) -> pa.Array:
+    """Cells in the Arrow type that the source had."""
+    if dtype == "null":
+        return pa.nulls(len(cells))
+    found = pa.Array.from_pandas(cells)
+    if dtype is None:
+        return found
+    kind = arrow_type(dtype)
+    packed = pa.types.is_dictionary(kind)
+    return found.cast(kind.value_type).dictionary_encode().cast(kind) if packed else found.cast(kind)

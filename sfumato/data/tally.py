@@ -1,0 +1,288 @@
+"""What kind of column it is, found out from its cells.
+
+The rules, in this order (`Tally.column`):
+
+1. All cells missing, or one text and none missing: a constant.
+2. Two texts that are a pair such as false/true, no/yes, 0/1 (in one spelling): a boolean.
+3. Named as a category by the user: a category.
+4. All numbers: whole ones are an id if they differ in every row and are 1..n (or 0..n-1) in any order or bear a name
+   such as id; a category if there are at most 10 of them, each in 10 rows on average; else integers. The others are
+   numbers. Codes with leading zeros, and whole numbers over 2^53, are texts.
+5. All dates in one of the known formats: a date.
+6. Texts without missing cells that differ in every row, at most 64 letters and not sentences: an id.
+7. At most 10,000 texts, each in two rows on average: a category. Rare ones stay.
+8. Anything else cannot be modelled, and is refused.
+"""
+
+import re
+from collections import Counter
+from datetime import datetime
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pandas.util import hash_array
+
+from ..errors import UserError
+from .columns import INTEGER, NUMBER, PADDED, Column, Values, blanks, number_text, numbers, pc, seconds
+
+MOST_LEVELS = 10_000
+FEW_INTEGERS = 10  # so many whole numbers, each in so many rows on average, are taken for classes
+MOST_DECIMALS = 9
+LONGEST_ID = 64  # letters
+PAIRS = (("false", "true"), ("no", "yes"), ("f", "t"), ("n", "y"), ("off", "on"), ("0", "1"), ("0.0", "1.0"))
+ID_NAME = re.compile(
+    r"(^|[^a-z])(id|no|nr|index|key|row|rowid|row_?num(ber)?|uuid|guid)$|^unnamed: 0$|^$", re.IGNORECASE
+)
+STEPS = (86400.0, 3600.0, 60.0, 1.0, 1e-3, 1e-6)
+_CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f")
+FORMATS = (
+    *(f"%Y-%m-%d{t}" for t in _CLOCKS),
+    *(f"%Y-%m-%dT%H:%M{t}{zone}" for zone in ("", "Z", "%z") for t in ("", ":%S", ":%S.%f")),
+    "%Y-%m-%d %H:%M:%S%z",
+    "%Y-%m-%d %H:%M:%S.%f%z",
+    *(f"{day}{t}" for day in ("%Y/%m/%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y", "%d-%m-%Y") for t in _CLOCKS),
+    *("%Y-%m", "%d-%b-%Y", "%d %b %Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y", "%m/%d/%y", "%d/%m/%y", "%d.%m.%y"),
+)
+
+
+class Tally:
+    """Facts about one column, gathered piece by piece.
+
+    Args:
+        name: As in the header.
+        where: The file, for what is said to the user.
+        dtype: Arrow type in a Parquet source.
+        decimal: The decimal mark of a text file.
+    """
+
+    def __init__(self, name: str, where: object, dtype: str | None = None, decimal: str = ".") -> None:
+        self.name, self.place, self.dtype, self.decimal = name, f"{where}: column {name!r}", dtype, decimal
+        self.rows, self.markers = 0, Counter[str]()
+        self.levels: Counter[str] | None = Counter()  # None: too many
+        self.hashes: list[NDArray[np.uint64]] | None = []  # of the cells of one file; None: some are equal or missing
+        self.number, self.point, self.decimals, self.low, self.high = True, True, 0, np.inf, -np.inf
+        self.numeric, self.odd = 0, ""  # cells that are numbers, and the first text that is none
+        self.formats, self.step = list(FORMATS), 0
+        self.longest, self.spaces, self.sample = 0, 0, list[str]()
+
+    def add(self, cells: pa.Array) -> None:
+        """Take the next cells (N,): texts, or float64."""
+        blank = blanks(cells)
+        here = cells.filter(pc.invert(blank))
+        self.rows += len(cells)
+        if len(here) < len(cells):
+            marks = cells.filter(blank).cast(pa.string()).fill_null("").value_counts()
+            self.markers.update({item["values"]: item["counts"] for item in marks.to_pylist()})
+        if len(here):
+            counted = here.value_counts()
+            different, counts = counted.field("values"), counted.field("counts")
+            self._count(different, counts, len(here) == len(different) == len(cells))
+            self._kinds(different, counts)
+
+    @property
+    def missing(self) -> str | None:
+        """The most frequent way in which a missing cell is written."""
+        if not self.markers:
+            return None
+        marker = min(self.markers, key=lambda text: (-self.markers[text], text))
+        return "" if self.dtype else marker
+
+    def _count(self, different: pa.Array, counts: pa.Array, unique: bool) -> None:
+        if unique and self.hashes is not None:
+            self.hashes.append(hash_array(different.to_numpy(zero_copy_only=False)))  # type: ignore[operator]
+        else:
+            self.hashes = None
+        if self.levels is None or len(different) > MOST_LEVELS:
+            self.levels = None
+            return
+        found = different.to_pylist()
+        words = [v if isinstance(v, str) else number_text(v) for v in found]
+        self.levels.update(dict(zip(words, counts.to_pylist(), strict=True)))
+        self.levels = self.levels if len(self.levels) <= MOST_LEVELS else None
+
+    def end_file(self) -> None:
+        """No more cells of this file: do its cells all differ?"""
+        if self.hashes:
+            seen = np.concatenate(self.hashes)
+            self.hashes = [] if len(np.unique(seen)) == len(seen) else None
+
+    def _kinds(self, different: pa.Array, counts: pa.Array) -> None:
+        """Narrow down what these texts or numbers can be."""
+        if pa.types.is_floating(different.type):
+            self.point = self.dtype is not None and not self.dtype.startswith(("int", "uint"))
+            self._take_numbers(different.to_numpy(zero_copy_only=False))
+            return
+        if self._numbers(different):
+            self.formats.clear()
+            self.numeric += pc.sum(counts).as_py()
+            return
+        trimmed = pc.utf8_trim_whitespace(different)
+        numeric = pc.match_substring_regex(trimmed, NUMBER.replace(r"\.", re.escape(self.decimal)))
+        self.numeric += pc.sum(pc.if_else(numeric, counts, 0)).as_py()
+        if self.number:
+            self.number = False
+            self.odd = next(iter(trimmed.filter(pc.invert(numeric)).to_pylist()), "")
+        self._dates(trimmed)
+        self.sample = self.sample or trimmed[:1000].to_pylist()
+        self.longest = max(self.longest, pc.max(pc.utf8_length(different)).as_py())
+        self.spaces += pc.sum(pc.count_substring(trimmed, " ")).as_py()
+
+    def _numbers(self, different: pa.Array) -> bool:
+        """Whether all are numbers; then their grid and range are noted."""
+        trimmed = pc.utf8_trim_whitespace(different)
+        if not self.number or pc.any(pc.match_substring_regex(trimmed, PADDED)).as_py():
+            return False
+        try:
+            values = numbers(different, self.decimal).to_numpy(zero_copy_only=False)
+        except pa.ArrowInvalid:
+            return False
+        if np.abs(values).max() > 2**53 and pc.all(pc.match_substring_regex(trimmed, INTEGER)).as_py():
+            return False
+        marked = pc.match_substring_regex(trimmed, f"[{re.escape(self.decimal)}eE]")
+        self.point = self.point and pc.all(marked).as_py()
+        self._take_numbers(values)
+        return True
+
+    def _take_numbers(self, values: Values) -> None:
+        if not np.isfinite(values).all():
+            raise UserError(f"{self.place} holds an infinite number; write a number there, or leave it empty", code=1)
+        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+        self.decimals, self.step = _decimals(values, self.decimals), _step(values, self.step)
+
+    def _dates(self, trimmed: pa.Array) -> None:
+        if not self.formats:
+            return
+        found = trimmed.to_pylist()
+        self.formats = [layout for layout in self.formats if _reads(found[0], layout)]
+        for layout in list(self.formats):
+            stamps = seconds(found, layout)
+            if np.isnan(stamps).any():
+                self.formats.remove(layout)
+            elif layout == self.formats[0]:
+                self.step = _step(stamps, self.step)
+
+    # -- what it is
+
+    def column(self, forced: bool, notes: list[str]) -> Column:
+        """The column, by the rules at the head of this module.
+
+        Args:
+            forced: The user says that it is a category.
+            notes: Where to put what the user should know.
+
+        Raises:
+            UserError: The column cannot be modelled.
+        """
+        column = self._column(forced, notes)
+        if len(self.markers) > 1 and column.kind != "category":
+            notes.append(f"{self.place}: missing cells are written in several ways, here all as {self.missing!r}")
+        return column
+
+    def _column(self, forced: bool, notes: list[str]) -> Column:
+        present = self.rows - self.markers.total()
+        if not present:
+            return self._make("constant")
+        if self.levels is not None and len(self.levels) == 1 and not self.markers:
+            return self._make("constant", value=next(iter(self.levels)))
+        pair = self._pair()
+        if pair:
+            return self._make("boolean", levels=pair)
+        if forced:
+            return self._category()
+        if self.dtype and self.dtype.startswith(("timestamp", "date")):
+            step = STEPS[self.step]
+            clock = "" if step == STEPS[0] else " %H:%M:%S" if step >= 1 else " %H:%M:%S.%f"
+            return self._make("date", format="%Y-%m-%d" + clock, step=step)
+        if self.number:
+            return self._numeric(present)
+        return self._date(notes) if self.formats else self._text(present)
+
+    def _make(self, kind: str, **facts: object) -> Column:
+        return Column(self.name, kind, missing=self.missing, dtype=self.dtype, **facts)  # type: ignore[arg-type]
+
+    def _pair(self) -> list[str] | None:
+        """The two levels of a boolean, false first."""
+        if self.levels is None or len(self.levels) != 2:
+            return None
+        spelt = {text.strip().lower(): text for text in self.levels}
+        pair = next((pair for pair in PAIRS if set(pair) == set(spelt)), None)
+        return [spelt[word] for word in pair] if pair else None
+
+    def _category(self) -> Column:
+        if self.levels is None:
+            advice = "too many for a category; leave the column out"
+            raise UserError(f"{self.place} holds more than {MOST_LEVELS:,} different texts: {advice}", code=1)
+        # a second way of writing "missing" is kept apart, as a level: it may well mean something else
+        counts = self.levels + Counter({text: n for text, n in self.markers.items() if text != self.missing})
+        return self._make("category", levels=sorted(counts, key=lambda text: (-counts[text], text)))
+
+    def _numeric(self, present: int) -> Column:
+        if self.decimals != 0:
+            return self._make("number", decimals=self.decimals, point=self.point)
+        unique = self.hashes is not None
+        runs = self.low in (0, 1) and self.high - self.low == present - 1
+        if unique and (runs or ID_NAME.search(self.name.strip())):
+            return self._make("id", decimals=0, low=self.low, format="{}")
+        few = self.levels is not None and len(self.levels) <= FEW_INTEGERS
+        if few and present >= 10 * len(self.levels or ()):
+            return self._category()
+        return self._make("integer", decimals=0, point=self.point)
+
+    def _date(self, notes: list[str]) -> Column:
+        layout = self.formats[0]
+        if any(other[:2] != layout[:2] for other in self.formats):
+            notes.append(f"{self.place}: day and month cannot be told apart; read as {layout}")
+        return self._make("date", format=layout, step=STEPS[self.step])
+
+    def _text(self, present: int) -> Column:
+        many = self.levels is None or len(self.levels) > 2 * FEW_INTEGERS
+        if many and self.odd and self.numeric >= 0.9 * present:
+            advice = "correct that cell, leave it empty, or name the column in --categorical"
+            raise UserError(f"{self.place} holds numbers, and also {self.odd!r}; {advice}", code=1)
+        if self.hashes is not None and self.longest <= LONGEST_ID and self.spaces < 2 * present:
+            return self._make("id", format=self._pattern())
+        if self.levels is not None and len(self.levels) <= present / 2:
+            return self._category()
+        count = f"more than {MOST_LEVELS:,}" if self.levels is None else f"{len(self.levels):,}"
+        advice = "leave the column out, or name it in --categorical if these are classes"
+        raise UserError(f"{self.place} holds {count} different texts in {present:,} cells, too many; {advice}", code=1)
+
+    def _pattern(self) -> str:
+        """A str.format for new ids that look like these: "user_{:05d}" for user_00017."""
+        parts = [re.fullmatch(r"(\D*)(\d+)", text) for text in self.sample]
+        if not parts or not all(parts):
+            return "{}"
+        heads, widths = {m[1] for m in parts if m}, {len(m[2]) for m in parts if m}
+        if len(heads) > 1:
+            return "{}"
+        head = heads.pop().replace("{", "{{").replace("}", "}}")
+        return head + (f"{{:0{widths.pop()}d}}" if len(widths) == 1 else "{}")
+
+
+def _decimals(values: Values, least: int | None) -> int | None:
+    """The fewest decimals, `least` or more, that write all values exactly; None if nine do not."""
+    for decimals in range(least if least is not None else MOST_DECIMALS + 1, MOST_DECIMALS + 1):
+        # both operations round correctly, so a number that was read from so many decimals comes back bit for bit
+        if (np.abs(values) * 10.0**decimals < 2**53).all() and (
+            np.rint(values * 10.0**decimals) / 10.0**decimals == values
+        ).all():
+            return decimals
+    return None
+
+
+def _step(values: Values, least: int) -> int:
+    """Index of the largest step, from `least` on, that divides all times (in seconds)."""
+    for index in range(least, len(STEPS) - 1):
+        parts = values / STEPS[index]
+        if (np.abs(parts - np.rint(parts)) * STEPS[index] < 1e-7).all():
+            return index
+    return len(STEPS) - 1
+
+
+def _reads(text: str, layout: str) -> bool:
+    try:
+        datetime.strptime(text, layout)
+    except ValueError:
+        return False
+    return True
