@@ -30,7 +30,10 @@ from sfumato.tasks.reconstruct import reconstruct
 from sfumato.training import fit
 
 PROGRESS = ("progress", "on_progress")  # parameters of a task that are handed the progress line
-FLAGS = {"overrides": ("--set", "KEY=VALUE")}  # flags not called what the parameter is called, and what follows them
+FLAGS = {
+    "overrides": ("--set", "KEY=VALUE"),
+    "where": ("--where", "COL=VALUE"),
+}  # flags not called what the parameter is called, and what follows them
 JSON = typer.Option("--json", help="Print the result as JSON.")
 QUIET = typer.Option("--quiet", "-q", help="Show no progress.")
 DEBUG = typer.Option("--debug", help="Show where an error comes from (also: SFUMATO_DEBUG=1).")

@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor, nn
 
+REPEATED = 5  # rows that a value has on average, or at least, to be more than a chance meeting on a fine grid
+
 
 def knots(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     r"""The empirical distribution function as a polygon through (x_k, u_k), both non-decreasing.
 
-    A value that takes a share of the rows is a vertical stretch: it holds an interval of u. Few different values each
-    get their interval; of many, those with a share above 2 / count do, and the others lie on a grid of `quantiles`.
+    A value that takes a share of the rows is a vertical stretch: it holds an interval of u. If there are few different
+    values, often repeated, each has its interval. Else those have one that occur more often than 2 N / K times, and the
+    others lie on straight lines between `quantiles`, so that new values appear between them.
 
     Args:
         x: Values (N,), float64, none missing; may be empty.
@@ -22,16 +25,14 @@ def knots(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     value, times = torch.unique(x, return_counts=True)
     above = times.cumsum(0).double() / len(x)
     below = torch.cat([above.new_zeros(1), above[:-1]])
-    if 2 * len(value) > count:
-        spike = times > 2 * len(x) / count
-        rest = quantiles(count - 2 * int(spike.sum()), len(x))
-        between = x.sort().values[(rest * (len(x) - 1)).round().long()]
-        value, low, high = value[spike], below[spike], above[spike]
-        x_k, u_k = torch.cat([value, value, between]), torch.cat([low, high, rest])
+    few = 2 * len(value) <= count and len(x) >= REPEATED * len(value)
+    held = torch.full_like(value, True, dtype=torch.bool) if few else times > max(2 * len(x) / count, REPEATED)
+    x_k, u_k = value[held].repeat_interleave(2), torch.stack([below[held], above[held]], 1).flatten()
+    if not few:
+        at = quantiles(count - len(x_k), len(x))
+        x_k, u_k = torch.cat([x_k, torch.quantile(x, at)]), torch.cat([u_k, at])
         order = torch.argsort(u_k, stable=True)
         x_k, u_k = x_k[order].cummax(0).values, u_k[order]
-    else:
-        x_k, u_k = value.repeat_interleave(2), torch.stack([below, above], 1).flatten()
     missing = count - len(x_k)
     return torch.cat([x_k, x_k[-1:].expand(missing)]), torch.cat([u_k, u_k.new_ones(missing)])
 

@@ -4,6 +4,7 @@ from .base import Data, split
 from .builtin import BUILTINS, read_builtin
 from .cache import LatentCache, cache_root, latent_key
 from .columns import Column, modelled
+from .conditions import condition
 from .histograms import histograms
 from .images import read_images, read_source
 from .rows import Dialect
@@ -32,6 +33,7 @@ __all__ = [
     "check_table_target",
     "check_writable",
     "column_frame",
+    "condition",
     "histograms",
     "is_table",
     "latent_key",

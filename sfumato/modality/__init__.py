@@ -3,10 +3,12 @@
 from sfumato.choice import choose
 from sfumato.modality.image import IMAGE
 from sfumato.modality.row import Facts, Judge, Modality
+from sfumato.modality.table import TABLE
 
 __all__ = ["MODALITIES", "Facts", "Judge", "Modality", "find_modality", "recognise", "register"]
 
-MODALITIES: dict[str, Modality] = {row.name: row for row in (IMAGE,)}
+# asked in this order whether they recognise a source; the row of images takes whatever is left
+MODALITIES: dict[str, Modality] = {row.name: row for row in (TABLE, IMAGE)}
 
 
 def register(row: Modality) -> None:

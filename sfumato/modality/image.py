@@ -1,7 +1,7 @@
 """Images: how they are planned for, read, measured, written and shown."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,11 @@ def made(items: Tensor, labels: Tensor | None, mode: str, label_names: list[str]
     return Data(to_pixels(items, mode), mode, None, None if labels is None else labels.numpy(), label_names)
 
 
+def no_condition(texts: Sequence[str], mode: str) -> Callable[[Tensor], Tensor]:
+    """Images have no columns."""
+    raise UserError(f"--where {texts[0]}: is for tables; of images ask for a class with --label")
+
+
 def check_fit(name: str, shape: tuple[int, ...], mode: str, source: object, data: Data) -> None:
     """Refuse a source of other images than those of `name` (samples, or what a model makes), of shape (C, H, W)."""
     if (shape, mode) == (data.shape, data.mode):
@@ -155,6 +160,7 @@ IMAGE = Modality(
     codec_options=codec_options,
     judge=ImageJudge,
     compare=compare,
+    condition=no_condition,
     check_fit=check_fit,
     check_target=check_images_target,
     write=write,

@@ -1,6 +1,6 @@
 """What a row of the table of modalities holds: everything that is particular to one kind of data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,8 +65,11 @@ class Modality:
         codec_options: (settings of the codec, shape, mode) -> those arguments.
         judge: (training part, device, progress) -> who measures samples.
         compare: (x, x̂, mode, features or None) -> how close reconstructions are.
+        condition: (what the user typed after --where, mode) -> which of items (N, ...) fulfil it, (N,).
         check_fit: (name, shape, mode, source, data) -> refuses data of another kind than `name` makes.
-        check_fit: Callable[[str, tuple[int, ...], Any, object, Data], None]
+        condition: (what the user typed after --where, mode) -> which of items (N, ...) fulfil it, (N,).
+        condition: Callable[[Sequence[str], Any], Callable[[Tensor], Tensor]]
+    check_fit: Callable[[str, tuple[int, ...], Any, object, Data], None]
     check_target: (where, overwrite) -> refuses a place that items cannot be written to.
         write: (where, items (N, ...), a row of facts per item, mode, overwrite) -> the files.
         sheet: (items (N, ...), mode, columns or None) -> a picture to look at.
@@ -85,6 +88,7 @@ class Modality:
     codec_options: Callable[[CodecSettings, tuple[int, ...], Any], dict[str, Any]]
     judge: Callable[[Data, str | None, Progress | None], Judge]
     compare: Callable[[Tensor, Tensor, Any, Extractor | None], dict[str, float]]
+    condition: Callable[[Sequence[str], Any], Callable[[Tensor], Tensor]]
     check_fit: Callable[[str, tuple[int, ...], Any, object, Data], None]
     check_target: Callable[[Path, bool], None]
     write: Callable[[Path, Tensor, list[dict[str, Any]], Any, bool], None]

@@ -1,10 +1,12 @@
 """Tables: how they are planned for, read, measured, written and shown."""
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sfumato.codecs import TableCodec
@@ -22,6 +24,7 @@ from sfumato.data import (
     Dialect,
     TableData,
     check_table_target,
+    condition,
     histograms,
     is_table,
     modelled,
@@ -106,7 +109,14 @@ def read(source: str, settings: DataSettings, mode: Any = None) -> tuple[TableDa
 def made(items: Tensor, labels: Tensor | None, mode: Any, label_names: list[str]) -> TableData:
     """Rows as they would be written: numbers on their grid."""
     columns = columns_of(mode)
-    return TableData(snapped(columns, items.numpy().astype(np.float64)), columns, Dialect(**mode["dialect"]))
+    return TableData(snapped(modelled(columns), items.numpy().astype(np.float64)), columns, Dialect(**mode["dialect"]))
+
+
+def fulfils(texts: Sequence[str], mode: Any) -> Callable[[Tensor], Tensor]:
+    """Which rows fulfil the conditions, as they would be written."""
+    columns = columns_of(mode)
+    accepts = condition(columns, texts)
+    return lambda items: torch.from_numpy(accepts(snapped(modelled(columns), items.numpy().astype(np.float64))))
 
 
 def check_fit(name: str, shape: tuple[int, ...], mode: Any, source: object, data: TableData) -> None:
@@ -192,6 +202,7 @@ TABLE = Modality(
     codec_options=codec_options,
     judge=TableJudge,
     compare=compare,
+    condition=fulfils,
     check_fit=check_fit,
     check_target=check_table_target,
     write=write,

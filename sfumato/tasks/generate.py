@@ -1,5 +1,6 @@
 """New items from a model."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 
 SHOWN = 100  # items on a sheet
+ROUND, MOST_TRIED = 500, 50  # rows drawn at once under a condition, at least; and how many in all, as multiples
 
 
 @dataclass
@@ -35,6 +37,7 @@ def generate(
     out: Path | None = None,
     sheet: Path | None = None,
     label: str | None = None,
+    where: Sequence[str] = (),
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
@@ -54,6 +57,7 @@ def generate(
         out: Folder to write them to: the items, and metadata.jsonl.
         sheet: Picture file that shows the first 100 of them side by side.
         label: Class of all items (default: every class in turn).
+        where: What each row must fulfil, such as income=>50K or age>=30; rows are drawn until enough do.
         steps: Steps of the sampler (default: what fit chose).
         guidance: Weight of the condition; 1 is off (default: what fit chose).
         sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc or sde (default: what fit chose).
@@ -82,16 +86,22 @@ def generate(
     if out is not None:
         loaded.modality.check_target(Path(out), overwrite)
     fixed = None if label is None else loaded.class_number(label)
-    mine = shard(n)
-    labels = loaded.labels_for(mine, seed) if fixed is None else torch.full((len(mine),), fixed)
-    parts = [torch.empty(0, *loaded.card.shape)]  # a process may have no items
-    for first in range(0, len(mine), batch):
-        some = slice(first, first + batch)
-        z = loaded.sample(mine[some], None if labels is None else labels[some], seed=seed, how=how)
-        parts.append(loaded.decode(z))
-        tell(progress, "generate", min(first + batch, len(mine)), len(mine))
-    items = gathered(torch.cat(parts), n)
-    rows = _rows(loaded, n, seed, fixed, how)
+    accepts = loaded.modality.condition(where, loaded.card.mode) if where else None
+
+    def draw(numbers: Sequence[int]) -> "Tensor":
+        """The items of these numbers, shared out between processes."""
+        mine = [numbers[i] for i in shard(len(numbers))]
+        labels = loaded.labels_for(mine, seed) if fixed is None else torch.full((len(mine),), fixed)
+        parts = [torch.empty(0, *loaded.card.shape)]  # a process may have no items
+        for first in range(0, len(mine), batch):
+            some = slice(first, first + batch)
+            z = loaded.sample(mine[some], None if labels is None else labels[some], seed=seed, how=how)
+            parts.append(loaded.decode(z))
+            tell(progress, "generate", min(first + batch, len(mine)), len(mine))
+        return gathered(torch.cat(parts), len(numbers))
+
+    numbers, items = (range(n), draw(range(n))) if accepts is None else _accepted(n, draw, accepts)
+    rows = _rows(loaded, numbers, seed, fixed, how)
     if out is not None and is_main():
         loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)
     if sheet is not None and is_main():
@@ -112,13 +122,43 @@ def _sampling(model: "Model", steps: int | None, guidance: float | None, sampler
     return replace(model.sampling, **{key: value for key, value in given.items() if value is not None})
 
 
-def _rows(model: "Model", n: int, seed: int, fixed: int | None, how: "Sampling") -> list[dict[str, Any]]:
+def _accepted(
+    n: int, draw: "Callable[[Sequence[int]], Tensor]", accepts: "Callable[[Tensor], Tensor]"
+) -> "tuple[list[int], Tensor]":
+    """The first n items that are accepted, and their numbers.
+
+    Raises:
+        UserError: Hardly any is, or none.
+    """
+    import torch
+
+    from sfumato.errors import UserError
+
+    numbers: list[int] = []
+    parts: list[Tensor] = []
+    tried, size = 0, max(n, ROUND)
+    while len(numbers) < n:
+        if tried >= MOST_TRIED * max(n, ROUND):
+            raise UserError(
+                f"--where: only {len(numbers)} of {tried} rows fulfil it; ask for fewer, or for less", code=1
+            )
+        items = draw(range(tried, tried + size))
+        found = accepts(items).nonzero().flatten()
+        parts.append(items[found])
+        numbers += [tried + int(i) for i in found]
+        tried += size
+    return numbers[:n], torch.cat(parts)[:n]
+
+
+def _rows(
+    model: "Model", numbers: Sequence[int], seed: int, fixed: int | None, how: "Sampling"
+) -> list[dict[str, Any]]:
     """A row of facts per item."""
     from sfumato.tasks.common import label_values
 
-    labels = model.labels_for(range(n), seed) if fixed is None else [fixed] * n
+    labels = model.labels_for(numbers, seed) if fixed is None else [fixed] * len(numbers)
     facts = {"seed": seed, "sampler": how.sampler, "steps": how.steps, "guidance": how.guidance}
     if labels is None:
-        return [{"item": i, **facts} for i in range(n)]
+        return [{"item": i, **facts} for i in numbers]
     values = label_values(model.card.label_names)
-    return [{"label": values[int(k)], "item": i, **facts} for i, k in enumerate(labels)]
+    return [{"label": values[int(k)], "item": i, **facts} for i, k in zip(numbers, labels, strict=True)]

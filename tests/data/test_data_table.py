@@ -280,7 +280,8 @@ def test_batches_and_subsets(tmp_path: Path) -> None:
     part = data.subset([5, 3, 1])
     np.testing.assert_array_equal(part.values, data.values[[5, 3, 1]])
     assert part.store is data.store and part.fingerprint == data.subset([5, 3, 1]).fingerprint != data.fingerprint
-    assert data.mode["columns"][0]["name"] == data.columns[0].name and data.labels is data.captions is data.names is None and data.label_names == []
+    assert [Column(**column) for column in data.mode["columns"]] == data.columns
+    assert data.labels is data.captions is data.names is None and data.label_names == []
     again = read_table(tmp_path / "t.csv")
     assert [p.fingerprint for p in again] == [data.fingerprint, held.fingerprint]
     assert len(split(data, cap=7)[1]) == 7

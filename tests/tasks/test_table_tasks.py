@@ -1,0 +1,173 @@
+"""A table through every task: fit, generate, reconstruct, evaluate, info, from the same rows of the same core."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.data import read_table
+from sfumato.errors import UserError
+from sfumato.model import Model, load
+from sfumato.tasks.evaluate import evaluate
+from sfumato.tasks.generate import generate
+from sfumato.tasks.info import info
+from sfumato.tasks.reconstruct import reconstruct
+from tests.training.common import assert_same_run, small_fit
+
+HEADER = ["name", "height", "kind", "visits", "since", "country", "married"]
+TINY = ("denoiser.width=32", "denoiser.depth=1", "train.denoiser.batch=16", "sample.steps=3")
+
+
+def people(count: int = 240, seed: int = 0) -> list[list[str]]:
+    """Rows of an id, numbers with holes, categories, dates, a constant and a yes or no."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        kind = rng.choice(["a", "b", "c"], p=[0.6, 0.3, 0.1])
+        height = "" if rng.random() < 0.1 else f"{150 + 30 * (kind == 'b') + rng.normal(0, 5):.1f}"
+        day = f"2021-{rng.integers(1, 13):02d}-{rng.integers(1, 29):02d}"
+        rows.append([f"p{i}", height, kind, str(int(rng.exponential(3))), day, "FR", str(rng.choice(["yes", "no"]))])
+    return rows
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("table") / "people.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([HEADER, *people()])
+    return path
+
+
+@pytest.fixture(scope="session")
+def table_run(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "people"
+    small_fit(table, run, *TINY)
+    return run
+
+
+def cells(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_what_is_made_has_the_columns_types_and_holes_of_the_original(table_run: Path, table: Path, tmp_path: Path):
+    result = generate(table_run, n=60, out=tmp_path / "made.csv", sheet=tmp_path / "made.png")
+    header, *rows = cells(tmp_path / "made.csv")
+    assert header == HEADER and len(rows) == 60 and result.items.shape == (60, 5)
+    column = lambda name: [row[HEADER.index(name)] for row in rows]
+    assert len(set(column("name"))) == 60 and set(column("country")) == {"FR"}
+    assert set(column("kind")) <= {"a", "b", "c"} and set(column("married")) <= {"yes", "no"}
+    assert all(text.isdecimal() for text in column("visits"))
+    assert all(text == "" or len(text.partition(".")[2]) <= 1 for text in column("height"))
+    height = next(c for c in read_table(table)[0].columns if c.name == "height")
+    low, high = height.low, height.high
+    assert all(low <= float(text) <= high for text in column("height") if text)
+    assert all(text.startswith("2021-") for text in column("since"))
+    with Image.open(tmp_path / "made.png") as sheet:
+        assert min(sheet.size) > 100
+
+
+def test_a_row_is_the_same_whatever_the_number_and_the_batch(table_run: Path):
+    model = load(table_run, "cpu")
+    many = generate(model, n=40, batch=7).items
+    assert torch.equal(many.isnan(), generate(model, n=40).items.isnan())
+    torch.testing.assert_close(generate(model, n=3).items, many[:3], equal_nan=True)
+    assert not torch.equal(generate(model, n=40, seed=1).items, many)
+
+
+def test_rows_come_back_through_the_codec(table_run: Path, table: Path, tmp_path: Path):
+    result = reconstruct(table_run, table, out=tmp_path / "back.csv")
+    assert result.facts["cells"] > 0.95 and result.facts["error"] < 1e-3  # unseen values move a little
+    original, back = cells(table), cells(tmp_path / "back.csv")
+    assert len(back) == len(original)
+    for name in ("kind", "married", "country"):
+        j = HEADER.index(name)
+        assert [row[j] for row in back] == [row[j] for row in original], name
+    assert (tmp_path / "back.csv-sheet.png").is_file()
+
+
+def test_parquet_is_written_when_its_name_says_so(table_run: Path, table: Path, tmp_path: Path):
+    generate(table_run, n=30, out=tmp_path / "made.parquet")
+    report = evaluate(tmp_path / "made.parquet", table)
+    assert report["n"] == 30 and 0 <= report["c2st"] <= 1
+
+
+def test_a_model_and_its_samples_are_measured_beside_their_floors(table_run: Path, table: Path, tmp_path: Path):
+    report = evaluate(table_run, table, n=200)
+    for name in ("c2st", "shape_error", "trend_error", "copy_auc"):
+        assert np.isfinite(report[name]), name
+    assert report["codec_cells"] > 0.9 and report["memorised"] in (True, False)
+    copy = evaluate(table, table)
+    assert copy["shape_error"] < report["shape_error"]
+
+
+def test_a_run_of_a_table_is_told_of(table_run: Path):
+    said = info(table_run)
+    assert said["modality"] == "table" and said["latent_shape"] == [8]
+
+
+def test_a_learned_codec_and_resume(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    learned = (*TINY, "codec.bottleneck=kl", "codec.latent_dim=6", "train.codec.batch=16")
+    model = small_fit(table, tmp_path / "whole", *learned)
+    assert isinstance(model, Model) and model.codec.latent_shape == (6,) and model.codec.learns
+    from sfumato.training import stages
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(stages, "train_denoiser", lambda *a: 1 / 0)
+        small_fit(table, tmp_path / "cut", *learned)
+    small_fit(table, tmp_path / "cut", *learned, resume=True)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda run, table, out: generate(run, n=2, out=out / "folder"), "not the name of a table"),
+        (lambda run, table, out: generate(run, n=2, out=table), "exists; pass --overwrite"),
+        (lambda run, table, out: generate(run, n=2, label="a"), "without labels"),
+        (lambda run, table, out: evaluate(run, "digits"), "digits"),
+        (lambda run, table, out: small_fit(table, out / "run", "codec.bottleneck=vqq"), "codec.bottleneck"),
+        (lambda run, table, out: small_fit(table, out / "run", categorical="kindd"), "did you mean 'kind'"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(act, message: str, table_run: Path, table: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=message) as told:
+        act(table_run, table, tmp_path)
+    assert "\n" not in str(told.value) and told.value.code in (1, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_fulfil_a_condition(table_run: Path, tmp_path: Path):
+    asked = ("kind=b", "visits>=1", "since<2021-07-01")
+    result = generate(table_run, n=12, where=asked, out=tmp_path / "made.csv")
+    _, *rows = cells(tmp_path / "made.csv")
+    assert len(rows) == 12
+    for row in rows:
+        cell = dict(zip(HEADER, row, strict=True))
+        assert cell["kind"] == "b" and int(cell["visits"]) >= 1 and cell["since"] < "2021-07-01"
+    numbers = [row["item"] for row in result.rows]
+    assert numbers == sorted(set(numbers)) and numbers[-1] > 11
+    everything = generate(table_run, n=numbers[-1] + 1).items
+    torch.testing.assert_close(result.items, everything[numbers], equal_nan=True)
+    assert generate(table_run, n=5, where=("height=",)).items[:, 0].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("kind=d", "'d' was never seen"),
+        ("knd=a", "did you mean 'kind'"),
+        ("country=FR", "no column 'country'"),
+        ("kind", "write COLUMN=VALUE"),
+        ("kind>a", "holds categories"),
+        ("visits=many", "holds numbers"),
+        ("since>soon", "is not a date"),
+        ("height>500", "only 0 of"),
+    ],
+)
+def test_conditions_that_cannot_be_fulfilled(where: str, message: str, table_run: Path):
+    with pytest.raises(UserError, match=message):
+        generate(table_run, n=2, where=(where,))
