@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -87,16 +88,25 @@ def _write(state: dict[str, Tensor], path: Path) -> None:
     draft.replace(path)
 
 
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """What was kept; None where there is nothing, or it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
+
+
 def cached_network(path: Path | None, build: Callable[[], N], train: Callable[[], N]) -> N:
-    """A trained network: its weights from `path` when they are there and fit, otherwise trained and written to it.
+    """A trained network: its weights from `path` when they are there, whole and fit, else trained and written to it.
 
     Args:
         path: Safetensors file, or None not to cache.
         build: Makes the network untrained.
         train: Makes the network trained.
     """
-    if path is not None and path.is_file():
-        net, state = build(), load_file(path)
+    state = None if path is None else _read(path)
+    if state is not None:
+        net = build()
         if {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in state.items()}:
             net.load_state_dict(state)
             return net.eval().requires_grad_(False)
