@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from sfumato.model import Model
     from sfumato.tasks.common import Progress
 
-SHOWN = 32  # pairs on the sheet
-
 
 def reconstruct(
     model: "Path | str | Model",
@@ -59,23 +57,13 @@ def reconstruct(
     """
     import time
 
-    from sfumato.tasks.common import (
-        check_counts,
-        check_fit,
-        check_target,
-        draw_sheet,
-        is_main,
-        open_model,
-        source_settings,
-        title,
-    )
+    from sfumato.tasks.common import check_counts, check_fit, draw_sheet, is_main, open_model, source_settings, title
+    from sfumato.tasks.inputs import check_places
 
     start = time.perf_counter()
     check_counts(n=n, batch=batch)
     loaded = open_model(model, device)
-    if out is not None:
-        check_target(out, overwrite)
-        sheet = _sheet_beside(Path(out), overwrite) if sheet is None else sheet
+    sheet = check_places(out, sheet, overwrite)
     parts = _read(source, source_settings(model, overrides, skip_bad, labels=False), n, seed)
     check_fit(title(model), loaded.card.shape, loaded.card.mode, source, parts[0])
     items, rows, pairs, facts = _run(loaded, parts, batch, progress)
@@ -84,16 +72,6 @@ def reconstruct(
     if sheet is not None and is_main():
         draw_sheet(loaded, pairs, sheet, 8)
     return Result(items, rows, time.perf_counter() - start, facts)
-
-
-def _sheet_beside(out: Path, overwrite: bool) -> Path:
-    """OUT-sheet.png, unless there is one that must stay."""
-    from sfumato.errors import UserError
-
-    sheet = out.absolute().with_name(out.absolute().name + "-sheet.png")
-    if sheet.exists() and not overwrite:
-        raise UserError(f"{sheet}: exists; replace it with --overwrite, or name another file with --sheet")
-    return sheet
 
 
 def _read(source: str | Path, settings: "DataSettings", n: int | None, seed: int) -> "list[Data]":
@@ -124,6 +102,7 @@ def _run(
 
     from sfumato.metrics import psnr, ssim
     from sfumato.tasks.common import tell
+    from sfumato.tasks.inputs import SHOWN, row_of
 
     total = sum(map(len, parts))
     stride, done, structure = -(-total // SHOWN), 0, 0.0
@@ -137,7 +116,7 @@ def _run(
             x_hat = model.reconstruct(x).clamp(-1, 1)
             structure += len(x) * ssim(x, x_hat)
             rows += [
-                _row(data, i) | {"psnr": round(psnr(u[None], v[None]), 3)}
+                row_of(data, i) | {"psnr": round(psnr(u[None], v[None]), 3)}
                 for i, u, v in zip(index, x, x_hat, strict=True)
             ]
             pairs.append(torch.stack([x, x_hat], 1)[-done % stride :: stride])
@@ -147,17 +126,3 @@ def _run(
     facts: dict[str, Any] = {"psnr": sum(row["psnr"] for row in rows) / total, "ssim": structure / total}
     facts |= {"notes": parts[0].notes} if parts[0].notes else {}
     return torch.cat(items), rows, torch.cat(pairs).flatten(0, 1), facts
-
-
-def _row(data: "Data", i: int) -> dict[str, Any]:
-    """What is known of an original."""
-    from sfumato.tasks.common import label_values
-
-    row: dict[str, Any] = {}
-    if data.names is not None:
-        row["source"] = data.names[i]
-    if data.labels is not None:
-        row["label"] = label_values(data.label_names)[int(data.labels[i])]
-    if data.captions is not None:
-        row["text"] = data.captions[i]
-    return row
