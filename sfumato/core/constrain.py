@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
 
 from ..errors import UserError
 from .denoiser import trail
@@ -99,7 +98,10 @@ def conjugate_gradients(operator: Linear, b: Tensor, rounds: int) -> Tensor:
     References:
         Hestenes and Stiefel, Methods of Conjugate Gradients, J. Res. NBS 49 (1952), section 3.
     """
-    dot = lambda u, v: (u * v).flatten(1).sum(1).reshape(-1, *(1,) * (b.ndim - 1))
+
+    def dot(u: Tensor, v: Tensor) -> Tensor:
+        return (u * v).flatten(1).sum(1).reshape(-1, *(1,) * (b.ndim - 1))
+
     x, r, p = torch.zeros_like(b), b, b
     size = dot(r, r)
     for _ in range(rounds):
@@ -109,6 +111,21 @@ def conjugate_gradients(operator: Linear, b: Tensor, rounds: int) -> Tensor:
         size, before = dot(r, r), size
         p = r + size / before.clamp_min(1e-30) * p
     return x
+
+
+def linearised(function: Linear, z: Tensor) -> tuple[Tensor, Linear, Linear]:
+    r"""A function at z: its value D(z), and the maps $v \mapsto A v$ and $u \mapsto A^\top u$ of its Jacobian A there.
+
+    $A^\top u$ is linear in u, so that its own gradient along v is $A v$: no forward mode, which not every layer has.
+    """
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        value = function(z)
+        u = torch.zeros_like(value, requires_grad=True)
+        (pulled,) = torch.autograd.grad(value, z, u, create_graph=True)
+    along: Linear = lambda v: torch.autograd.grad(pulled, u, v, retain_graph=True)[0]
+    back: Linear = lambda u: torch.autograd.grad(value, z, u, retain_graph=True)[0]
+    return value.detach(), along, back
 
 
 def consistent(
@@ -141,15 +158,16 @@ def consistent(
         He et al., Manifold Preserving Guided Diffusion, https://arxiv.org/abs/2311.16424 (no gradient of the denoiser);
         Zhu et al., DiffPIR, https://arxiv.org/abs/2305.08995 (eq. 10).
     """
-    part = lambda z: decode(z) * known
+
+    def part(z: Tensor) -> Tensor:
+        return decode(z) * known
 
     def constrained(z: Tensor, t: Tensor) -> Tensor:
         z_hat = denoise(z, t)
         alpha, sigma = (trail(c, z) for c in schedule(t))
         r2, s2 = sigma**2 / (alpha**2 + sigma**2), trail(std**2, z)
-        decoded, back = vjp(part, z_hat)
-        along = lambda v: jvp(part, (z_hat,), (v,))[1]
-        operator = lambda v: s2 * v + r2 * back(along(v))[0]
-        return z_hat + conjugate_gradients(operator, r2 * back(x * known - decoded)[0], rounds)
+        decoded, along, back = linearised(part, z_hat)
+        miss = r2 * back(x * known - decoded)
+        return z_hat + conjugate_gradients(lambda v: s2 * v + r2 * back(along(v)), miss, rounds)
 
     return constrained

@@ -8,6 +8,7 @@ inversion and regeneration are inverses of each other at any number of steps, no
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,12 @@ def flow_grid(schedule: Schedule, steps: int, t_max: float = 1.0, near: float = 
     return time_grid(schedule, steps, "logsnr", t_max, float(schedule.inverse(-2 * math.log(near))))
 
 
+def relative(gap: Tensor, z: Tensor) -> Tensor:
+    """|gap| / |z| of each item: (B, ...) -> (B,)."""
+    over, under = (x.reshape(len(x), -1).square().sum(1) for x in (gap, z))
+    return (over / under.clamp_min(1e-30)).sqrt()
+
+
 def fixed_point(g: Callable[[Tensor], Tensor], z: Tensor, rounds: int = ROUNDS, close: float = CLOSE) -> Tensor:
     """Solve z = g(z) by Anderson's acceleration, each item (B, ...) with its own history.
 
@@ -48,7 +55,7 @@ def fixed_point(g: Callable[[Tensor], Tensor], z: Tensor, rounds: int = ROUNDS, 
     for _ in range(rounds):
         states.append(z.reshape(len(z), -1))
         gaps.append(g(z).reshape(len(z), -1) - states[-1])
-        if bool((gaps[-1].norm(dim=1) <= close * states[-1].norm(dim=1)).all()):
+        if not len(z) or float(relative(gaps[-1], states[-1]).max()) <= close:
             break
         z = _mixed(states[-WINDOW - 1 :], gaps[-WINDOW - 1 :]).reshape(z.shape)
     return z
@@ -64,7 +71,8 @@ def _mixed(states: list[Tensor], gaps: list[Tensor]) -> Tensor:
     gram = d_gap.mT @ d_gap
     ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-30)
     gram = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    weights = torch.linalg.solve(gram, d_gap.mT @ gaps[-1].double()[..., None])
+    pulled = d_gap.mT @ gaps[-1].double()[..., None]
+    weights = cast("Tensor", torch.linalg.solve(gram, pulled))  # pyright: ignore[reportUnknownMemberType]
     return step - ((d_state + d_gap) @ weights)[..., 0].to(step.dtype)
 
 
@@ -84,8 +92,11 @@ class Undo:
         self, denoise: Denoise, schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, noise: Draw | None, state: State
     ) -> Stepped:
         guess, _, z_hat = self.step(denoise, schedule, z, t, s, noise, None)
-        arrived = lambda z_s: self.step(denoise, schedule, z_s, s, t, noise, None)[0]
-        return fixed_point(lambda z_s: z_s + z - arrived(z_s), guess), None, z_hat
+
+        def corrected(z_s: Tensor) -> Tensor:
+            return z_s + z - self.step(denoise, schedule, z_s, s, t, noise, None)[0]
+
+        return fixed_point(corrected, guess), None, z_hat
 
 
 def invert(denoise: Denoise, schedule: Schedule, z: Tensor, grid: Tensor) -> Tensor:
@@ -131,10 +142,11 @@ def slerp(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
         Shoemake, Animating Rotation with Quaternion Curves, SIGGRAPH 1985 (section 3.3).
     """
     x, y = a.flatten().double(), b.flatten().double()
-    theta = torch.acos((x @ y / (x.norm() * y.norm()).clamp_min(1e-30)).clamp(-1, 1))
+    cosine: Tensor = x @ y / ((x @ x) * (y @ y)).sqrt().clamp_min(1e-30)
+    theta = torch.acos(cosine.clamp(-1, 1))
     w = w.to(x)[:, None]
     share_a, share_b = torch.sin((1 - w) * theta), torch.sin(w * theta)
     scale = torch.sin(theta)
     points = (share_a * x + share_b * y) / scale if scale > 1e-4 else torch.lerp(x, y, w)
     points = torch.where(w <= 0, x, torch.where(w >= 1, y, points))
-    return points.to(a.dtype).unflatten(1, a.shape)
+    return points.to(a.dtype).reshape(-1, *a.shape)

@@ -5,12 +5,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UserError
 from .base import Data
-from .decode import decode, reshape
+from .decode import Pixels, decode, reshape
 from .files import ARCHIVE, Files, first_few, is_image, open_files
 
 WHITE = 128  # from this grey on (of 255) a pixel counts as white
@@ -23,7 +22,7 @@ def _open(place: Path) -> Files:
     return Files(place, [place.name], lambda name: place.with_name(name).read_bytes(), str(place))
 
 
-def _pixels(files: Files, name: str, mode: str | None = None) -> NDArray[np.generic]:
+def _pixels(files: Files, name: str, mode: str | None = None) -> Pixels:
     """An image file's pixels (H, W, C) at the size it has."""
     try:
         return decode(files.read(name), None, mode)[0]
@@ -31,9 +30,9 @@ def _pixels(files: Files, name: str, mode: str | None = None) -> NDArray[np.gene
         raise UserError(f"{files.root}: {name} cannot be read as an image ({type(error).__name__})", code=1) from error
 
 
-def _beside(files: Files, names: Sequence[str] | None, source: str) -> list[str]:
+def _beside(files: Files, names: Sequence[str], source: str) -> list[str]:
     """Of each image the mask called like it, whatever the suffix."""
-    if names is None:
+    if not names:
         raise UserError(f"{source}: its images have no file names that masks could bear; name one mask for all", code=1)
     stem = lambda name: PurePosixPath(name).with_suffix("")
     by_stem = {stem(name): name for name in files.names if is_image(name)}
@@ -56,9 +55,7 @@ def _original(source: str, name: str | None) -> Sequence[int]:
         return _pixels(files, name).shape
 
 
-def _resized(
-    mask: NDArray[np.generic], what: str, size: Sequence[int], original: Sequence[int], side: int | None
-) -> NDArray[np.generic]:
+def _resized(mask: Pixels, what: str, size: Sequence[int], original: Sequence[int], side: int | None) -> Pixels:
     """A mask (H, W, 1) of the size of an image's file, cropped and resized as that was."""
     if not side or tuple(original[:2]) != mask.shape[:2]:
         wanted = f" (its file {_size(original)})" if side and len(original) else ""
@@ -83,7 +80,7 @@ def read_masks(place: Path, source: str, parts: Sequence[Data], resolution: int 
     """
     if not place.exists():
         raise UserError(f"{place}: no such mask file or folder")
-    names = [name for data in parts for name in data.names or ()] or None
+    names = [name for data in parts for name in data.names or ()]
     count, size = sum(map(len, parts)), parts[0].shape[1:]
     with _open(place) as files:
         several = place.is_dir() or ARCHIVE.search(place.name) is not None
@@ -92,7 +89,9 @@ def read_masks(place: Path, source: str, parts: Sequence[Data], resolution: int 
     masks = [
         found[name]
         if found[name].shape[:2] == size
-        else _resized(found[name], f"{place}: the mask {name}", size, _original(source, names and names[i]), resolution)
+        else _resized(
+            found[name], f"{place}: the mask {name}", size, _original(source, names[i] if names else None), resolution
+        )
         for i, name in enumerate(chosen)
     ]
     return torch.from_numpy(np.stack(masks)[..., 0] >= WHITE)

@@ -172,12 +172,12 @@ class _Inversion(_Noise):
 
     def latents(self, items: list[int], z: "Tensor") -> "Tensor":
         from sfumato.core import flow_grid, invert, regenerate
+        from sfumato.core.inversion import relative
 
         schedule, own = self.model.denoiser.schedule, self.denoise(self.own, items)
         grid = flow_grid(schedule, self.how.steps, self.start)
         noise = invert(own, schedule, z, grid)
-        gap = regenerate(own, schedule, noise, grid) - z
-        self.errors.append((gap.flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1)).cpu())
+        self.errors.append(relative(regenerate(own, schedule, noise, grid) - z, z).cpu())
         return regenerate(self.denoise(self.new, items), schedule, noise, grid)
 
     def told(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -96,9 +96,9 @@ def interpolate(
     inverted = path == "flow" and (begin.x is not None or end.x is not None)
     how = sampling(loaded, steps or (INVERT_STEPS if inverted else None), guidance, "heun")
     shares = torch.linspace(0, 1, n)
-    items = _items(loaded, way(loaded, begin, end, how, seed), shares.split(batch), progress)
+    items = _items(loaded, way(loaded, begin, end, how, seed), shares, batch, progress)
     facts = {"path": path, "steps": how.steps, "guidance": how.guidance, "seed": seed}
-    rows = _rows(loaded, begin, end, shares.tolist(), facts)
+    rows = _rows(loaded, begin, end, [float(share) for share in shares], facts)
     if out is not None and is_main():
         loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)
     if sheet is not None and is_main():
@@ -188,17 +188,18 @@ def _latent(model: "Model", a: _End, b: _End, how: "Sampling", seed: int) -> "Wa
 PATHS = {"flow": _flow, "latent": _latent}
 
 
-def _items(model: "Model", along: "Way", shares: "Sequence[Tensor]", progress: "Progress | None") -> "Tensor":
+def _items(model: "Model", along: "Way", shares: "Tensor", batch: int, progress: "Progress | None") -> "Tensor":
     """The items (N, ...) on the way, batch by batch."""
     import torch
 
     from sfumato.tasks.common import tell
 
     parts: list[Tensor] = []
-    for i, share in enumerate(shares):
+    for first in range(0, len(shares), batch):
+        some = shares[first : first + batch]
         with torch.no_grad():
-            parts.append(model.decode(along(share)).clamp(-1, 1))
-        tell(progress, "interpolate", i + 1, len(shares))
+            parts.append(model.decode(along(some)).clamp(-1, 1))
+        tell(progress, "interpolate", first + len(some), len(shares))
     return torch.cat(parts)
 
 

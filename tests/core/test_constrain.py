@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from sfumato.codecs import ImageCodec
 from sfumato.core import Again, Known, consistent, make_schedule, sample, strength_time, time_grid
-from sfumato.core.constrain import conjugate_gradients
+from sfumato.core.constrain import conjugate_gradients, linearised
 from sfumato.core.sampler import SAMPLERS
 from sfumato.errors import UserError
 from tests.core.exact import GAUSSIAN, order
@@ -142,6 +143,23 @@ def test_noise_is_asked_for():
     for step in (Known(SAMPLERS["ddim"], z, z == 0), Again(SAMPLERS["ddim"], 2)):
         with pytest.raises(ValueError, match="needs `noise`"):
             sample(GAUSSIAN.denoise(schedule), schedule, z, time_grid(schedule, 2), step)
+
+
+def test_the_jacobian_of_a_codec_is_that_of_finite_differences():
+    """Through group norm in channels-last memory, where forward mode fails."""
+    torch.manual_seed(0)
+    codec = ImageCodec((3, 8, 8), downsample=4, width=16).double().eval().requires_grad_(False)
+    for weight in codec.parameters():
+        weight.add_(torch.randn(weight.shape, **DOUBLE), alpha=0.1)
+    z, v = torch.randn(2, 2, *codec.latent_shape, **DOUBLE)
+    draft = lambda z: codec.decoder(z)
+    with torch.no_grad():
+        value, along, back = linearised(draft, z)
+        slope = (draft(z + 1e-5 * v) - draft(z - 1e-5 * v)) / 2e-5
+        u = torch.randn(value.shape, **DOUBLE)
+    assert torch.equal(value, draft(z)) and not value.requires_grad
+    assert torch.allclose(along(v), slope, atol=1e-7) and slope.abs().mean() > 0.1
+    assert torch.allclose((along(v) * u).sum(), (back(u) * v).sum())
 
 
 def test_conjugate_gradients_end_after_as_many_rounds_as_numbers():

@@ -84,7 +84,7 @@ def test_what_is_written(model: Model, tmp_path: Path):
     rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert len(data) == 5 and [row["share"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
     assert {(row["label"], row["a"], row["b"], row["path"]) for row in rows} == {(3, "2", "7", "flow")}
-    assert (tmp_path / "out-sheet.png").is_file() and told == [("interpolate", i, 3) for i in (1, 2, 3)]
+    assert (tmp_path / "out-sheet.png").is_file() and told == [("interpolate", i, 5) for i in (2, 4, 5)]
     with Image.open(tmp_path / "films" / "way.gif") as film:
         assert film.n_frames == 5 and film.size == (256, 256)
     assert "label" not in interpolate(model, "0", "1", n=2, label_a="3", label_b="4").rows[0]
