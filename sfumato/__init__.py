@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from sfumato.errors import UserError
     from sfumato.modality import register
     from sfumato.model import Model, load
+    from sfumato.tasks.edit import edit
     from sfumato.tasks.evaluate import evaluate
     from sfumato.tasks.generate import generate
     from sfumato.tasks.info import info
+    from sfumato.tasks.inpaint import inpaint
+    from sfumato.tasks.interpolate import interpolate
     from sfumato.tasks.reconstruct import reconstruct
     from sfumato.training import fit
 
@@ -24,10 +27,13 @@ __all__ = [
     "Settings",
     "UserError",
     "__version__",
+    "edit",
     "evaluate",
     "fit",
     "generate",
     "info",
+    "inpaint",
+    "interpolate",
     "load",
     "reconstruct",
     "register",
@@ -37,10 +43,13 @@ _HOMES = {
     "Model": "model",
     "Settings": "config",
     "UserError": "errors",
+    "edit": "tasks.edit",
     "evaluate": "tasks.evaluate",
     "fit": "training",
     "generate": "tasks.generate",
     "info": "tasks.info",
+    "inpaint": "tasks.inpaint",
+    "interpolate": "tasks.interpolate",
     "load": "model",
     "reconstruct": "tasks.reconstruct",
     "register": "modality",

@@ -5,7 +5,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from sfumato.codecs import Codec
 from sfumato.conditioners import Conditioner, make_conditioner
 from sfumato.core import Denoiser, Noise, cfg, interval, make_schedule, prior, sample, time_grid
 from sfumato.core.noise import item_generator
-from sfumato.core.sampler import OnStep
+from sfumato.core.sampler import Denoise, Draw, OnStep
 from sfumato.errors import UserError
 from sfumato.machine import default_device
 from sfumato.modality import Modality, find_modality
@@ -145,17 +145,32 @@ class Model:
         """
         how = how or self.sampling
         schedule = self.denoiser.schedule
-        noise = Noise(seed, items, self.codec.latent_shape)
-        draw = lambda: noise().to(self.device)
-        denoise = self._denoise(label, len(items))
-        if how.guidance != 1 and label is not None:
-            weight = interval(how.guidance, *how.interval) if how.interval else how.guidance
-            denoise = cfg(denoise, self._denoise(None, len(items)), weight)
+        draw = self.noise(items, seed)
+        denoise = self.denoise(label, len(items), how)
         grid = time_grid(schedule, how.steps, how.grid)
         return sample(denoise, schedule, prior(schedule, draw), grid, how.sampler, draw, on_step)
 
-    def _denoise(self, label: Tensor | None, count: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """The denoiser with its condition bound: (z, t) -> ẑ."""
+    def noise(self, items: Sequence[int], seed: int = 0) -> Draw:
+        """What draws the noise of these items, (B, *latent_shape) on the model's device, each time anew."""
+        draw = Noise(seed, items, self.codec.latent_shape)
+        return lambda: draw().to(self.device)
+
+    def denoise(self, label: Tensor | None, count: int, how: Sampling | None = None) -> Denoise:
+        """The denoiser (z, t) -> ẑ of `count` items with conditions and guidance bound: what `core` works on.
+
+        Args:
+            label: Class numbers (B,), None for no condition.
+            count: How many items.
+            how: Its guidance and interval count; default what `fit` chose.
+        """
+        how = how or self.sampling
+        if how.guidance == 1 or label is None:
+            return self._denoise(label, count)
+        weight = interval(how.guidance, *how.interval) if how.interval else how.guidance
+        return cfg(self._denoise(label, count), self._denoise(None, count), weight)
+
+    def _denoise(self, label: Tensor | None, count: int) -> Denoise:
+        """The denoiser with its condition bound and no guidance."""
         cond = self.conditioner(label, count)
         return lambda z, t: self.denoiser(z, t, cond)
 

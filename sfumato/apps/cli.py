@@ -23,9 +23,12 @@ from sfumato.apps.fields import REQUIRED, Field, read_fields, summary
 from sfumato.apps.progress import ProgressLine
 from sfumato.apps.table import result_lines
 from sfumato.errors import UserError
+from sfumato.tasks.edit import edit
 from sfumato.tasks.evaluate import evaluate
 from sfumato.tasks.generate import generate
 from sfumato.tasks.info import info
+from sfumato.tasks.inpaint import inpaint
+from sfumato.tasks.interpolate import interpolate
 from sfumato.tasks.reconstruct import reconstruct
 from sfumato.training import fit
 
@@ -180,6 +183,9 @@ def _told(result: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 command(app, fit, report=_fitted)
 command(app, generate, report=_written, required=("out",))
 command(app, reconstruct, report=_written, required=("out",))
+command(app, edit, report=_written, required=("out",))
+command(app, inpaint, report=_written, required=("out",))
+command(app, interpolate, report=_written, required=("out",))
 command(app, evaluate, report=_told)
 command(app, info, report=_told)
 command(app, doctor, report=_told)

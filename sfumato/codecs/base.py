@@ -74,6 +74,21 @@ class Codec(nn.Module):
         h = self.bottleneck.snap(z * self.latent_std + self.latent_mean)  # type: ignore[operator]
         return self.decoder(h).float()
 
+    def draft(self, z: Tensor) -> Tensor:
+        """Data of latents z (B, *latent_shape) that are not snapped to a code: has a gradient everywhere."""
+        return self.decoder(z * self.latent_std + self.latent_mean).float()
+
+    def untouched(self, mask: Tensor) -> Tensor:
+        """The positions of a latent that stand for data outside a mask alone.
+
+        Args:
+            mask: (B, *axes of an item), true where the data may not be used.
+
+        Returns:
+            Bool, broadcasts with latents (B, *latent_shape). Here each position stands for the whole item.
+        """
+        return ~mask.flatten(1).any(1, keepdim=True).reshape(-1, *(1 for _ in self.latent_shape))
+
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The training path: reconstruction of x, the bottleneck's loss per item (B,), and what it has to tell."""
         h, loss, info = self.bottleneck(self.encoder(x), generator)

@@ -172,11 +172,18 @@ class ImageCodec(Codec):
         self.bottleneck = neck
         self.encoder = ToVector(encoder, inside, grid, neck.in_channels) if latent_dim else encoder
         self.decoder = FromVector(decoder, widths[-1], grid, neck.out_channels) if latent_dim else decoder
+        self.downsample = downsample
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def decode(self, latent: Latent | Tensor) -> Tensor:
         """Images (B, C, H, W) in [−1, 1] of latents z."""
         return super().decode(latent).clamp(-1, 1)
+
+    def untouched(self, mask: Tensor) -> Tensor:
+        if len(self.latent_shape) == 1:
+            return super().untouched(mask)
+        f = self.downsample
+        return F.max_pool2d(mask[:, None].float(), f, f, ceil_mode=True) == 0  # (B, 1, h, w)
 
     @property
     def last_layer(self) -> nn.Parameter:

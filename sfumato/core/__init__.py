@@ -1,7 +1,9 @@
-"""The mathematics: schedules, denoisers, objectives, noise, samplers, guidance. No I/O and no modality."""
+"""The mathematics: schedules, denoisers, objectives, noise, samplers, guidance, constraints. No I/O and no modality."""
 
+from .constrain import Again, Known, consistent, strength_time
 from .denoiser import PREDICT, Denoiser
 from .guidance import autoguide, cfg, interval, rescale
+from .inversion import flow_grid, invert, regenerate, slerp
 from .noise import Noise, item_generator, item_noise, step_generator
 from .objective import TIMES, WEIGHTS, Objective, make_times, make_weight
 from .sampler import GRIDS, SAMPLERS, Step, prior, sample, time_grid
@@ -14,22 +16,30 @@ __all__ = [
     "SCHEDULES",
     "TIMES",
     "WEIGHTS",
+    "Again",
     "Denoiser",
+    "Known",
     "Noise",
     "Objective",
     "Schedule",
     "Step",
     "autoguide",
     "cfg",
+    "consistent",
+    "flow_grid",
     "interval",
+    "invert",
     "item_generator",
     "item_noise",
     "make_schedule",
     "make_times",
     "make_weight",
     "prior",
+    "regenerate",
     "rescale",
     "sample",
+    "slerp",
     "step_generator",
+    "strength_time",
     "time_grid",
 ]

@@ -1,5 +1,6 @@
 """From files to batches, and from samples to files."""
 
+from .animate import animation
 from .base import Data, split
 from .builtin import BUILTINS, read_builtin
 from .cache import LatentCache, cache_root, latent_key
@@ -7,6 +8,7 @@ from .columns import Column, modelled
 from .conditions import condition
 from .histograms import histograms
 from .images import read_images, read_source
+from .masks import read_masks
 from .rows import Dialect
 from .table import (
     TableData,
@@ -28,6 +30,7 @@ __all__ = [
     "Dialect",
     "LatentCache",
     "TableData",
+    "animation",
     "cache_root",
     "check_images_target",
     "check_table_target",
@@ -40,6 +43,7 @@ __all__ = [
     "modelled",
     "read_builtin",
     "read_images",
+    "read_masks",
     "read_rows",
     "read_source",
     "read_table",

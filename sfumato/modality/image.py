@@ -10,7 +10,16 @@ from torch import Tensor
 
 from sfumato.codecs import ImageCodec
 from sfumato.config import CodecSettings, DataSettings, Settings
-from sfumato.data import Data, check_images_target, read_images, read_source, sample_sheet, write_images
+from sfumato.data import (
+    Data,
+    animation,
+    check_images_target,
+    read_images,
+    read_masks,
+    read_source,
+    sample_sheet,
+    write_images,
+)
 from sfumato.data.write import to_pixels
 from sfumato.errors import UserError
 from sfumato.metrics import reconstruction_report
@@ -130,6 +139,11 @@ def compare(x: Tensor, x_hat: Tensor, mode: str, features: Callable[[Tensor], Te
     return reconstruction_report(x, x_hat, features)
 
 
+def masks(place: Path, source: str, parts: Sequence[Data], settings: DataSettings) -> Tensor:
+    """Where images are to be painted anew (N, H, W)."""
+    return read_masks(place, source, parts, resolution=settings.resolution)
+
+
 def write(out: Path, items: Tensor, rows: list[dict[str, Any]], mode: str, overwrite: bool) -> None:
     """A folder of PNG files."""
     write_images(out, items, rows, mode=mode, overwrite=overwrite)
@@ -167,4 +181,6 @@ IMAGE = Modality(
     sheet=sheet,
     pairs=pairs,
     shown=64,
+    masks=masks,
+    animation=animation,
 )

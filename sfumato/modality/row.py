@@ -74,6 +74,9 @@ class Modality:
         write: (where, items (N, ...), a row of facts per item, mode, overwrite) -> the files.
         sheet: (items (N, ...), mode, columns or None) -> a picture to look at.
         pairs: (x, x̂, mode) -> a picture of originals beside their reconstructions.
+        masks: (mask file or folder, source, its parts, data settings) -> (N, *axes of an item) bool, true where an item
+            is to be made anew. None: items have no parts that could be.
+        animation: File -> what writes items (N, ...) into it, one after the other. None: they cannot be shown so.
         shown: Items that a sheet takes while training.
     """
 
@@ -95,3 +98,5 @@ class Modality:
     sheet: Callable[[Tensor, Any, int | None], Any]
     pairs: Callable[[Tensor, Tensor, Any], Any]
     shown: int
+    masks: Callable[[Path, str, Sequence[Data], DataSettings], Tensor] | None = None
+    animation: Callable[[Path], Callable[[Tensor], None]] | None = None

@@ -82,7 +82,7 @@ def generate(
     start = time.perf_counter()
     check_counts(n=n, steps=steps, batch=batch)
     loaded = open_model(model, device)
-    how = _sampling(loaded, steps, guidance, sampler)
+    how = sampling(loaded, steps, guidance, sampler)
     if out is not None:
         loaded.modality.check_target(Path(out), overwrite)
     fixed = None if label is None else loaded.class_number(label)
@@ -109,7 +109,7 @@ def generate(
     return Result(items, rows, time.perf_counter() - start, vars(how).copy())
 
 
-def _sampling(model: "Model", steps: int | None, guidance: float | None, sampler: str | None) -> "Sampling":
+def sampling(model: "Model", steps: int | None, guidance: float | None, sampler: str | None) -> "Sampling":
     """The model's own sampling defaults with what the user fixed, checked."""
     from dataclasses import replace
 

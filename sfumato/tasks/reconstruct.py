@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from sfumato.model import Model
     from sfumato.tasks.common import Progress
 
-SHOWN = 32  # pairs on the sheet
-
 
 def reconstruct(
     model: "Path | str | Model",
@@ -60,21 +58,13 @@ def reconstruct(
     """
     import time
 
-    from sfumato.tasks.common import (
-        check_counts,
-        is_main,
-        open_model,
-        save_picture,
-        source_settings,
-        title,
-    )
+    from sfumato.tasks.common import check_counts, is_main, open_model, save_picture, source_settings, title
+    from sfumato.tasks.inputs import check_places
 
     start = time.perf_counter()
     check_counts(n=n, batch=batch)
     loaded = open_model(model, device)
-    if out is not None:
-        loaded.modality.check_target(Path(out), overwrite)
-        sheet = _sheet_beside(Path(out), overwrite) if sheet is None else sheet
+    sheet = check_places(loaded, out, sheet, overwrite)
     parts = _read(loaded, str(source), source_settings(model, overrides, skip_bad, labels=False), n, seed)
     loaded.modality.check_fit(title(model), loaded.card.shape, loaded.card.mode, source, parts[0])
     items, rows, pairs, facts = _run(loaded, parts, batch, progress)
@@ -83,16 +73,6 @@ def reconstruct(
     if sheet is not None and is_main():
         save_picture(loaded.modality.pairs(*pairs, loaded.card.mode), sheet)
     return Result(items, rows, time.perf_counter() - start, facts)
-
-
-def _sheet_beside(out: Path, overwrite: bool) -> Path:
-    """OUT-sheet.png, unless there is one that must stay."""
-    from sfumato.errors import UserError
-
-    sheet = out.absolute().with_name(out.absolute().name + "-sheet.png")
-    if sheet.exists() and not overwrite:
-        raise UserError(f"{sheet}: exists; replace it with --overwrite, or name another file with --sheet")
-    return sheet
 
 
 def _read(model: "Model", source: str, settings: "DataSettings", n: int | None, seed: int) -> "list[Data]":
@@ -116,6 +96,7 @@ def _run(
     import torch
 
     from sfumato.tasks.common import tell
+    from sfumato.tasks.inputs import SHOWN, row_of
 
     row, mode, total, done = model.modality, model.card.mode, sum(map(len, parts)), 0
     stride = -(-total // SHOWN)
@@ -129,7 +110,7 @@ def _run(
             x = data.batch(index).data
             x_hat = model.reconstruct(x)
             scores += [row.compare(u[None], v[None], mode, None) for u, v in zip(x, x_hat, strict=True)]
-            rows += [_row(data, i) for i in index]
+            rows += [row_of(data, i) for i in index]
             pairs.append(torch.stack([x, x_hat.to(x)])[:, -done % stride :: stride])
             items.append(x_hat)
             done += len(x)
@@ -138,17 +119,3 @@ def _run(
     means: dict[str, Any] = {name: sum(score[name] for score in scores) / total for name in scores[0]}
     shown = torch.cat(pairs, 1)
     return torch.cat(items), rows, (shown[0], shown[1]), means | ({"notes": parts[0].notes} if parts[0].notes else {})
-
-
-def _row(data: "Data", i: int) -> dict[str, Any]:
-    """What is known of an original."""
-    from sfumato.tasks.common import label_values
-
-    row: dict[str, Any] = {}
-    if data.names is not None:
-        row["source"] = data.names[i]
-    if data.labels is not None:
-        row["label"] = label_values(data.label_names)[int(data.labels[i])]
-    if data.captions is not None:
-        row["text"] = data.captions[i]
-    return row

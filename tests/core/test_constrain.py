@@ -1,0 +1,187 @@
+"""Constraints against exact posteriors; what is known stays; every noise has the variance it should."""
+
+import pytest
+import torch
+
+from sfumato.codecs import ImageCodec
+from sfumato.core import Again, Known, consistent, make_schedule, sample, strength_time, time_grid
+from sfumato.core.constrain import conjugate_gradients, linearised
+from sfumato.core.sampler import SAMPLERS
+from sfumato.errors import UserError
+from tests.core.exact import GAUSSIAN, order
+
+DOUBLE = {"dtype": torch.float64}
+A = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), **DOUBLE)  # a linear decoder: 3 numbers to 7
+SEEN = torch.tensor([True, False, True, False, False, False, False])
+STD = 0.3
+
+
+def decode(z):
+    return z @ A.T
+
+
+def unit(schedule):
+    """The denoiser of N(0, I)."""
+
+    def denoise(z, t):
+        alpha, sigma = (c[:, None].to(z) for c in schedule(t))
+        return alpha / (alpha**2 + sigma**2) * z
+
+    return denoise
+
+
+def draws(*shape):
+    """Draws noise of that shape, each time anew."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda: torch.randn(shape, generator=generator)
+
+
+def posterior(x):
+    """Mean and covariance of z ~ N(0, I) given that decode(z) is x where it is seen, within STD."""
+    seen = A[SEEN]
+    covariance = torch.linalg.inv(torch.eye(3, **DOUBLE) + seen.T @ seen / STD**2)
+    return covariance @ seen.T @ x[SEEN] / STD**2, covariance
+
+
+@pytest.mark.parametrize("name", ["flow", "cosine", "edm"])
+def test_the_posterior_of_a_gaussian_is_exact(name):
+    """The sampler is affine in its start: the origin and unit vectors give mean and covariance without drawing."""
+    schedule = make_schedule(name)
+    x = 3 * torch.randn(7, generator=torch.Generator().manual_seed(1), **DOUBLE)
+    mean, covariance = posterior(x)
+    alpha, sigma = (float(c) for c in schedule(1.0))
+    start = torch.cat([torch.zeros(1, 3), torch.eye(3)]).double() * (alpha**2 + sigma**2) ** 0.5
+    std = torch.full((4,), STD, **DOUBLE)
+    errors = []
+    for steps in (20, 40):
+        denoise = consistent(unit(schedule), schedule, decode, x.expand(4, 7), SEEN, std)
+        end = sample(denoise, schedule, start, time_grid(schedule, steps, "logsnr"), "heun")
+        spread = end[1:] - end[0]
+        errors.append(float((end[0] - mean).norm() + (spread.T @ spread - covariance).norm()))
+    assert errors[-1] < 0.03 and order((20, 40), errors) > 1.7, errors
+    assert (covariance.diagonal() < 0.9).all() and mean.norm() > 0.5  # far from the prior: errors would show
+
+
+def test_nothing_known_changes_nothing():
+    schedule, z = make_schedule("flow"), torch.randn(5, 3, **DOUBLE)
+    t = torch.full((5,), 0.4, **DOUBLE)
+    free = consistent(unit(schedule), schedule, decode, torch.zeros(5, 7, **DOUBLE), torch.zeros(7, dtype=bool), t)
+    assert torch.equal(free(z, t), unit(schedule)(z, t))
+
+
+def test_what_is_hidden_is_not_looked_at():
+    schedule, z = make_schedule("flow"), torch.randn(2, 3, **DOUBLE)
+    t, x = torch.full((2,), 0.4, **DOUBLE), torch.randn(2, 7, **DOUBLE)
+    other = torch.where(SEEN, x, 100.0)
+    one, two = (consistent(unit(schedule), schedule, decode, y, SEEN, t)(z, t) for y in (x, other))
+    assert torch.equal(one, two) and not torch.allclose(one, unit(schedule)(z, t), atol=1e-2)
+
+
+def test_a_curved_decoder_is_followed():
+    """Each call takes one linear step; along the path D(z) comes to x."""
+    schedule = make_schedule("flow")
+    curved = lambda z: torch.tanh(z @ A.T.float())
+    x = curved(torch.tensor([[0.5, -0.3, 0.8]])).expand(6, 7)
+    noise = draws(6, 3)
+    denoise = consistent(unit(schedule), schedule, curved, x, SEEN, torch.full((6,), 0.02))
+    z = sample(denoise, schedule, noise(), time_grid(schedule, 40), "ddpm", noise)
+    assert (curved(z) - x)[:, SEEN].abs().max() < 0.05
+    assert (curved(z) - x)[:, ~SEEN].abs().mean() > 0.1  # free where nothing is said
+
+
+def test_known_positions_hold_noised_data_and_end_as_they_were():
+    schedule = make_schedule("flow")
+    z, known = torch.linspace(-1, 1, 4), torch.tensor([True, False, True, False])
+    noise = draws(2000, 4)
+    seen = []
+    step = Known(SAMPLERS["ddpm"], z.expand(2000, 4), known)
+    grid = time_grid(schedule, 4)
+    denoise = GAUSSIAN.denoise(schedule)
+    end = sample(denoise, schedule, noise(), grid, step, noise, lambda i, t, z, z_hat: seen.append(z))
+    for s, z_s in zip(grid[1:-1].tolist(), seen[:-1], strict=True):
+        assert ((z_s.mean(0) - (1 - s) * z)[known].abs() < 4 * s / 2000**0.5).all()
+        assert torch.allclose(z_s.std(0)[known], torch.tensor(s), rtol=0.08)
+    assert torch.equal(end[:, known], z[known].expand(2000, 2))
+    assert end[:, ~known].std(0).min() > 0.3
+
+
+@pytest.mark.parametrize("name", ["flow", "edm"])
+def test_steps_taken_again_keep_the_marginal(name):
+    """Of data N(m, s^2) at time t, whatever the repetitions: noise put back has the right variance."""
+    schedule = make_schedule(name)
+    grid = time_grid(schedule, 40, "uniform", 0.7, 0.35)
+    mean, variance = GAUSSIAN.moments(schedule, 0.7)
+    noise = draws(4000, 1)
+    start = mean + variance**0.5 * noise()
+    for times in (1, 3):
+        z = sample(GAUSSIAN.denoise(schedule), schedule, start, grid, Again(SAMPLERS["ddpm"], times), noise)
+        mean_s, variance_s = GAUSSIAN.moments(schedule, 0.35)
+        assert abs(float(z.mean()) - mean_s) < 0.08 * variance_s**0.5
+        assert abs(float(z.var()) / variance_s - 1) < 0.1
+
+
+def test_steps_taken_again_tell_the_new_of_the_known():
+    """Two numbers that go together, one of them known: E[z_2 | z_1] = c z_1, reached only by going back and forth."""
+    schedule, c = make_schedule("flow"), 0.95
+    prior = torch.tensor([[1.0, c], [c, 1.0]])
+
+    def denoise(z, t):
+        alpha, sigma = (float(x[0]) for x in schedule(t))
+        return z @ torch.linalg.inv(alpha**2 * prior + sigma**2 * torch.eye(2)) @ prior * alpha
+
+    errors = []
+    for times in (1, 8):
+        noise = draws(2000, 2)
+        step = Known(SAMPLERS["ddpm"], torch.full((2000, 2), 1.5), torch.tensor([True, False]))
+        z = sample(denoise, schedule, noise(), time_grid(schedule, 16), Again(step, times), noise)
+        errors.append(abs(float(z[:, 1].mean()) - 1.5 * c))
+    assert errors[1] < errors[0] / 2 and errors[1] < 0.25, errors
+
+
+def test_noise_is_asked_for():
+    schedule, z = make_schedule("flow"), torch.zeros(2, 1)
+    for step in (Known(SAMPLERS["ddim"], z, z == 0), Again(SAMPLERS["ddim"], 2)):
+        with pytest.raises(ValueError, match="needs `noise`"):
+            sample(GAUSSIAN.denoise(schedule), schedule, z, time_grid(schedule, 2), step)
+
+
+def test_the_jacobian_of_a_codec_is_that_of_finite_differences():
+    """Through group norm in channels-last memory, where forward mode fails."""
+    torch.manual_seed(0)
+    codec = ImageCodec((3, 8, 8), downsample=4, width=16).double().eval().requires_grad_(False)
+    for weight in codec.parameters():
+        weight.add_(torch.randn(weight.shape, **DOUBLE), alpha=0.1)
+    z, v = torch.randn(2, 2, *codec.latent_shape, **DOUBLE)
+    draft = lambda z: codec.decoder(z)
+    with torch.no_grad():
+        value, along, back = linearised(draft, z)
+        slope = (draft(z + 1e-5 * v) - draft(z - 1e-5 * v)) / 2e-5
+        u = torch.randn(value.shape, **DOUBLE)
+    assert torch.equal(value, draft(z)) and not value.requires_grad
+    assert torch.allclose(along(v), slope, atol=1e-7) and slope.abs().mean() > 0.1
+    assert torch.allclose((along(v) * u).sum(), (back(u) * v).sum())
+
+
+def test_conjugate_gradients_end_after_as_many_rounds_as_numbers():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(3, 6, 6, generator=generator, **DOUBLE)
+    matrix = root @ root.mT + torch.eye(6, **DOUBLE)
+    b = torch.randn(3, 2, 3, generator=generator, **DOUBLE)
+    operator = lambda v: (matrix @ v.flatten(1)[..., None]).reshape(v.shape)
+    x = conjugate_gradients(operator, b, 6)
+    assert torch.allclose(operator(x), b, atol=1e-7)
+    assert not torch.allclose(operator(conjugate_gradients(operator, b, 3)), b, atol=1e-3)
+    assert torch.equal(conjugate_gradients(operator, 0 * b, 6), 0 * b)
+
+
+@pytest.mark.parametrize("name", ["flow", "cosine", "linear", "edm"])
+def test_strength_is_the_share_of_noise(name):
+    schedule = make_schedule(name)
+    for strength in (0.2, 0.6, 0.9):
+        alpha, sigma = schedule(strength_time(schedule, strength))
+        assert abs(float(sigma / (alpha + sigma)) - strength) < 1e-6
+    assert (strength_time(schedule, 0), strength_time(schedule, 1)) == (0.0, 1.0)
+    assert abs(strength_time(make_schedule("flow"), 0.6) - 0.6) < 1e-12
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UserError, match="between 0 and 1"):
+            strength_time(schedule, wrong)

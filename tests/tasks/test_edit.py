@@ -1,0 +1,120 @@
+"""Editing: strength, labels and inversion; the same whatever the batch; mistakes in one line."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfumato.data import read_images, write_images
+from sfumato.errors import UserError
+from sfumato.model import Model
+from sfumato.tasks.edit import edit
+
+CLOSE = {"atol": 1e-4, "rtol": 0.0}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six digits with their labels."""
+    data, _ = read_images("digits")
+    folder = tmp_path_factory.mktemp("digits") / "six"
+    rows = [{"label": int(k)} for k in data.labels[:6]]
+    return write_images(folder, data.batch(range(6)).data, rows)
+
+
+@pytest.fixture(scope="module")
+def x(digits: Path) -> torch.Tensor:
+    return read_images(digits)[0].batch(range(6)).data
+
+
+def test_strength_goes_from_the_codec_to_all_noise(model: Model, digits: Path, x: torch.Tensor):
+    codec = model.reconstruct(x).clamp(-1, 1)
+    made = [edit(model, digits, strength=s, guidance=1.0).items for s in (0, 0.05, 0.3, 1)]
+    assert torch.allclose(made[0], codec, **CLOSE)
+    away = [float((items - codec).abs().mean()) for items in made]
+    assert away == sorted(away) and away[3] > 5 * away[1] > 0
+    z = model.sample(range(6), read_images(digits)[0].batch(range(6)).label, how=replace(model.sampling, guidance=1.0))
+    assert torch.allclose(
+        made[3], model.decode(z).clamp(-1, 1), **CLOSE
+    )  # nothing of x is left, and the noise is item i's
+
+
+@pytest.mark.parametrize("method", ["noise", "invert"])
+def test_an_item_is_the_same_whatever_the_batch(model: Model, digits: Path, method: str):
+    settings = {"method": method, "steps": 6, "label": "3", "seed": 2}
+    whole, parts = (edit(model, digits, batch=batch, **settings) for batch in (64, 4))
+    assert torch.allclose(whole.items, parts.items, **CLOSE) and len(whole.rows) == 6
+    other = edit(model, digits, **(settings | {"label": "4"})).items
+    assert not torch.allclose(whole.items, other, atol=1e-2)
+    assert torch.allclose(whole.items, edit(model, digits, **(settings | {"seed": 3})).items) == (method == "invert")
+
+
+def test_inverted_and_regenerated_under_its_own_label_an_item_comes_back(model: Model, digits: Path, x: torch.Tensor):
+    result = edit(model, digits, method="invert", guidance=1.5)
+    assert torch.allclose(result.items, model.reconstruct(x).clamp(-1, 1), atol=2e-3)
+    assert result.facts["steps"] == 50 and 0 < result.facts["inversion_error"] <= 1e-3
+    assert max(row["inversion_error"] for row in result.rows) <= 1e-3
+
+
+def test_what_is_written(model: Model, digits: Path, tmp_path: Path):
+    told: list[tuple] = []
+    edit(model, digits, out=tmp_path / "out", label="7", batch=4, progress=lambda *facts: told.append(facts))
+    data, _ = read_images(tmp_path / "out")
+    assert len(data) == 6 and data.label_names == ["7"] and told == [("edit", 4, 6), ("edit", 6, 6)]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert [row["source_label"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert rows[2]["source"] == "000002.png" and rows[0]["strength"] == 0.6 and rows[0]["method"] == "noise"
+    assert (tmp_path / "out-sheet.png").is_file()
+
+
+def test_one_file_without_a_label(model: Model, digits: Path):
+    one = edit(model, digits / "000003.png", method="invert", steps=4, own_label="3", label="5")
+    assert one.items.shape == (1, 1, 8, 8) and one.rows[0]["label"] == 5
+    unsaid = edit(model, digits / "000003.png", method="invert", steps=4, label="5")
+    assert not torch.allclose(one.items, unsaid.items, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strength": 1.5}, "strength must be between 0 and 1, not 1.5"),
+        ({"strength": -0.1}, "strength must be between 0 and 1"),
+        ({"label": "zebra"}, "zebra.*unknown to the model"),
+        ({"own_label": "zebra"}, "zebra.*unknown to the model"),
+        ({"method": "magic"}, "unknown method 'magic'"),
+        ({"method": "invert", "sampler": "ddpm"}, "--sampler is for --method noise"),
+        ({"sampler": "huen"}, "did you mean 'heun'"),
+        ({"steps": 0}, "--steps must be at least 1"),
+    ],
+)
+def test_wrong_settings(model: Model, digits: Path, tmp_path: Path, settings: dict, message: str):
+    with pytest.raises(UserError, match=message) as told:
+        edit(model, digits, out=tmp_path / "out", **settings)
+    assert told.value.code == 2 and "\n" not in str(told.value) and list(tmp_path.iterdir()) == []
+
+
+def test_wrong_sources(model: Model, make_model: Callable[..., Model], digits: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    write_images(tmp_path / "colour", torch.rand(3, 3, 12, 10) * 2 - 1)
+    write_images(tmp_path / "strange", torch.rand(3, 1, 8, 8) * 2 - 1, [{"label": "zebra"}] * 3)
+    for source, message in (
+        ("empty", "no images here"),
+        ("colour", "its images are 8x8 L"),
+        ("nowhere", "no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            edit(model, tmp_path / source)
+    with pytest.raises(UserError, match="'zebra' is unknown to the model"):
+        edit(model, tmp_path / "strange")
+    with pytest.raises(UserError, match="trained without labels"):
+        edit(make_model(0), digits, label="3")
+    assert len(edit(make_model(0), digits).rows) == 6  # labels that the model has no use for do no harm
+
+
+def test_a_model_of_another_modality(make_model: Callable[..., Model], tmp_path: Path):
+    (tmp_path / "people.csv").write_text("a,b\n" + "1,2\n3,4\n" * 20)
+    with pytest.raises(UserError, match=r"people\.csv"):
+        edit(make_model(), tmp_path / "people.csv")

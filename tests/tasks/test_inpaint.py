@@ -1,0 +1,225 @@
+"""Inpainting: what is kept is kept to the bit, what is new fits, and a mask is what the user means."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.codecs import ImageCodec
+from sfumato.data import read_images, write_images
+from sfumato.data.write import png
+from sfumato.errors import UserError
+from sfumato.model import Card, Model
+from sfumato.tasks.inpaint import inpaint
+
+CLOSE = {"atol": 1e-4, "rtol": 0.0}
+QUICK = {"steps": 3, "resample": 2}
+MODES = {"L": (1, np.uint8), "RGB": (3, np.uint8), "RGBA": (4, np.uint8), "I;16": (1, np.uint16)}
+
+
+def pixels(shape: tuple[int, ...], kind: type = np.uint8, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, np.iinfo(kind).max, shape, kind, endpoint=True)
+
+
+def folder_of(place: Path, images: np.ndarray) -> Path:
+    place.mkdir()
+    for i, image in enumerate(images):
+        (place / f"{i}.png").write_bytes(png(image))
+    return place
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_of(tmp_path_factory.mktemp("six") / "six", pixels((6, 8, 8, 1)))
+
+
+@pytest.fixture(scope="module")
+def hole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mask file; its white part lies in two of the latent's four positions, which it does not fill."""
+    return save(tmp_path_factory.mktemp("mask") / "hole.png", HOLE)
+
+
+def save(place: Path, mask: np.ndarray) -> Path:
+    Image.fromarray(mask.astype(np.uint8) * 255).save(place)
+    return place
+
+
+HOLE = np.zeros((8, 8), bool)
+HOLE[2:7, 1:3] = True
+
+
+@pytest.mark.parametrize("method", ["gradient", "repaint"])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_black_comes_back_to_the_bit(
+    make_model: Callable[..., Model], hole: Path, tmp_path: Path, mode: str, method: str
+):
+    channels, kind = MODES[mode]
+    images = pixels((3, 8, 8, channels), kind)
+    model = make_model(0, (channels, 8, 8), mode)
+    inpaint(
+        model, folder_of(tmp_path / "in", images), mask=hole, out=tmp_path / "out", method=method, steps=2, resample=1
+    )
+    data, _ = read_images(tmp_path / "out")
+    assert data.mode == mode and data.pixels.dtype == kind
+    assert np.array_equal(data.pixels[:, ~HOLE], images[:, ~HOLE])
+    assert (data.pixels[:, HOLE] != images[:, HOLE]).mean() > 0.5
+
+
+def test_every_16_bit_value_survives(make_model: Callable[..., Model], tmp_path: Path):
+    images = np.arange(65536, dtype=np.uint16).reshape(1, 256, 256, 1)
+    mask = np.zeros((256, 256), bool)
+    mask[0, 0] = True
+    source = folder_of(tmp_path / "in", images)
+    model = make_model(0, (1, 256, 256), "I;16")
+    result = inpaint(model, source, mask=save(tmp_path / "mask.png", mask), out=tmp_path / "out", steps=1, resample=1)
+    out = read_images(tmp_path / "out")[0].pixels
+    assert np.array_equal(out.ravel()[1:], images.ravel()[1:]) and abs(result.facts["repainted"] * 65536 - 1) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["gradient", "repaint"])
+def test_an_item_is_the_same_whatever_the_batch(model: Model, source: Path, hole: Path, method: str):
+    whole, parts = (inpaint(model, source, mask=hole, method=method, batch=n, **QUICK).items for n in (64, 4))
+    assert torch.allclose(whole, parts, **CLOSE)
+    inside = torch.from_numpy(HOLE)
+    assert len(whole[:, 0, inside].unique(dim=0)) == 6
+    other = inpaint(model, source, mask=hole, method=method, seed=1, **QUICK).items
+    assert not torch.allclose(whole[:, 0, inside], other[:, 0, inside], atol=1e-2)
+
+
+def lossless(card: Card) -> Model:
+    """A model whose latents are the pixels of each patch of 4x4."""
+    model = Model(replace(card, codec={"shape": [1, 8, 8], "downsample": 4, "channels": 16, "bottleneck": "none"}))
+    with torch.no_grad():
+        for patch in (model.codec.encoder.patch, model.codec.decoder.patch):
+            patch.weight.copy_(torch.eye(16).view(16, 1, 4, 4))
+            patch.bias.zero_()
+    return model.eval()
+
+
+def test_the_gradient_heeds_kept_pixels_of_positions_that_are_partly_hidden(
+    make_model: Callable[..., Model], source: Path, hole: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All four positions are partly hidden: nothing to put back, but three quarters of the pixels to heed."""
+    model, whole = lossless(make_model(0).card), {}
+    x, kept = read_images(source)[0].batch(range(6)).data, ~torch.from_numpy(np.roll(HOLE, 2, 1))
+    assert torch.allclose(model.reconstruct(x), x, atol=1e-5)
+    mask = save(hole.with_name("middle.png"), ~kept.numpy())
+    decode = Model.decode
+    for method in ("gradient", "repaint"):
+        keep = lambda self, z, m=method: whole.setdefault(m, decode(self, z)) if len(z) == 6 else None
+        with monkeypatch.context() as patch:
+            patch.setattr(Model, "decode", keep)
+            patch.setattr(Model, "reconstruct", lambda self, x: x)
+            inpaint(model, source, mask=mask, method=method, steps=10, resample=1)
+    miss = {method: float((made - x)[:, 0, kept].square().mean().sqrt()) for method, made in whole.items()}
+    assert miss["gradient"] < 0.05 and miss["repaint"] > 0.5, miss
+
+
+@pytest.mark.parametrize("bottleneck", ["vq", "fsq"])
+def test_drafts_of_discrete_codes_have_a_gradient(bottleneck: str):
+    codec = ImageCodec((1, 8, 8), downsample=4, width=16, bottleneck=bottleneck).eval()
+    z = torch.randn(2, *codec.latent_shape).requires_grad_()
+    (slope,) = torch.autograd.grad(codec.draft(z).square().sum(), z)
+    assert (slope != 0).float().mean() > 0.9
+    code = codec.encode(torch.rand(2, 1, 8, 8)).z
+    assert torch.allclose(codec.draft(code), codec.decode(code), atol=1e-5)  # a code needs no snapping
+
+
+def test_known_positions_have_no_hidden_pixel(make_model: Callable[..., Model]):
+    codec = make_model(0, (1, 9, 8)).codec  # 3 x 2 positions, the last row of one pixel
+    mask = torch.zeros(2, 9, 8, dtype=torch.bool)
+    mask[0, 3, 4] = mask[1, 8, 0] = True
+    known = codec.untouched(mask)
+    assert known.shape == (2, 1, 3, 2)
+    assert (~known[0, 0]).nonzero().tolist() == [[0, 1]] and (~known[1, 0]).nonzero().tolist() == [[2, 0]]
+    vector = type(codec)((1, 9, 8), downsample=4, latent_dim=5, width=16)
+    assert vector.untouched(torch.stack([mask[0], mask[0] & False])).tolist() == [[False], [True]]
+
+
+def test_masks_by_name_and_inverted(model: Model, source: Path, tmp_path: Path):
+    (tmp_path / "masks").mkdir()
+    masks = [np.roll(HOLE, i, 1) for i in range(6)]
+    for i, mask in enumerate(masks):
+        save(tmp_path / "masks" / f"{i}.bmp", mask)
+    before = read_images(source)[0].batch(range(6)).data[:, 0]
+    for invert in (False, True):
+        made = inpaint(model, source, mask=tmp_path / "masks", invert_mask=invert, **QUICK).items[:, 0]
+        changed = (made != before).numpy()
+        for now, mask in zip(changed, masks, strict=True):
+            assert not now[mask if invert else ~mask].any() and now[~mask if invert else mask].mean() > 0.9
+    (tmp_path / "masks" / "4.bmp").unlink()
+    with pytest.raises(UserError, match=r"masks: no mask for 4\.png"):
+        inpaint(model, source, mask=tmp_path / "masks")
+
+
+def test_nothing_and_everything_is_white(model: Model, source: Path, tmp_path: Path):
+    x = read_images(source)[0].batch(range(6)).data
+    for method in ("gradient", "repaint"):
+        none, whole = (
+            inpaint(model, source, mask=save(tmp_path / "m.png", np.full((8, 8), white)), method=method, **QUICK).items
+            for white in (False, True)
+        )
+        assert torch.equal(none, x) and torch.isfinite(whole).all() and (whole != x).float().mean() > 0.9
+
+
+def test_a_mask_of_the_files_size_is_cropped_as_the_image_was(model: Model, tmp_path: Path):
+    images = folder_of(tmp_path / "large", pixels((2, 24, 16, 1)))
+    mask = np.zeros((24, 16), bool)
+    mask[4:12] = True  # the upper half of the middle square
+    how = {"overrides": ["data.resolution=8"], **QUICK}
+    made = inpaint(model, images, mask=save(tmp_path / "m.png", mask), **how).items[:, 0]
+    before = read_images(images, resolution=8)[0].batch(range(2)).data[:, 0]
+    assert torch.equal(made[:, 4:], before[:, 4:]) and (made[:, :4] != before[:, :4]).float().mean() > 0.9
+    small = np.zeros((8, 8), bool)
+    small[:4] = True
+    assert torch.equal(inpaint(model, images, mask=save(tmp_path / "s.png", small), **how).items[:, 0], made)
+    with pytest.raises(UserError, match=r"mask o\.png is 16x20; its image is 8x8 \(its file 16x24\)"):
+        inpaint(model, images, mask=save(tmp_path / "o.png", np.zeros((20, 16), bool)), **how)
+
+
+def test_what_is_written(model: Model, hole: Path, tmp_path: Path):
+    write_images(tmp_path / "in", torch.rand(2, 1, 8, 8) * 2 - 1, [{"label": 3}, {"label": 4}])
+    inpaint(model, tmp_path / "in", mask=hole, out=tmp_path / "out", **QUICK)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert [(row["label"], row["source"]) for row in rows] == [(3, "000000.png"), (4, "000001.png")]
+    assert rows[0]["method"] == "gradient" and (tmp_path / "out-sheet.png").is_file()
+    free, seven = (inpaint(model, tmp_path / "in", mask=hole, label=k, **QUICK).items for k in (None, "7"))
+    assert not torch.allclose(free, seven, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "code"),
+    [
+        ({"mask": "nowhere.png"}, "nowhere.png: no such mask", 2),
+        ({"label": "zebra"}, "zebra.*unknown to the model", 2),
+        ({"method": "magic"}, "unknown method 'magic'", 2),
+        ({"steps": 0}, "--steps must be at least 1", 2),
+        ({"resample": 0}, "--resample must be at least 1", 2),
+    ],
+)
+def test_wrong_settings(model: Model, source: Path, hole: Path, settings: dict, message: str, code: int):
+    with pytest.raises(UserError, match=message) as told:
+        inpaint(model, source, **{"mask": hole, **settings})
+    assert told.value.code == code and "\n" not in str(told.value)
+
+
+def test_wrong_masks_and_models(make_model: Callable[..., Model], source: Path, hole: Path, tmp_path: Path):
+    model = make_model()
+    with pytest.raises(UserError, match=r"mask m\.png is 10x12; its image is 8x8$") as told:
+        inpaint(model, source, mask=save(tmp_path / "m.png", np.zeros((12, 10), bool)))
+    assert told.value.code == 1
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "empty").mkdir()
+    for mask, message in (("broken.png", "cannot be read as an image"), ("empty", "no mask for 0.png")):
+        with pytest.raises(UserError, match=message):
+            inpaint(model, source, mask=tmp_path / mask)
+    with pytest.raises(UserError, match="no images here"):
+        inpaint(model, tmp_path / "empty", mask=hole)
+    model.modality = replace(model.modality, name="sound", masks=None)
+    with pytest.raises(UserError, match=r"inpaint: not for a model of this modality \(sound\)"):
+        inpaint(model, source, mask=hole)

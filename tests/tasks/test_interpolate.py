@@ -1,0 +1,137 @@
+"""From one item to another: the ends are what they should be, the way is even, and the files can be used."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.data import animation, read_images, write_images
+from sfumato.errors import UserError
+from sfumato.model import Model
+from sfumato.tasks.generate import generate
+from sfumato.tasks.interpolate import interpolate
+
+CLOSE = {"atol": 1e-4, "rtol": 0.0}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two digits."""
+    folder = tmp_path_factory.mktemp("digits") / "two"
+    write_images(folder, read_images("digits")[0].batch([3, 9]).data)
+    return [folder / "000000.png", folder / "000001.png"]
+
+
+@pytest.fixture(scope="module")
+def ends(model: Model, files: list[Path]) -> list[torch.Tensor]:
+    return [model.reconstruct(read_images(file)[0].batch([0]).data).clamp(-1, 1)[0] for file in files]
+
+
+def test_new_items_are_those_of_generate(model: Model):
+    made = generate(model, n=5, seed=4).items
+    for path in ("flow", "latent"):
+        way = interpolate(model, "1", "4", n=5, seed=4, path=path).items
+        assert torch.allclose(way[[0, -1]], made[[1, 4]], **CLOSE)
+    assert torch.equal(interpolate(model, n=2).items, interpolate(model, "0", "1", n=2).items)
+
+
+@pytest.mark.parametrize("path", ["flow", "latent"])
+def test_files_are_met_at_the_ends(model: Model, files: list[Path], ends: list[torch.Tensor], path: str):
+    way = interpolate(model, *files, n=3, path=path, label_a="3", label_b="9").items
+    assert torch.allclose(way[0], ends[0], atol=2e-3) and torch.allclose(way[-1], ends[1], atol=2e-3)
+    assert min(float((way[1] - end).abs().mean()) for end in ends) > 0.01
+
+
+def test_the_way_is_gone_step_by_step(model: Model, files: list[Path]):
+    way = interpolate(model, *files, n=33, steps=8).items
+    steps = (way[1:] - way[:-1]).flatten(1).norm(dim=1)
+    assert steps.max() < 0.5 * float((way[-1] - way[0]).norm()) and steps.min() > 0
+
+
+def test_frames_do_not_depend_on_the_batch_or_on_each_other(model: Model, files: list[Path]):
+    mixed = {"steps": 6, "label_b": "2"}
+    whole = interpolate(model, files[0], "5", n=9, **mixed).items
+    assert torch.allclose(interpolate(model, files[0], "5", n=9, batch=2, **mixed).items, whole, **CLOSE)
+    assert torch.allclose(interpolate(model, files[0], "5", n=5, **mixed).items, whole[::2], **CLOSE)
+    assert torch.allclose(interpolate(model, "5", files[0], n=9, steps=6, label_a="2").items.flip(0), whole, atol=1e-3)
+
+
+def test_conditions_count(model: Model, files: list[Path]):
+    one, two = (interpolate(model, "0", "1", n=3, label_a="3", label_b=b).items for b in ("3", "8"))
+    assert torch.allclose(one[0], two[0], **CLOSE) and not torch.allclose(one[1], two[1], atol=1e-3)
+
+
+def test_what_is_written(model: Model, tmp_path: Path):
+    told: list[tuple] = []
+    interpolate(
+        model,
+        "2",
+        "7",
+        n=5,
+        label_a="3",
+        label_b="3",
+        out=tmp_path / "out",
+        animation=tmp_path / "films" / "way.gif",
+        batch=2,
+        progress=lambda *facts: told.append(facts),
+    )
+    data, _ = read_images(tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert len(data) == 5 and [row["share"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
+    assert {(row["label"], row["a"], row["b"], row["path"]) for row in rows} == {(3, "2", "7", "flow")}
+    assert (tmp_path / "out-sheet.png").is_file() and told == [("interpolate", i, 5) for i in (2, 4, 5)]
+    with Image.open(tmp_path / "films" / "way.gif") as film:
+        assert film.n_frames == 5 and film.size == (256, 256)
+    assert "label" not in interpolate(model, "0", "1", n=2, label_a="3", label_b="4").rows[0]
+
+
+@pytest.mark.parametrize(("channels", "suffix"), [(1, ".gif"), (3, ".gif"), (4, ".gif"), (3, ".webp"), (4, ".webp")])
+def test_animations_show_the_items(tmp_path: Path, channels: int, suffix: str):
+    """Few colours, so that a GIF can hold them; transparent pixels are white in one."""
+    levels = np.random.default_rng(0).integers(0, 2, (4, channels, 6, 7)) * 255
+    if channels == 4:
+        levels[:, 3] = 255
+    animation(tmp_path / f"x{suffix}")(torch.from_numpy(levels / 127.5 - 1).float())
+    with Image.open(tmp_path / f"x{suffix}") as film:
+        assert film.n_frames == 4
+        for i in range(4):
+            film.seek(i)
+            frame = np.asarray(film.convert("RGB"))[18::37, 18::37]
+            wanted = levels[i].transpose(1, 2, 0)[..., :3]
+            assert np.abs(frame.astype(int) - wanted).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n": 1}, "-n must be at least 2"),
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"path": "scenic"}, "unknown path 'scenic'"),
+        ({"label_a": "zebra"}, "zebra.*unknown to the model"),
+        ({"animation": Path("x.mp4")}, r"x\.mp4: an animation's name ends in \.gif or \.webp"),
+        ({"a": "nowhere.png"}, r"nowhere\.png: no such file"),
+        ({"a": "-1"}, "-1: no such file"),
+    ],
+)
+def test_wrong_settings(model: Model, tmp_path: Path, settings: dict, message: str):
+    with pytest.raises(UserError, match=message) as told:
+        interpolate(model, out=tmp_path / "out", **settings)
+    assert told.value.code == 2 and "\n" not in str(told.value) and list(tmp_path.iterdir()) == []
+
+
+def test_wrong_files_and_models(make_model: Callable[..., Model], files: list[Path], tmp_path: Path):
+    model = make_model()
+    with pytest.raises(UserError, match="holds 2 items; name the file of one") as told:
+        interpolate(model, files[0].parent, files[0])
+    assert told.value.code == 1
+    write_images(tmp_path / "colour", torch.rand(1, 3, 12, 10) * 2 - 1)
+    with pytest.raises(UserError, match="its images are 8x8 L"):
+        interpolate(model, files[0], tmp_path / "colour" / "000000.png")
+    model.modality = replace(model.modality, name="sound", animation=None)
+    with pytest.raises(UserError, match=r"not for a model of this modality \(sound\)"):
+        interpolate(model, animation=tmp_path / "x.gif")
