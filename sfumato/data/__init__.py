@@ -3,7 +3,7 @@
 from .base import Data, split
 from .builtin import BUILTINS, read_builtin
 from .cache import LatentCache, cache_root, latent_key
-from .columns import Column, modelled
+from .columns import Column, modelled, on_grid
 from .images import read_images, read_source
 from .rows import Dialect
 from .table import TableData, column_frame, is_table, read_rows, read_table, write_table
@@ -21,6 +21,7 @@ __all__ = [
     "is_table",
     "latent_key",
     "modelled",
+    "on_grid",
     "read_builtin",
     "read_images",
     "read_rows",

@@ -25,6 +25,8 @@ from sfumato.metrics.features import (
     reference,
 )
 from sfumato.metrics.images import Report, Samples, image_report, label_accuracy, reconstruction_report
+from sfumato.metrics.table import c2st, downstream, table_report
+from sfumato.metrics.trees import find_trees
 
 __all__ = [
     "Extractor",
@@ -34,11 +36,14 @@ __all__ = [
     "Reference",
     "Report",
     "Samples",
+    "c2st",
     "cached_network",
     "classifier_extractor",
     "density_coverage",
+    "downstream",
     "extract",
     "find_inception",
+    "find_trees",
     "frechet",
     "image_report",
     "inception_extractor",
@@ -52,4 +57,5 @@ __all__ = [
     "reconstruction_report",
     "reference",
     "ssim",
+    "table_report",
 ]

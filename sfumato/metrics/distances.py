@@ -112,11 +112,26 @@ def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows, square.add_(rows.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
+def neighbours(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Distance of each vector of `a` (N, D) to its nearest in `b` (M, D), exactly 0 for copies; and which it is: (N,).
+
+    Without `b`, to the nearest of the others in `a`.
+    """
+    found: list[Tensor] = []
+    which: list[Tensor] = []
+    for rows, square in _blocks(a, a if b is None else b):
+        if b is None:
+            own = torch.arange(len(rows), device=a.device)
+            square[own, own + sum(map(len, which))] = torch.inf
+        which.append(square.argmin(1))
+        # the neighbour is found by a matrix product, which rounds; its distance is then taken anew from the difference
+        found.append((rows - (a if b is None else b)[which[-1]]).norm(dim=1))
+    return torch.cat(found), torch.cat(which)
+
+
 def nearest(a: Tensor, b: Tensor) -> Tensor:
     """Distance of each vector of `a` (N, D) to its nearest in `b` (M, D): (N,), exactly 0 for copies."""
-    # the neighbour is found by a matrix product, which rounds; its distance is then taken anew from the difference
-    found = [(rows - b[square.argmin(1)]).norm(dim=1) for rows, square in _blocks(a, b)]
-    return torch.cat(found)
+    return neighbours(a, b)[0]
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
