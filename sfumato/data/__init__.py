@@ -4,7 +4,7 @@ from .animate import animation
 from .base import Data, split
 from .builtin import BUILTINS, read_builtin
 from .cache import LatentCache, cache_root, latent_key
-from .columns import Column, modelled
+from .columns import Column, modelled, on_grid
 from .conditions import condition
 from .histograms import histograms
 from .images import read_images, read_source
@@ -17,7 +17,6 @@ from .table import (
     is_table,
     read_rows,
     read_table,
-    snapped,
     table_files,
     write_table,
 )
@@ -41,6 +40,7 @@ __all__ = [
     "is_table",
     "latent_key",
     "modelled",
+    "on_grid",
     "read_builtin",
     "read_images",
     "read_masks",
@@ -49,7 +49,6 @@ __all__ = [
     "read_table",
     "replaced_folder",
     "sample_sheet",
-    "snapped",
     "split",
     "table_files",
     "write_images",

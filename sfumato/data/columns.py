@@ -152,6 +152,15 @@ def snap(column: Column, values: Values) -> Values:
     return values if column.decimals is None else np.round(values, column.decimals)
 
 
+def on_grid(columns: Sequence[Column], values: Values) -> Values:
+    """Values (N, D) of the modelled columns as they would be written and read back: rounded, levels in their range."""
+    columns = modelled(columns)
+    snapped = [
+        _codes(c, np.nan_to_num(v)) * 1.0 if c.levels else snap(c, v) for c, v in zip(columns, values.T, strict=True)
+    ]
+    return np.where(np.isnan(values), np.nan, np.stack(snapped, 1))
+
+
 def _codes(column: Column, values: Values) -> NDArray[np.int64]:
     return np.clip(np.rint(values), 0, len(column.levels) - 1).astype(np.int64)
 

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..types import Batch
 from .base import Index, split
 from .cache import allocate, atomic
-from .columns import Column, Values, blanks, encode, modelled, series, snap, texts
+from .columns import Column, Values, blanks, encode, modelled, series, texts
 from .files import first_few, inventory
 from .rows import DELIMITERS, TABLE, Dialect, TableFile, arrow_type, open_table
 from .tally import Tally
@@ -302,11 +302,6 @@ def _paired(columns: Sequence[Column], values: Values) -> list[tuple[Column, Val
     taken = iter(values.T)
     nothing = np.full(len(values), np.nan)
     return [(column, next(taken) if column.modelled else nothing) for column in columns]
-
-
-def snapped(columns: Sequence[Column], values: Values) -> Values:
-    """Values (N, D) of the modelled columns, numbers and dates on their grid."""
-    return np.stack([v if c.levels else snap(c, v) for c, v in zip(columns, values.T, strict=True)], axis=1)
 
 
 def check_table_target(path: Path, overwrite: bool) -> None:

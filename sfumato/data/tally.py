@@ -88,6 +88,11 @@ class Tally:
         marker = min(self.markers, key=lambda text: (-self.markers[text], text))
         return "" if self.dtype else marker
 
+    @property
+    def unique(self) -> bool:
+        """Whether the cells of each file differ, and none is missing."""
+        return self.hashes is not None and not self.markers
+
     def _count(self, different: pa.Array, counts: pa.Array, unique: bool) -> None:
         if unique and self.hashes is not None:
             self.hashes.append(hash_array(different.to_numpy(zero_copy_only=False)))  # type: ignore[operator]
@@ -220,9 +225,8 @@ class Tally:
     def _numeric(self, present: int) -> Column:
         if self.decimals != 0:
             return self._make("number", decimals=self.decimals, point=self.point)
-        unique = self.hashes is not None
         runs = self.low in (0, 1) and self.high - self.low == present - 1
-        if unique and (runs or ID_NAME.search(self.name.strip())):
+        if self.unique and (runs or ID_NAME.search(self.name.strip())):
             return self._make("id", decimals=0, low=self.low, format="{}")
         few = self.levels is not None and len(self.levels) <= FEW_INTEGERS
         if few and present >= 10 * len(self.levels or ()):
@@ -240,7 +244,7 @@ class Tally:
         if many and self.odd and self.numeric >= 0.9 * present:
             advice = "correct that cell, leave it empty, or name the column in --categorical"
             raise UserError(f"{self.place} holds numbers, and also {self.odd!r}; {advice}", code=1)
-        if self.hashes is not None and self.longest <= LONGEST_ID and self.spaces < 2 * present:
+        if self.unique and self.longest <= LONGEST_ID and self.spaces < 2 * present:
             return self._make("id", format=self._pattern())
         if self.levels is not None and len(self.levels) <= present / 2:
             return self._category()

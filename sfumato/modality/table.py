@@ -28,9 +28,9 @@ from sfumato.data import (
     histograms,
     is_table,
     modelled,
+    on_grid,
     read_rows,
     read_table,
-    snapped,
     split,
     table_files,
     write_table,
@@ -109,14 +109,14 @@ def read(source: str, settings: DataSettings, mode: Any = None) -> tuple[TableDa
 def made(items: Tensor, labels: Tensor | None, mode: Any, label_names: list[str]) -> TableData:
     """Rows as they would be written: numbers on their grid."""
     columns = columns_of(mode)
-    return TableData(snapped(modelled(columns), items.numpy().astype(np.float64)), columns, Dialect(**mode["dialect"]))
+    return TableData(on_grid(modelled(columns), items.numpy().astype(np.float64)), columns, Dialect(**mode["dialect"]))
 
 
 def fulfils(texts: Sequence[str], mode: Any) -> Callable[[Tensor], Tensor]:
     """Which rows fulfil the conditions, as they would be written."""
     columns = columns_of(mode)
     accepts = condition(columns, texts)
-    return lambda items: torch.from_numpy(accepts(snapped(modelled(columns), items.numpy().astype(np.float64))))
+    return lambda items: torch.from_numpy(accepts(on_grid(modelled(columns), items.numpy().astype(np.float64))))
 
 
 def check_fit(name: str, shape: tuple[int, ...], mode: Any, source: object, data: TableData) -> None:
@@ -130,7 +130,7 @@ def check_fit(name: str, shape: tuple[int, ...], mode: Any, source: object, data
 def compare(x: Tensor, x_hat: Tensor, mode: Any, features: Extractor | None) -> dict[str, float]:
     """`cells`: share of cells that are the same; `error`: mean absolute error of numbers, as share of their range."""
     columns = modelled(columns_of(mode))
-    values, values_hat = (snapped(columns, v.numpy().astype(np.float64)) for v in (x, x_hat))
+    values, values_hat = (on_grid(columns, v.numpy().astype(np.float64)) for v in (x, x_hat))
     same = (values == values_hat) | (np.isnan(values) & np.isnan(values_hat))
     span = np.array([max((c.high or 0.0) - (c.low or 0.0), 1e-300) for c in columns])
     numbers = [j for j, c in enumerate(columns) if not c.levels]

@@ -22,6 +22,7 @@ from sfumato.data import (
     column_frame,
     is_table,
     modelled,
+    on_grid,
     read_rows,
     read_table,
     rows,
@@ -328,6 +329,7 @@ def test_values_are_put_on_their_grid(tmp_path: Path) -> None:
     values = np.array([[0.26, -1.7, 1.4, 86399.0], [1e20, 2.2, 9.0, -1.0], [np.nan] * 4])
     path = write_table(tmp_path / "t.csv", columns, values)
     assert path.read_text() == "n,i,c,d\n0.3,-2,y,1970-01-02\n1e+20,2,y,1970-01-01\n,,,\n"
+    np.testing.assert_array_equal(read_rows(path, columns).values, on_grid(columns, values))
 
 
 def test_gzip_is_the_same_each_time(tmp_path: Path) -> None:
