@@ -286,7 +286,7 @@ def load(folder: str | Path, device: str | None = None) -> Model:
     keys = ("modality", "shape", "mode", "label_names", "sample")
     configs = {name: read_json(folder / name / "config.json") for name in PARTS}
     try:
-        chosen: dict[str, Any] = {key: facts[key] for key in keys} | configs
+        chosen: dict[str, Any] = {key: facts[key] for key in keys} | configs | {"shape": tuple(facts["shape"])}
         model = Model(Card(**chosen))
     except (KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         raise UserError(f"{folder}: its JSON files do not describe a model ({error!r})", code=1) from None

@@ -109,14 +109,14 @@ def read(source: str, settings: DataSettings, mode: Any = None) -> tuple[TableDa
 def made(items: Tensor, labels: Tensor | None, mode: Any, label_names: list[str]) -> TableData:
     """Rows as they would be written: numbers on their grid."""
     columns = columns_of(mode)
-    return TableData(on_grid(modelled(columns), items.numpy().astype(np.float64)), columns, Dialect(**mode["dialect"]))
+    return TableData(on_grid(columns, items.numpy().astype(np.float64)), columns, Dialect(**mode["dialect"]))
 
 
 def fulfils(texts: Sequence[str], mode: Any) -> Callable[[Tensor], Tensor]:
     """Which rows fulfil the conditions, as they would be written."""
     columns = columns_of(mode)
     accepts = condition(columns, texts)
-    return lambda items: torch.from_numpy(accepts(on_grid(modelled(columns), items.numpy().astype(np.float64))))
+    return lambda items: torch.from_numpy(accepts(on_grid(columns, items.numpy().astype(np.float64))))
 
 
 def check_fit(name: str, shape: tuple[int, ...], mode: Any, source: object, data: TableData) -> None:

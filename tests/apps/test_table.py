@@ -34,3 +34,12 @@ def test_plain_entries():
         ["do", "that"],
         ["none"],
     ]
+
+
+def test_records_in_a_list_are_a_line_each_without_what_they_leave_open():
+    columns = [
+        {"name": "age", "low": 0, "levels": [], "missing": None, "point": False},
+        {"name": "b", "levels": ["x", "y"]},
+    ]
+    lines = "\n".join(result_lines({"columns": columns})).splitlines()
+    assert [line.split() for line in lines[1:]] == [["name", "age", "low", "0"], ["name", "b", "levels", "x,", "y"]]
