@@ -9,10 +9,8 @@ import pytest
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SMALL = (
-    *("train.precision=fp32", "train.codec.batch=16", "train.denoiser.batch=32", "codec.width=16"),
-    *("codec.perceptual=none", "denoiser.width=32", "denoiser.depth=1", "sample.guidance=1.5", "sample.steps=4"),
-)
+TINY = ("train.precision=fp32", "train.denoiser.batch=32", "denoiser.width=32", "denoiser.depth=1", "sample.steps=4")
+SMALL = (*TINY, "train.codec.batch=16", "codec.width=16", "codec.perceptual=none", "sample.guidance=1.5")
 
 
 def example(name: str) -> ModuleType:
@@ -43,6 +41,15 @@ def test_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     before = (run / "denoiser" / "model.safetensors").stat().st_mtime_ns
     module.main("digits", out=str(run), steps=20, overrides=SMALL)  # again: with the model that is there
     assert (run / "denoiser" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_table(tmp_path: Path):
+    report = example("table").main(tmp_path, steps=20, overrides=TINY, device="cpu")
+    assert {"wine.csv", "made.csv", "made.png", "strong.csv", "run"} <= {path.name for path in tmp_path.iterdir()}
+    header, *rows = (tmp_path / "made.csv").read_text().splitlines()
+    assert header == (tmp_path / "wine.csv").read_text().splitlines()[0] and len(rows) == 178
+    assert all(float(row.split(",")[0]) >= 13 for row in (tmp_path / "strong.csv").read_text().splitlines()[1:])
+    assert varies(tmp_path / "made.png") and 0 <= report["copy_auc"] <= 1
 
 
 def test_examples_are_short():

@@ -52,9 +52,8 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return "  ".join(
-            f"{key} {_plain(part)}" for key, part in value.items() if part or part == 0 and part is not False
-        )
+        said = {key: _plain(part) for key, part in value.items() if part is not None and part is not False}
+        return "  ".join(f"{key} {text}" for key, text in said.items() if text)
     if isinstance(value, list | tuple):
         parts = [_plain(part) for part in value]
         return "".join(f"\n  {part}" for part in parts) if any(" " in part for part in parts) else ", ".join(parts)
