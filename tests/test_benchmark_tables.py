@@ -1,0 +1,68 @@
+"""The benchmark of tables: its baselines are what they are called, and what is done is not done again."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pandas as pd
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("tables", BENCHMARKS / "tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+
+
+def correlated(count: int = 4_000) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=count)
+    y = np.exp(x + 0.3 * rng.normal(size=count))
+    return pd.DataFrame({"x": x, "y": y, "kind": np.where(x > 0.5, "rare", "common")})
+
+
+def test_baselines(tables: ModuleType):
+    train = correlated()
+    link = lambda frame: frame["x"].corr(frame["y"], method="spearman")
+    made = {kind: make(train, np.random.default_rng(1)) for kind, make in tables.BASELINES.items()}
+    for frame in made.values():
+        assert len(frame) == len(train) and list(frame.columns) == list(train.columns)
+        assert set(frame["x"]) <= set(train["x"])
+        assert abs((frame["kind"] == "rare").mean() - (train["kind"] == "rare").mean()) < 0.03
+    assert abs(link(made["independent columns"])) < 0.06
+    assert abs(link(made["gaussian copula"]) - link(train)) < 0.03
+    rows = set(train.itertuples(index=False, name=None))
+    assert set(made["bootstrap copy"].itertuples(index=False, name=None)) <= rows
+    assert not set(made["gaussian copula"].itertuples(index=False, name=None)) <= rows
+
+
+def test_a_run_is_trained_with_the_categories_of_its_schema_and_kept(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "magic").mkdir()
+    correlated(50).to_csv(tmp_path / "magic" / "train.csv", index=False)
+    (tmp_path / "magic" / "schema.json").write_text(json.dumps({"categorical": ["kind"], "target": "kind"}))
+    seen: list[list[str]] = []
+    judged = {"c2st": 0.7, "trend_error": 2.0, "trend_error_floor": 1.5, "copy_auc": 0.5, "downstream": 0.9}
+
+    done = tables.call.__globals__["Done"]("", 12.5, 1.0)
+    monkeypatch.setattr(tables, "call", lambda words: seen.append(words) or done)
+    monkeypatch.setattr(tables, "ask", lambda options, samples, name: judged)
+    words = ["--data", str(tmp_path), "--names", "magic", "--budgets", "1m", "--judge", "j.py"]
+    words += ["--out", str(tmp_path / "out")]
+    for _ in range(2):
+        assert tables.main(words) == 0
+    fit, generate = seen
+    assert fit[fit.index("--categorical") + 1] == "kind" and fit[fit.index("--budget") + 1] == "1m"
+    assert generate[generate.index("-n") + 1] == "50"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:6] == lines[6:] and "| magic | identity | 1m | 0 | 12.5 | 12.5 | 0.700 | 2.000 (1.500) |" in lines[5]
