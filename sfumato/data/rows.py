@@ -6,7 +6,7 @@ import gzip
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import StringIO, TextIOWrapper
 from itertools import islice
@@ -65,6 +65,8 @@ def open_table(path: Path) -> TableFile:
         file = _open_parquet(path) if path.suffix.lower() in (".parquet", ".pq") else _open_text(path)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); is the file whole?", code=1) from error
+    except csv.Error as error:
+        raise UserError(f"{path}: cannot be read as a table ({error}); is a quote left open?", code=1) from error
     twice = sorted({name for name in file.names if file.names.count(name) > 1})
     if twice:
         raise UserError(f"{path}: two columns are called {first_few(map(repr, twice))}; rename one", code=1)
@@ -154,13 +156,17 @@ def _complaint(path: Path, width: int, delimiter: str, error: pa.ArrowInvalid) -
     """What is wrong with a text file, and in which line."""
     if "UTF8" in str(error):
         return _not_utf8(path)
-    with _opened(path) as file:
-        rows, first = csv.reader(TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter), 1
+    first = 1
+    with _opened(path) as file, suppress(csv.Error):
+        rows = csv.reader(TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter)
         for row in rows:
             if row and len(row) != width:
                 found = f"{len(row)} cell{'s' * (len(row) != 1)} where the header has {width}"
                 return UserError(f"{path}: line {first} has {found}; correct it, or quote the text in it", code=1)
             first = rows.line_num + 1
+        first = 0
+    if first:
+        return UserError(f"{path}: cannot be read from line {first} on; is a quote left open there?", code=1)
     return UserError(f"{path}: cannot be read as a table ({str(error).splitlines()[0]})", code=1)
 
 

@@ -85,6 +85,13 @@ def test_not_utf8_far_down(tmp_path: Path) -> None:
     assert "line 30062, byte 6 (0xe9)" in refused(tmp_path / "t.csv", many.encode("latin-1"))
 
 
+def test_open_quotes_in_long_files(tmp_path: Path) -> None:
+    many = "\n".join(ROWS * 1000) + "\n"
+    assert "is a quote left open?" in refused(tmp_path / "t.csv", 'a,b,c\n1,"x,2\n' + many)
+    late = "a,b,c\n" + many * 4 + '1,"x,2\n' + many
+    assert "cannot be read from line 240002 on; is a quote left open there?" in refused(tmp_path / "t.csv", late)
+
+
 def test_damaged_files(tmp_path: Path) -> None:
     assert "cannot be read" in refused(tmp_path / "t.csv.gz", gzip.compress(GOOD.encode())[:-40])
     assert "cannot be read" in refused(tmp_path / "t.csv.gz", b"no gzip")
