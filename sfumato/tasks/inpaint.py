@@ -34,7 +34,7 @@ def inpaint(
     skip_bad: bool = False,
     overrides: Sequence[str] = (),
     seed: int = 0,
-    batch: int = 250,
+    batch: int = 32,
     overwrite: bool = False,
     device: str | None = None,
     progress: "Progress | None" = None,

@@ -120,22 +120,53 @@ def test_steps_taken_again_keep_the_marginal(name):
         assert abs(float(z.var()) / variance_s - 1) < 0.1
 
 
+def correlated(schedule, covariance):
+    """The denoiser of N(0, covariance)."""
+
+    def denoise(z, t):
+        alpha, sigma = (float(c[0]) for c in schedule(t))
+        return alpha * z @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(len(covariance))) @ covariance
+
+    return denoise
+
+
 def test_steps_taken_again_tell_the_new_of_the_known():
     """Two numbers that go together, one of them known: E[z_2 | z_1] = c z_1, reached only by going back and forth."""
     schedule, c = make_schedule("flow"), 0.95
-    prior = torch.tensor([[1.0, c], [c, 1.0]])
-
-    def denoise(z, t):
-        alpha, sigma = (float(x[0]) for x in schedule(t))
-        return z @ torch.linalg.inv(alpha**2 * prior + sigma**2 * torch.eye(2)) @ prior * alpha
-
     errors = []
     for times in (1, 8):
         noise = draws(2000, 2)
-        step = Known(SAMPLERS["ddpm"], torch.full((2000, 2), 1.5), torch.tensor([True, False]))
-        z = sample(denoise, schedule, noise(), time_grid(schedule, 16), Again(step, times), noise)
+        step = Again(Known(SAMPLERS["ddpm"], torch.full((2000, 2), 1.5), torch.tensor([True, False])), times)
+        denoise = correlated(schedule, torch.tensor([[1.0, c], [c, 1.0]]))
+        z = sample(denoise, schedule, noise(), time_grid(schedule, 16), step, noise)
         errors.append(abs(float(z[:, 1].mean()) - 1.5 * c))
     assert errors[1] < errors[0] / 2 and errors[1] < 0.25, errors
+
+
+def test_the_gradient_uses_what_putting_positions_back_cannot():
+    """The posterior mean: both find it where a whole position is hidden, the gradient alone where half of one is."""
+    schedule, grid = make_schedule("flow"), time_grid(make_schedule("flow"), 16)
+    root = torch.randn(4, 4, generator=torch.Generator().manual_seed(2))
+    covariance = torch.corrcoef(root + 1.0)
+    decoder = torch.kron(torch.eye(4), torch.ones(2, 1)) + 0.1  # a number stands for two pixels, and spills
+    z = torch.linalg.cholesky(covariance + 1e-4 * torch.eye(4)) @ torch.tensor([1.2, -0.7, 0.9, 0.5])
+    free = correlated(schedule, covariance)
+    errors = []
+    for kept in (torch.arange(8) < 6, torch.arange(8) < 7):
+        a = decoder[kept]
+        exact = covariance @ a.T @ torch.linalg.solve(a @ covariance @ a.T + 0.01 * torch.eye(len(a)), a @ z)
+        noise = draws(2000, 4)
+        held = consistent(
+            free, schedule, lambda z: z @ decoder.T, (decoder @ z).expand(2000, 8), kept, torch.full((2000,), 0.1)
+        )
+        known = Known(SAMPLERS["ddpm"], z.expand(2000, 4), torch.arange(4) < 3)
+        means = [
+            sample(denoise, schedule, noise(), grid, Again(step, 3), noise).mean(0)
+            for denoise, step in ((held, SAMPLERS["ddpm"]), (free, known))
+        ]
+        errors.append([float((mean - exact).norm()) for mean in means])
+    whole, half = errors
+    assert max(whole) < 0.15 and half[0] < 0.15 and half[0] < half[1] / 2, errors
 
 
 def test_noise_is_asked_for():
