@@ -103,7 +103,7 @@ def check_writable(out: Path) -> None:
         UserError: With the path and the reason.
     """
     out = out.absolute()
-    place = next(path for path in (out, *out.parents) if path.exists())
+    place = out if out.is_dir() else next(path for path in out.parents if path.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
