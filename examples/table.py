@@ -13,7 +13,9 @@ from sklearn.datasets import load_wine
 import sfumato
 
 
-def main(out: Path = Path("runs/wine"), budget: str | None = "60s", steps: int | None = None, **settings) -> dict:
+def main(
+    out: Path = Path("runs/wine"), budget: str | None = "60s", steps: int | None = None, overrides=(), **settings
+) -> dict:
     """Write the table, train on it, make as many new rows, measure them; returns the report."""
     out.mkdir(parents=True, exist_ok=True)
     source = out / "wine.csv"
@@ -24,9 +26,8 @@ def main(out: Path = Path("runs/wine"), budget: str | None = "60s", steps: int |
     table.to_csv(source, index=False)
 
     run = out / "run"
-    model = sfumato.fit(
-        str(source), out=run, budget=None if steps else budget, steps=steps, overwrite=run.exists(), **settings
-    )
+    settings |= {"budget": None if steps else budget, "steps": steps, "overwrite": run.exists()}
+    model = sfumato.fit(str(source), out=run, overrides=["data.held_out=0.2", *overrides], **settings)
     names = [column["name"] for column in model.card.mode["columns"]]
     print(f"{len(names)} columns -> latents of {model.codec.latent_size} numbers, zero mean, unit variance")
 

@@ -75,7 +75,7 @@ class Model:
 
     def __init__(self, card: Card) -> None:
         self.card = card
-        self.modality: Modality = find_modality(card.modality)
+        self.modality: Modality[Any] = find_modality(card.modality)
         self.codec: Codec = self.modality.codec(**card.codec)
         self.conditioner: Conditioner = make_conditioner(**card.conditioner)
         net = make_net(

@@ -53,7 +53,7 @@ def test_overrides_leave_the_rest_and_the_original_alone():
         ("=3", "write key=value"),
         ("codec.width=wide", "codec.width=wide"),
         ("codec.width=-1", "greater than or equal to 1"),
-        ("codec.bottleneck=klx", "'kl', 'vq', 'fsq' or 'none'"),
+        ("codec.bottleneck=klx", "'kl', 'vq', 'fsq', 'none' or 'identity'"),
         ("denoiser.schedule_settings.tau=x", "denoiser.schedule_settings.tau=x"),
         ("seed=null", "seed=None"),
     ],

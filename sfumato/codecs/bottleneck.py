@@ -4,6 +4,7 @@ Every bottleneck works in float32 whatever autocast says, and gives its loss per
 that one weight serves every size of latent. Its state (the codebook of VQ) lives in buffers: copy them, never average.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -307,7 +308,7 @@ class FSQ(Discrete):
         if min(levels) < 2:
             raise UserError(f"fsq: every one of levels={levels} must be 2 or more")
         basis = torch.tensor((1, *levels[:-1])).cumprod(0)
-        super().__init__(channels, channels // len(levels), int(basis[-1]) * levels[-1])
+        super().__init__(channels, channels // len(levels), math.prod(levels))
         self.levels = levels
         count = torch.tensor(levels)
         self.register_buffer("width", (count - 1).float(), persistent=False)

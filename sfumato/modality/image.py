@@ -22,7 +22,7 @@ from sfumato.data import (
 )
 from sfumato.data.write import to_pixels
 from sfumato.errors import UserError
-from sfumato.metrics import reconstruction_report
+from sfumato.metrics import Extractor, reconstruction_report
 from sfumato.modality.judge import ImageJudge
 from sfumato.modality.row import Facts, Modality
 from sfumato.nn.classifier import SMALLEST
@@ -134,7 +134,7 @@ def check_fit(name: str, shape: tuple[int, ...], mode: str, source: object, data
     )
 
 
-def compare(x: Tensor, x_hat: Tensor, mode: str, features: Callable[[Tensor], Tensor] | None) -> dict[str, float]:
+def compare(x: Tensor, x_hat: Tensor, mode: str, features: Extractor | None) -> dict[str, float]:
     """PSNR, SSIM, L1 and, with features, the Fréchet distance of reconstructions."""
     return reconstruction_report(x, x_hat, features)
 
@@ -162,7 +162,7 @@ def pairs(x: Tensor, x_hat: Tensor, mode: str) -> Any:
     return sample_sheet(torch.stack(rows, 1).flatten(0, 2), columns)
 
 
-IMAGE = Modality(
+IMAGE: Modality[Data] = Modality(
     name="image",
     recognises=lambda source: True,
     read=read,

@@ -3,16 +3,17 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 from sfumato.codecs import Codec
 from sfumato.config import CodecSettings, DataSettings, Settings
-from sfumato.data import Data
+from sfumato.metrics import Extractor
 
-Extractor = Callable[[Tensor], Tensor]
 Progress = Callable[[str, int, int], None]
+D = TypeVar("D")  # the data set: what `len`, `batch`, `subset` and the rest are asked of
+D_contra = TypeVar("D_contra", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Facts:
     rate: float
 
 
-class Judge(Protocol):
+class Judge(Protocol[D_contra]):
     """What measures samples against one source."""
 
-    def report(self, fake: Data, held: Data, cas: bool, seed: int) -> dict[str, Any]:
+    def report(self, fake: D_contra, held: D_contra, cas: bool, seed: int) -> dict[str, Any]:
         """Numbers about samples, each beside its floor, what real held-out items score; `memorised` among them."""
         ...
 
@@ -49,7 +50,7 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class Modality:
+class Modality(Generic[D]):
     """One row.
 
     Args:
@@ -69,7 +70,7 @@ class Modality:
         check_fit: (name, shape, mode, source, data) -> refuses data of another kind than `name` makes.
         condition: (what the user typed after --where, mode) -> which of items (N, ...) fulfil it, (N,).
         condition: Callable[[Sequence[str], Any], Callable[[Tensor], Tensor]]
-    check_fit: Callable[[str, tuple[int, ...], Any, object, Data], None]
+    check_fit: Callable[[str, tuple[int, ...], Any, object, D], None]
     check_target: (where, overwrite) -> refuses a place that items cannot be written to.
         write: (where, items (N, ...), a row of facts per item, mode, overwrite) -> the files.
         sheet: (items (N, ...), mode, columns or None) -> a picture to look at.
@@ -82,21 +83,21 @@ class Modality:
 
     name: str
     recognises: Callable[[str], bool]
-    read: Callable[[str, DataSettings, Any], tuple[Data, Data]]
-    parts: Callable[[str, DataSettings, Any], tuple[Data, Data | None]]
-    made: Callable[[Tensor, Tensor | None, Any, list[str]], Data]
+    read: Callable[[str, DataSettings, Any], tuple[D, D]]
+    parts: Callable[[str, DataSettings, Any], tuple[D, D | None]]
+    made: Callable[[Tensor, Tensor | None, Any, list[str]], D]
     plan: Callable[[Settings, Facts, float], Settings]
     codec_share: float
     codec: Callable[..., Codec]
     codec_options: Callable[[CodecSettings, tuple[int, ...], Any], dict[str, Any]]
-    judge: Callable[[Data, str | None, Progress | None], Judge]
+    judge: Callable[[D, str | None, Progress | None], Judge[D]]
     compare: Callable[[Tensor, Tensor, Any, Extractor | None], dict[str, float]]
     condition: Callable[[Sequence[str], Any], Callable[[Tensor], Tensor]]
-    check_fit: Callable[[str, tuple[int, ...], Any, object, Data], None]
+    check_fit: Callable[[str, tuple[int, ...], Any, object, D], None]
     check_target: Callable[[Path, bool], None]
     write: Callable[[Path, Tensor, list[dict[str, Any]], Any, bool], None]
     sheet: Callable[[Tensor, Any, int | None], Any]
     pairs: Callable[[Tensor, Tensor, Any], Any]
     shown: int
-    masks: Callable[[Path, str, Sequence[Data], DataSettings], Tensor] | None = None
+    masks: Callable[[Path, str, Sequence[D], DataSettings], Tensor] | None = None
     animation: Callable[[Path], Callable[[Tensor], None]] | None = None

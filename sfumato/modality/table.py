@@ -36,8 +36,8 @@ from sfumato.data import (
     write_table,
 )
 from sfumato.errors import UserError
-from sfumato.metrics import table_report
-from sfumato.modality.row import Extractor, Facts, Modality, Progress
+from sfumato.metrics import Extractor, table_report
+from sfumato.modality.row import Facts, Modality, Progress
 
 COPIED = 0.6  # a copy AUC above it, and the samples look copied: training rows are told from held-out ones by them
 NUMBERS = 16  # of a learned latent, at least
@@ -190,7 +190,7 @@ def pairs(x: Tensor, x_hat: Tensor, mode: Any) -> Any:
     return histograms(modelled(columns_of(mode)), [x.numpy(), x_hat.numpy()], None)
 
 
-TABLE = Modality(
+TABLE: Modality[TableData] = Modality(
     name="table",
     recognises=is_table,
     read=read,

@@ -84,7 +84,7 @@ def _is_model(target: "Path | str | Model") -> bool:
     return not isinstance(target, str | Path) or any((Path(target) / f).is_file() for f in ("model.json", "run.json"))
 
 
-def _measure_codec(judge: "Judge", model: "Model", held: "Data", seed: int) -> dict[str, Any]:
+def _measure_codec(judge: "Judge[Data]", model: "Model", held: "Data", seed: int) -> dict[str, Any]:
     """What the codec keeps of held-out items."""
     from sfumato.metrics.features import pick
 

@@ -27,7 +27,7 @@ def class_numbers(names: Sequence[str], known: Data) -> NDArray[np.int64] | None
     return np.array(found, np.int64) if found and len(found) == len(names) else None
 
 
-def check_samples(row: Modality, name: str, made: Data | Card, source: object, train: Data, cas: bool) -> None:
+def check_samples(row: Modality[Any], name: str, made: Data | Card, source: object, train: Data, cas: bool) -> None:
     """Refuse samples that cannot be compared with a source, or have not the labels that are needed."""
     row.check_fit(name, made.shape, made.mode, source, train)
     if cas and not train.classes:
@@ -47,7 +47,7 @@ def relabelled(data: Data, known: Data) -> Data:
     return replace(data, labels=labels, label_names=known.label_names, notes=notes)
 
 
-def read_real(row: Modality, source: str | Path, settings: DataSettings, mode: Any = None) -> tuple[Data, Data]:
+def read_real(row: Modality[Any], source: str | Path, settings: DataSettings, mode: Any = None) -> tuple[Data, Data]:
     """Training and held-out part of a source; its numbers are meant as `mode` says, if there is a model."""
     train, held = row.read(str(source), settings, mode)
     if len(held) < FEWEST:
@@ -56,7 +56,7 @@ def read_real(row: Modality, source: str | Path, settings: DataSettings, mode: A
     return train, held
 
 
-def read_samples(row: Modality, folder: str | Path, n: int | None, skip_bad: bool, mode: Any, seed: int) -> Data:
+def read_samples(row: Modality[Any], folder: str | Path, n: int | None, skip_bad: bool, mode: Any, seed: int) -> Data:
     """Samples from files, read as the source of this mode; n of them at random, or all."""
     data, _ = row.parts(str(folder), DataSettings(skip_bad=skip_bad), mode)
     if len(data) < FEWEST:

@@ -24,7 +24,7 @@ USUAL_GUIDANCE = 1.25  # until it is chosen by measurement
 FEATURE_WIDTH = 16  # channels of the feature network's stem
 
 
-def build_card(settings: Settings, data: Data, modality: Modality, classes: int) -> Card:
+def build_card(settings: Settings, data: Data, modality: Modality[Any], classes: int) -> Card:
     """The model that a complete plan describes."""
     denoiser, sample = settings.denoiser, settings.sample
     net: dict[str, Any] = {"name": denoiser.net, "width": denoiser.width, "depth": denoiser.depth}

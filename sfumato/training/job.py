@@ -38,7 +38,7 @@ class Job:
     source: str
     folder: Path
     settings: Settings
-    modality: Modality
+    modality: Modality[Any]
     train: Data
     held: Data
     accelerator: Accelerator

@@ -10,7 +10,7 @@ What decides:
 """
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,7 +29,7 @@ MLP_LIMIT = 256
 S = TypeVar("S", bound=Section)
 
 
-def blank_codec(row: Modality, settings: Settings, facts: Facts) -> Codec:
+def blank_codec(row: Modality[Any], settings: Settings, facts: Facts) -> Codec:
     """The codec without its numbers: to see what it is."""
     with torch.device("meta"):
         return row.codec(**row.codec_options(settings.codec, facts.shape, facts.mode))
@@ -91,7 +91,9 @@ def filled(given: S, planned: S) -> S:
     return planned.model_copy(update=values)
 
 
-def make_plan(row: Modality, settings: Settings, facts: Facts, seconds: float, size: str | None = None) -> Settings:
+def make_plan(
+    row: Modality[Any], settings: Settings, facts: Facts, seconds: float, size: str | None = None
+) -> Settings:
     """Every setting decided, but for the numbers of steps.
 
     Args:
