@@ -1,4 +1,4 @@
-"""Numbers of any distribution as standard normal ones, and back: exact for spikes, grids and heavy tails."""
+"""Numbers of any distribution as standard normal ones, and back: exact for spikes and grids."""
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,8 @@ class Scores(nn.Module):
     r"""Normal scores of several columns: $f = \Phi^{-1}(u)$ with u drawn from the interval that the value holds.
 
     A value that occurs once has one score; one that takes a share of the rows has all scores of an interval, so that
-    what diffusion sees is continuous, and every score in it means that value. The inverse is exact.
+    what diffusion sees is continuous, and every score in it means that value: exactly. Others come back but for
+    float32 rounding, the outermost ones moved inwards by half a row.
 
     Args:
         columns: Number of columns D.
