@@ -131,3 +131,11 @@ def test_the_loss_reaches_encoder_and_decoder():
     stirred(codec.encoder), stirred(codec.decoder)
     loss = CodecStep(codec, None)(Batch(rows(32), torch.arange(32)), "codec", 0, torch.Generator())["loss"]
     assert names_reached(loss, {"encoder": codec.encoder, "decoder": codec.decoder}) == {"encoder", "decoder"}
+
+
+def test_a_table_of_categories_alone():
+    codec = TableCodec(COLUMNS[1:2] + COLUMNS[4:])
+    x = rows()[:, [1, 4]]
+    codec.prepare(x)
+    codec.learn_statistics(codec.codes(x))
+    assert same(x, codec.decode(codec.draw(x, torch.Generator().manual_seed(0)))).all()
