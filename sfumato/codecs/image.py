@@ -1,7 +1,7 @@
 """Convolutional autoencoder for images of any height, width and number of channels."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from sfumato.codecs.base import Codec
 from sfumato.codecs.bottleneck import make_bottleneck
 from sfumato.errors import UserError
 from sfumato.types import Latent
+
+LITTLE_NOISE = -4.0  # log variance of a posterior before training
+LOOKED_AT = 3_000_000  # numbers of images that the linear start is computed from
 
 
 class ResBlock(nn.Module):
@@ -57,9 +60,13 @@ class Encoder(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def padded(self, x: Tensor) -> Tensor:
+        """Images with their last row and column repeated up to whole patches."""
         f = self.downsample
-        x = F.pad(x, (0, -x.shape[-1] % f, 0, -x.shape[-2] % f), mode="replicate")
+        return F.pad(x, (0, -x.shape[-1] % f, 0, -x.shape[-2] % f), mode="replicate")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.padded(x)
         h = self.body(self.conv_in(F.pixel_unshuffle(x, self.stem)))  # (B, W, H/f, W/f)
         return self.patch(x) + self.conv_out(F.silu(self.norm(h)))  # (B, out, H/f, W/f)
 
@@ -93,6 +100,37 @@ class Decoder(nn.Module):
         y = self.conv_out(F.silu(self.norm(self.body(self.conv_in(h)))))
         x = self.patch(h) + F.pixel_shuffle(y, self.last)
         return x[..., : self.size[0], : self.size[1]]
+
+
+def start_linear(encode: nn.Conv2d, decode: nn.ConvTranspose2d, x: Tensor, most: int = 20_000) -> None:
+    """Set both maps of patches to what loses least of images x (N, C, H, W), whose sides are multiples of f.
+
+    Codes are p V / s and patches c + (code · s) Vᵀ, with p the patch around the mean colour c, V its first principal
+    directions and s their standard deviations. If `encode` puts out more channels than `decode` takes, the further
+    ones (log variances of a posterior) start constant, at little noise.
+
+    Args:
+        encode: (C, f, f) -> code.
+        decode: Code -> (C, f, f).
+        x: Images in [−1, 1].
+        most: Patches looked at.
+    """
+    f, count = decode.kernel_size[0], decode.in_channels
+    colour = x.mean((0, 2, 3))  # (C,)
+    patches = F.unfold(x - colour[:, None, None], f, stride=f).transpose(1, 2).flatten(0, 1)  # (N P, C f f)
+    patches = patches[:: max(1, len(patches) // most)]
+    _, values, vectors = torch.svd_lowrank(patches, min(2 * count + 16, *patches.shape), niter=4)
+    known = min(count, int((values > 1e-3 * values[0]).sum()))  # flat or tiny patches have no more directions
+    spread, vectors = values[:known] / len(patches) ** 0.5, vectors[:, :known]
+    to_code, to_patch = ((vectors * s).T.reshape(known, x.shape[1], f, f) for s in (1 / spread, spread))
+    assert encode.bias is not None and decode.bias is not None
+    encode.weight.zero_()
+    encode.bias.zero_()
+    encode.bias[count:] = LITTLE_NOISE
+    encode.weight[:known] = to_code.to(encode.weight)
+    encode.bias[:known] = -(to_code.sum((2, 3)) @ colour).to(encode.bias)
+    decode.weight[:known] = to_patch.to(decode.weight)
+    decode.bias.copy_(colour)
 
 
 class ToVector(nn.Module):
@@ -173,7 +211,18 @@ class ImageCodec(Codec):
         self.encoder = ToVector(encoder, inside, grid, neck.in_channels) if latent_dim else encoder
         self.decoder = FromVector(decoder, widths[-1], grid, neck.out_channels) if latent_dim else decoder
         self.downsample = downsample
+        self.prepares = max(1, LOOKED_AT // math.prod(shape))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.no_grad()
+    def prepare(self, x: Tensor) -> None:
+        """Start as the best linear codec of patches: raw codes are their first principal components, of variance 1.
+
+        Only a grid has patches; a vector starts at random.
+        """
+        if len(self.latent_shape) > 1:
+            encoder, decoder = cast(Encoder, self.encoder), cast(Decoder, self.decoder)
+            start_linear(encoder.patch, decoder.patch, encoder.padded(x))
 
     def decode(self, latent: Latent | Tensor) -> Tensor:
         """Images (B, C, H, W) in [−1, 1] of latents z."""

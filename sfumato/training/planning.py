@@ -21,6 +21,7 @@ from sfumato.training.plan import (
     ADVERSARIAL_START,
     EFFICIENCY,
     FEATURE_STEPS,
+    NOMINAL_CORES,
     NOMINAL_RATE,
     WARMUP,
     blank_codec,
@@ -37,7 +38,8 @@ def decide(job: Job, steps: int | None, size: str | None) -> None:
     job.log.show("plan", 0, 1)
     peak = measure_peak(job.precision, job.device)
     rate = EFFICIENCY * peak if steps is None else NOMINAL_RATE
-    facts = Facts(job.train.shape, job.train.mode, len(job.train), job.classes, job.precision, rate)
+    cores = torch.get_num_threads() if steps is None else NOMINAL_CORES
+    facts = Facts(job.train.shape, job.train.mode, len(job.train), job.classes, job.precision, rate, cores)
     budget = job.settings.budget_seconds
     left = WITHOUT_BUDGET if steps is not None or budget is None else budget - (time.monotonic() - job.started)
     job.settings = make_plan(job.modality, job.settings, facts, left, size)

@@ -186,3 +186,48 @@ def test_16_bit_images():
     codec = make_codec("kl", "grid", data.shape)
     losses = train(codec, x, steps=40, batch=40, lr=1e-2)
     assert losses[-1] < 0.5 * losses[0]
+
+
+# the linear start
+
+
+def smooth(count: int, shape: tuple[int, int, int]) -> Tensor:
+    """Images that vary in few ways: random mixtures of six patterns."""
+    generator = torch.Generator().manual_seed(1)
+    patterns = torch.randn(6, *shape, generator=generator)
+    return 0.1 * torch.einsum("nk,kchw->nchw", torch.randn(count, 6, generator=generator), patterns) + 0.2
+
+
+@pytest.mark.parametrize("bottleneck", ["kl", "none"])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 20, 24)])
+def test_prepared_codec_loses_as_little_as_principal_components(bottleneck: str, shape: tuple[int, int, int]):
+    x = smooth(400, shape)
+    codec = ImageCodec(shape, bottleneck=bottleneck, downsample=4, channels=5, width=16)
+    torch.manual_seed(0)
+    codec.prepare(x)
+    codec.learn_statistics(codec.codes(x))
+    with torch.no_grad():
+        error = float((codec.decode(codec.encode(x)) - x).square().mean())
+    patches = torch.nn.functional.unfold(x - x.mean((0, 2, 3))[:, None, None], 4, stride=4)
+    values = torch.linalg.svdvals(patches.transpose(1, 2).flatten(0, 1).double())
+    best = float(values[5:].square().sum()) / x.numel()
+    assert error == pytest.approx(best, rel=0.02)
+    spread = codec.codes(x).transpose(0, 1).flatten(1).square().mean(1)
+    assert spread.tolist() == pytest.approx([1.0] * 5, rel=0.02)
+
+
+def test_preparation_copes_with_more_channels_than_directions():
+    """Two pixels of two brightnesses: a patch has one direction, the latent eight channels."""
+    codec = ImageCodec((1, 8, 8), bottleneck="kl", downsample=2, channels=8, width=16)
+    x = torch.ones(30, 1, 8, 8) * torch.linspace(-1, 1, 30)[:, None, None, None]
+    codec.prepare(x)
+    codec.learn_statistics(codec.codes(x))
+    with torch.no_grad():
+        assert torch.allclose(codec.decode(codec.encode(x)), x, atol=1e-3)
+
+
+def test_a_vector_latent_starts_at_random():
+    codec = make_codec("kl", "vector", (1, 28, 28))
+    before = {name: value.clone() for name, value in codec.state_dict().items()}
+    codec.prepare(images(20, (1, 28, 28)))
+    assert all(torch.equal(before[name], value) for name, value in codec.state_dict().items())
