@@ -27,7 +27,6 @@ class Facts:
         classes: Number of classes; 0 without labels.
         precision: `bf16` or `fp32`.
         rate: Floating-point operations per second that training reaches.
-        cores: Cores that a batch can be shared among.
     """
 
     shape: tuple[int, ...]
@@ -36,7 +35,6 @@ class Facts:
     classes: int
     precision: str
     rate: float
-    cores: int = 1
 
 
 class Judge(Protocol[D_contra]):

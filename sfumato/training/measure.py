@@ -24,7 +24,7 @@ def measure_step(
     *,
     stage: str,
     first: int = 0,
-    seconds: float = 1.2,
+    seconds: float = 0.6,
     least: int = 4,
     **kit: Any,
 ) -> Speed:

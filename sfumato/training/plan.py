@@ -20,14 +20,12 @@ from sfumato.modality import Facts, Modality
 from sfumato.nn import net_size
 
 NOMINAL_RATE = 150e9  # operations a second, where steps are given: the plan must not depend on the machine then
-NOMINAL_CORES = 2  # likewise
 EFFICIENCY = 0.45  # share of the matrix peak that a training step reaches
 ADVERSARIAL_START = 0.5  # share of the codec's steps before the adversarial loss begins
 WARMUP = 100  # steps of linear warm-up, at most a tenth of the stage
 FEATURE_STEPS = 400  # training steps of the feature network
 MLP_LIMIT = 256
-CODEC_BATCH = 128
-FEWEST_OF_SHARD = 32  # items: less would not keep a core busy
+FEWEST_OF_SHARD = 8  # items
 
 S = TypeVar("S", bound=Section)
 
@@ -72,16 +70,11 @@ def plan_denoiser(
 
 
 def plan_stage(given: StageSettings, stage: str, facts: Facts) -> StageSettings:
-    """Batch, rates and averages of a stage; the number of steps is set once a step has been measured."""
+    """Batch, rates and averages of a stage; the numbers of steps and of parts are set once a step has been measured."""
     small = max(8, 2 ** int(math.log2(max(8, facts.count // 8))))
-    usual = StageSettings(lr=2e-3, optimizer="adamw", clip=1.0, weight_decay=0.0)
-    particular = {
-        "codec": {"batch": min(CODEC_BATCH, small), "decay": 0.4, "ema": 0.05},
-        "denoiser": {"batch": min(512, small), "decay": 0.3, "ema": 0.1},
-    }
-    planned = filled(given, usual.model_copy(update=particular[stage]))
-    planned.shards = planned.shards or max(1, min(facts.cores, (planned.batch or 1) // FEWEST_OF_SHARD))
-    return planned
+    codec = StageSettings(batch=min(64, small), lr=2e-3, optimizer="adamw", decay=0.4, clip=1.0, ema=0.05)
+    denoiser = StageSettings(batch=min(512, small), lr=2e-3, optimizer="adamw", decay=0.3, clip=1.0, ema=0.1)
+    return filled(given, (codec if stage == "codec" else denoiser).model_copy(update={"weight_decay": 0.0}))
 
 
 def plan_sample(given: SampleSettings) -> SampleSettings:
