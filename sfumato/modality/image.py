@@ -28,6 +28,7 @@ from sfumato.modality.row import Facts, Modality
 from sfumato.nn.classifier import SMALLEST
 
 CODEC_ITEMS = 200_000  # images that the codec sees at least, however wide it is
+PERCEPTUAL_ITEMS = 400_000  # images that the narrowest codec could see: with less time the pixels alone teach faster
 FEWEST_NUMBERS = 16  # of a latent, however small the item
 CODEC_WIDTHS = (32, 48, 64, 96, 128)
 PAIRED = 8  # columns of a sheet of originals and reconstructions
@@ -52,9 +53,15 @@ def codec_flops(width: int, shape: tuple[int, ...]) -> float:
 
 
 def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
-    """The widest codec that still sees `CODEC_ITEMS` images in its seconds, on few latent numbers."""
+    """The widest codec that still sees `CODEC_ITEMS` images in its seconds, on few latent numbers.
+
+    The perceptual term costs two fifths of a step and comes in where there is time for it; its feature network needs
+    some pixels.
+    """
     f, c = latent_grid(facts.shape)
-    fits = [w for w in CODEC_WIDTHS if seconds * facts.rate / codec_flops(w, facts.shape) >= CODEC_ITEMS]
+    seen = {w: seconds * facts.rate / codec_flops(w, facts.shape) for w in CODEC_WIDTHS}
+    fits = [w for w in CODEC_WIDTHS if seen[w] >= CODEC_ITEMS]
+    perceptual = min(facts.shape[1:]) >= SMALLEST and seen[CODEC_WIDTHS[0]] >= PERCEPTUAL_ITEMS
     codec = CodecSettings(
         bottleneck="kl",
         latent="grid",
@@ -64,7 +71,7 @@ def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
         width=max(fits, default=CODEC_WIDTHS[0]),
         depth=1,
         kl_weight=1e-3,
-        perceptual="auto" if min(facts.shape[1:]) >= SMALLEST else "none",  # the feature network needs some pixels
+        perceptual="auto" if perceptual else "none",
         perceptual_weight=2.0,
         adversarial_weight=0.0,
         reconstruction="l1",

@@ -116,6 +116,11 @@ def test_images_too_small_for_features_do_without():
     assert planned(600, (1, 8, 8)).codec.perceptual == "auto"
 
 
+def test_perceptual_term_comes_in_with_time():
+    assert [planned(seconds, CIFAR).codec.perceptual for seconds in (120, 300, 3_000)] == ["none", "none", "auto"]
+    assert planned(120, CIFAR, None, "codec.perceptual=features").codec.perceptual == "features"
+
+
 # sharing out
 
 
