@@ -121,7 +121,6 @@ class StageSettings(Section):
 
     steps: int | None = Field(default=None, ge=1, description="optimizer steps")
     batch: int | None = Field(default=None, ge=1, description="items per step")
-    shards: int | None = Field(default=None, ge=1, description="parts of a batch that are computed side by side")
     lr: float | None = Field(default=None, gt=0, description="peak learning rate")
     optimizer: Literal["adamw", "muon"] | None = Field(default=None, description="optimizer of the weights")
     warmup: int | None = Field(default=None, ge=0, description="optimizer steps of linear warm-up")

@@ -14,12 +14,6 @@ class Batch:
     label: Tensor | None = None
     text: list[str] | None = None
 
-    def part(self, start: int, stop: int) -> "Batch":
-        """Items start..stop-1."""
-        cut = slice(start, stop)
-        label, text = (None if v is None else v[cut] for v in (self.label, self.text))
-        return Batch(self.data[cut], self.index[cut], label, text)  # type: ignore[arg-type]
-
 
 @dataclass
 class Latent:

@@ -55,8 +55,8 @@ def codec_flops(width: int, shape: tuple[int, ...]) -> float:
 def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
     """The widest codec that still sees `CODEC_ITEMS` images in its seconds, on few latent numbers.
 
-    The perceptual term costs two fifths of a step and comes in where there is time for it; its feature network needs
-    some pixels.
+    The perceptual term makes steps much slower and comes in where there is time for it; its feature network needs some
+    pixels.
     """
     f, c = latent_grid(facts.shape)
     seen = {w: seconds * facts.rate / codec_flops(w, facts.shape) for w in CODEC_WIDTHS}

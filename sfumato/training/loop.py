@@ -4,20 +4,18 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from sfumato.config import StageSettings
 from sfumato.core import step_generator
 from sfumato.errors import UserError
-from sfumato.training.crew import Crew
 from sfumato.training.ema import EMA
 from sfumato.training.steps import Phase, TrainStep, matrices
 from sfumato.types import Batch
@@ -129,8 +127,6 @@ class Trainer:
         self.phases = step.phases()
         self.optimizers = {phase.name: make_optimizers(phase, settings) for phase in self.phases}
         self.ema = EMA(step.averaged, settings.ema or 0.0)
-        several = step.divisible and accelerator.num_processes == 1 and accelerator.device.type == "cpu"
-        self.crew = Crew(settings.shards) if several and (settings.shards or 1) > 1 else None
         self.done = 0
 
     @property
@@ -185,40 +181,14 @@ class Trainer:
         for phase in self.phases:
             if self.done < phase.start:
                 continue
-            losses = self._differentiate(batch, phase, generator)
+            losses = self.module(batch, phase.name, self.done, generator)
+            self.accelerator.backward(losses["loss"])
             self.accelerator.clip_grad_norm_(phase.parameters, self.settings.clip or math.inf)
             self._advance(phase, (self.settings.lr or 0.0) * phase.lr * scale)
             terms |= {k if phase is self.phases[0] else f"{phase.name}.{k}": v.detach() for k, v in losses.items()}
         self.done += 1
         self.ema.update(self.done)
         return terms
-
-    def _differentiate(self, batch: Batch, phase: Phase, generator: Generator) -> dict[str, Tensor]:
-        """The losses of a batch; their gradient is left in the parameters.
-
-        On a CPU two halves of a batch side by side, a core each, are faster than one batch on two cores, which wait for
-        each other at every operation. The sum of the halves is taken in their order, so the result is always the same.
-        """
-        if self.crew is None:
-            losses = self.module(batch, phase.name, self.done, generator)
-            self.accelerator.backward(losses["loss"])
-            return losses
-        count = len(batch.data)
-        size = min(self.crew.size, count)
-        cuts = [count * i // size for i in range(size + 1)]
-
-        def work(number: int, start: int, stop: int) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
-            own = step_generator(self.seed, f"{self.stage}/{phase.name}/{number}", self.done)
-            losses = self.module(batch.part(start, stop), phase.name, self.done, own)
-            share = (stop - start) / count
-            gradients = torch.autograd.grad(losses["loss"] * share, phase.parameters, allow_unused=True)
-            return {name: value.detach() * share for name, value in losses.items()}, gradients
-
-        shares, gradients = zip(*self.crew.map(work, range(size), cuts[:-1], cuts[1:]), strict=True)
-        for parameter, *pieces in zip(phase.parameters, *gradients, strict=True):
-            known = [piece for piece in pieces if piece is not None]
-            parameter.grad = reduce(torch.add, known) if known else None
-        return {name: reduce(torch.add, [share[name] for share in shares]) for name in shares[0]}
 
     def _advance(self, phase: Phase, lr: float) -> None:
         for optimizer in self.optimizers[phase.name]:

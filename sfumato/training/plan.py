@@ -25,7 +25,6 @@ ADVERSARIAL_START = 0.5  # share of the codec's steps before the adversarial los
 WARMUP = 100  # steps of linear warm-up, at most a tenth of the stage
 FEATURE_STEPS = 400  # training steps of the feature network
 MLP_LIMIT = 256
-FEWEST_OF_SHARD = 8  # items
 
 S = TypeVar("S", bound=Section)
 
@@ -70,7 +69,7 @@ def plan_denoiser(
 
 
 def plan_stage(given: StageSettings, stage: str, facts: Facts) -> StageSettings:
-    """Batch, rates and averages of a stage; the numbers of steps and of parts are set once a step has been measured."""
+    """Batch, rates and averages of a stage; the number of steps is set once a step has been measured."""
     small = max(8, 2 ** int(math.log2(max(8, facts.count // 8))))
     codec = StageSettings(batch=min(64, small), lr=2e-3, optimizer="adamw", decay=0.4, clip=1.0, ema=0.05)
     denoiser = StageSettings(batch=min(512, small), lr=2e-3, optimizer="adamw", decay=0.3, clip=1.0, ema=0.1)

@@ -21,7 +21,6 @@ from sfumato.training.plan import (
     ADVERSARIAL_START,
     EFFICIENCY,
     FEATURE_STEPS,
-    FEWEST_OF_SHARD,
     NOMINAL_RATE,
     WARMUP,
     blank_codec,
@@ -82,7 +81,6 @@ def divide_steps(job: Job, steps: int, share: float) -> None:
             first = max(1, steps - denoiser.steps)
         codec.steps = codec.steps or first
     denoiser.steps = denoiser.steps or max(1, steps - (codec.steps or 0))
-    codec.shards, denoiser.shards = codec.shards or 1, denoiser.shards or 1  # whatever the machine
     if job.settings.codec.perceptual_steps is None:
         job.settings.codec.perceptual_steps = min(FEATURE_STEPS, steps)
 
@@ -139,15 +137,6 @@ def stage_copies(job: Job, network: Classifier | None) -> dict[str, tuple[TrainS
     return copies | {"denoiser": (denoiser_step(model, settings).to(job.device), train.denoiser, latents)}
 
 
-def fastest(step: TrainStep, settings: StageSettings, feed: Feed, **kit: Any) -> tuple[Speed, int]:
-    """The speed of a step, whole or in as many parts as there are cores, and that number of parts."""
-    most = min(torch.get_num_threads(), (settings.batch or 1) // FEWEST_OF_SHARD)
-    tried = {settings.shards} if settings.shards else {1, max(1, most)}
-    speeds = {n: measure_step(step, settings.model_copy(update={"shards": n}), feed, **kit) for n in sorted(tried)}
-    best = min(speeds, key=lambda n: speeds[n].seconds)
-    return speeds[best], best
-
-
 def measure_stages(job: Job) -> dict[str, Speed]:
     """Seconds and operations of a real step of each stage, on copies that are thrown away."""
     settings = job.settings
@@ -157,7 +146,7 @@ def measure_stages(job: Job) -> dict[str, Speed]:
         speeds = {"features": Speed((time.perf_counter() - began) / 8, 0.0)}  # the first step is a slow one
         kit: dict[str, Any] = {"seed": settings.seed, "accelerator": job.accelerator}
         for stage, copy in stage_copies(job, network).items():
-            speeds[stage], copy[1].shards = fastest(*copy, stage=stage, **kit)
+            speeds[stage] = measure_step(*copy, stage=stage, **kit)
             if stage == "codec" and settings.codec.adversarial_weight:
                 late = measure_step(*copy, stage=stage, first=LATE, **kit)
                 share = 1 - ADVERSARIAL_START

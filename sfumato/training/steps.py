@@ -44,11 +44,7 @@ class TrainStep(nn.Module):
     """A module whose `forward(batch, phase, step, generator)` gives {"loss": scalar, …terms to show}.
 
     `averaged` is the part that the weight average follows and that is kept.
-
-    `divisible`: whether parts of a batch may be computed side by side, since `forward` changes nothing.
     """
-
-    divisible = True
 
     @property
     def averaged(self) -> nn.Module:
@@ -105,7 +101,6 @@ class CodecStep(TrainStep):
         self.discriminator = PatchDiscriminator(channels) if adversarial_weight else None
         self.gate = AdversarialGate(start, ramp=max(1, lead)) if adversarial_weight else None
         self._drawn: Tensor | None = None
-        self.divisible = not adversarial_weight and not codec.bottleneck.state_dict()
 
     @property
     def averaged(self) -> nn.Module:
@@ -171,7 +166,6 @@ class DiffusionStep(TrainStep):
     ) -> None:
         super().__init__()
         self.denoiser, self.conditioner, self.objective, self.draw = denoiser, conditioner, objective, draw
-        self.divisible = not any(True for _ in objective.buffers())
 
     @property
     def averaged(self) -> nn.Module:

@@ -2,7 +2,6 @@
 
 import math
 import signal
-import threading
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 
 from sfumato.config import StageSettings
 from sfumato.errors import UserError
-from sfumato.training.crew import Crew
 from sfumato.training.loop import Horizon, Trainer, held_interrupts, rate
 from sfumato.training.steps import Phase, TrainStep
 from sfumato.types import Batch
@@ -222,88 +220,3 @@ def test_the_second_interrupt_does_not_wait():
         assert interrupted()
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-
-
-# halves of a batch, side by side
-
-
-class Regression(TrainStep):
-    """Squared error of a linear map, with noise of the step's generator if asked for."""
-
-    def __init__(self, noise: float = 0.0) -> None:
-        super().__init__()
-        self.net, self.unused, self.noise = nn.Linear(3, 1), nn.Parameter(torch.ones(2)), noise
-        with torch.no_grad():
-            self.net.weight.fill_(0.5)
-            self.net.bias.zero_()
-
-    @property
-    def averaged(self) -> nn.Module:
-        return self.net
-
-    def phases(self) -> list[Phase]:
-        return [Phase("net", list(self.parameters()))]
-
-    def forward(self, batch: Batch, phase: str, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        noise = self.noise * torch.randn(len(batch.data), 1, generator=generator)
-        assert batch.label is not None
-        error = self.net(batch.data) - batch.label[:, None] + noise
-        return {"loss": error.square().mean(), "count": torch.tensor(float(len(batch.data)))}
-
-
-def regression(shards: int, noise: float = 0.0, items: int = 7) -> tuple[Trainer, Batch]:
-    made = Regression(noise)
-    settings = StageSettings(batch=items, lr=0.1, optimizer="adamw", clip=1e9, weight_decay=0.0, shards=shards)
-    trainer = Trainer(made, settings, Horizon(10), stage="net", seed=0, accelerator=Accelerator(cpu=True))
-    x = torch.randn(items, 3, generator=torch.Generator().manual_seed(0))
-    return trainer, Batch(x, torch.arange(items), x.sum(1) + 1)
-
-
-@pytest.mark.parametrize("shards", [2, 3, 20])
-def test_parts_of_a_batch_have_the_gradient_of_the_whole(shards: int):
-    """Also where they are not equally large, and where there are more parts than items."""
-    (whole, batch), (parted, _) = regression(1), regression(shards)
-    assert whole.crew is None and parted.crew is not None
-    for _ in range(3):
-        one, other = whole.advance(batch), parted.advance(batch)
-        assert float(other["loss"]) == pytest.approx(float(one["loss"]), rel=1e-5)
-    assert torch.allclose(whole.inner.net.weight, parted.inner.net.weight, atol=1e-5)
-    assert torch.equal(parted.inner.unused, torch.ones(2)), "no gradient, no change"
-
-
-def test_parts_are_the_same_every_time_and_draw_their_own_noise():
-    runs = []
-    for _ in range(2):
-        trainer, batch = regression(2, noise=1.0, items=6)
-        batch.data[3:], batch.label[3:] = batch.data[:3], batch.label[:3]  # equal halves: only the noise differs
-        losses = [float(trainer.advance(batch)["loss"]) for _ in range(4)]
-        runs.append((losses, trainer.inner.net.weight.clone()))
-    assert runs[0][0] == runs[1][0] and torch.equal(runs[0][1], runs[1][1])
-    alone, batch = regression(1, noise=1.0, items=6)
-    assert float(alone.advance(batch)["loss"]) != runs[0][0][0]
-
-
-def test_a_step_that_changes_something_is_not_divided():
-    made = Regression()
-    made.divisible = False
-    settings = StageSettings(batch=4, lr=0.1, optimizer="adamw", shards=2)
-    assert Trainer(made, settings, Horizon(1), stage="net", seed=0, accelerator=Accelerator(cpu=True)).crew is None
-
-
-def test_threads_of_a_crew_work_side_by_side_on_one_core_each():
-    before = torch.get_num_threads()
-    together = threading.Barrier(3)
-
-    def work(number: int) -> tuple[int, int]:
-        together.wait(timeout=10)
-        return number, torch.get_num_threads()
-
-    assert list(Crew(3).map(work, range(3))) == [(0, 1), (1, 1), (2, 1)]
-    assert torch.get_num_threads() == before
-
-
-def test_a_mistake_in_a_part_is_raised():
-    trainer, batch = regression(2)
-    batch.label = None
-    with pytest.raises(AssertionError):
-        trainer.advance(batch)

@@ -95,7 +95,7 @@ def test_everything_but_the_steps_is_decided():
     left = open_settings(planned())
     assert {key for key in left if key.startswith(("train.", "codec.", "denoiser."))} == {
         "train.codec.steps", "train.denoiser.steps", "codec.perceptual_steps", "codec.levels",
-        "train.codec.warmup", "train.denoiser.warmup", "train.codec.shards", "train.denoiser.shards",
+        "train.codec.warmup", "train.denoiser.warmup",
         "denoiser.schedule_settings", "denoiser.weight_settings", "denoiser.times_settings",
     }  # fmt: skip
 
