@@ -68,10 +68,7 @@ class Modality(Generic[D]):
         compare: (x, x̂, mode, features or None) -> how close reconstructions are.
         condition: (what the user typed after --where, mode) -> which of items (N, ...) fulfil it, (N,).
         check_fit: (name, shape, mode, source, data) -> refuses data of another kind than `name` makes.
-        condition: (what the user typed after --where, mode) -> which of items (N, ...) fulfil it, (N,).
-        condition: Callable[[Sequence[str], Any], Callable[[Tensor], Tensor]]
-    check_fit: Callable[[str, tuple[int, ...], Any, object, D], None]
-    check_target: (where, overwrite) -> refuses a place that items cannot be written to.
+        check_target: (where, overwrite) -> refuses a place that items cannot be written to.
         write: (where, items (N, ...), a row of facts per item, mode, overwrite) -> the files.
         sheet: (items (N, ...), mode, columns or None) -> a picture to look at.
         pairs: (x, x̂, mode) -> a picture of originals beside their reconstructions.
