@@ -33,7 +33,7 @@ def measure_step(
     *,
     stage: str,
     first: int = 0,
-    seconds: float = 0.5,
+    seconds: float = 0.4,
     least: int = 4,
     **kit: Any,
 ) -> Speed:
