@@ -6,6 +6,7 @@ a step's floating-point operations by `measure_peak` to say which share of the m
 
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from functools import cache
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 BF16_GAIN = 1.15  # bf16 has to be this much faster than fp32 to be worth its rounding
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "sve", "bf16")
-MATRIX_SIZES = ((2048, 256, 1024), (1024, 1024, 1024), (2048, 2048, 2048))  # (rows, in, out), as in training here
+# (rows, in, out), as in training here, and one so short that on a busy machine some calls are not interrupted
+MATRIX_SIZES = ((512, 512, 512), (2048, 256, 1024), (1024, 1024, 1024))
 GPU_MATRIX_SIZES = ((8192, 8192, 8192),)
+SECONDS = 0.15  # about how long a peak is measured: `fit` waits for four of them
 
 
 def default_device() -> str:
@@ -54,8 +57,23 @@ def memory_bytes() -> int:
         return 0
 
 
+def free_memory_bytes() -> int:
+    """Bytes of main memory that programs can still have (0 where the system does not say)."""
+    source = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable: *(\d+) kB", source.read_text(), re.MULTILINE) if source.exists() else None
+    return 1024 * int(found[1]) if found else 0
+
+
+def cores_allowed() -> float:
+    """How many cores this process may use: those it is bound to, or fewer where a container's quota says so."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    source = Path("/sys/fs/cgroup/cpu.max")
+    quota, period = source.read_text().split() if source.exists() else ("max", "1")
+    return float(bound) if quota == "max" else min(float(bound), int(quota) / int(period))
+
+
 @cache
-def measure_peak(precision: str = "fp32", device: str = "cpu", seconds: float = 0.4) -> float:
+def measure_peak(precision: str = "fp32", device: str = "cpu", seconds: float = SECONDS) -> float:
     """Floating-point operations per second of the best matrix product: what speeds are judged against.
 
     Args:
@@ -71,12 +89,12 @@ def measure_peak(precision: str = "fp32", device: str = "cpu", seconds: float = 
 
 
 @cache
-def measure_convolution_peak(precision: str = "fp32", device: str = "cpu", seconds: float = 0.4) -> float:
+def measure_convolution_peak(precision: str = "fp32", device: str = "cpu", seconds: float = SECONDS) -> float:
     """Floating-point operations per second of a 3x3 convolution, channels last, of the size codecs use."""
     import torch
 
     dtype = getattr(torch, DTYPES[precision])
-    batch, channels, side = (32, 64, 32) if device == "cpu" else (128, 256, 64)
+    batch, channels, side = (8, 64, 32) if device == "cpu" else (128, 256, 64)
     x = torch.randn(batch, channels, side, side, device=device, dtype=dtype)
     weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
     x, weight = x.to(memory_format=torch.channels_last), weight.to(memory_format=torch.channels_last)
@@ -85,7 +103,7 @@ def measure_convolution_peak(precision: str = "fp32", device: str = "cpu", secon
 
 
 @cache
-def measure_bandwidth(device: str = "cpu", seconds: float = 0.4) -> float:
+def measure_bandwidth(device: str = "cpu", seconds: float = SECONDS) -> float:
     """Bytes per second that a copy moves, read and written ones both counted."""
     import torch
 
@@ -103,9 +121,7 @@ def best_precision(device: str = "cpu") -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device != "cpu" or not {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_flags()):
         return "fp32"
-    gains = [
-        peak("bf16", device, 0.15) / peak("fp32", device, 0.15) for peak in (measure_peak, measure_convolution_peak)
-    ]
+    gains = [peak("bf16", device) / peak("fp32", device) for peak in (measure_peak, measure_convolution_peak)]
     return "bf16" if min(gains) > BF16_GAIN else "fp32"
 
 
@@ -124,7 +140,7 @@ def _fastest(call: Callable[[], object], device: str, seconds: float) -> float:
     wait = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
     best, end, calls = float("inf"), time.perf_counter() + seconds, 0
     with torch.inference_mode():
-        while calls < 4 or time.perf_counter() < end:
+        while calls < 3 or time.perf_counter() < end:
             start = time.perf_counter()
             call()
             wait()

@@ -12,13 +12,17 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 REPORT = {"fd": 3.21, "fd_floor": 0.5, "accuracy": 0.99, "accuracy_floor": 0.993, "coverage": 0.9, "novelty": 0.95}
 
 
-@pytest.fixture
-def quality() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quality", BENCHMARKS / "quality.py")
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def quality() -> ModuleType:
+    return benchmark("quality")
 
 
 @pytest.fixture
@@ -80,3 +84,26 @@ def test_call_runs_a_process_of_its_own(quality: ModuleType):
     assert done.output == "hello\n" and done.seconds >= 0 and 0.001 < done.gib < 2
     with pytest.raises(quality.Failed, match="exit code 3"):
         quality.call(["-c", "raise SystemExit(3)"])
+
+
+PLAN = ["plan           0 %", "plan         100 %  eta 0:01"]
+FEATURES = ["features       0 %", "features     100 %"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "seconds"),
+    [
+        ([*PLAN, *FEATURES, "codec          2 %  loss 0.5"], [1, 2, 4]),
+        ([*PLAN, "codec          2 %  loss 0.5", *FEATURES], [1, 2, 2]),
+        (["a warning", "", *PLAN, *FEATURES], [3, 4, 6]),
+        (PLAN, [1, 2, 2]),
+    ],
+)
+def test_marks_of_a_start(lines: list[str], seconds: list[int]):
+    """Line i comes at second i."""
+    assert benchmark("start").marks(lines, iter(range(1, 9))) == seconds
+
+
+def test_a_start_that_fails_is_no_row():
+    with pytest.raises(SystemExit, match="plan"):
+        benchmark("start").marks(["sfumato: nowhere: no such file or folder"], iter(range(9)))

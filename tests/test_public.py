@@ -84,3 +84,24 @@ def test_snapshot():
         SNAPSHOT.write_text(now, encoding="utf-8")
     assert SNAPSHOT.is_file(), "write it: WRITE_SNAPSHOT=1 pytest tests/test_public.py"
     assert now == SNAPSHOT.read_text(encoding="utf-8")
+
+
+def test_images_load_neither_pandas_nor_pyarrow(tmp_path: Path):
+    """They take half a second that a table alone is worth: not from importing, reading images or training on them."""
+    code = f"""
+        import sys
+        import numpy as np
+        import sfumato.data
+        loaded = lambda: print("LOADED", *[name for name in ("pandas", "pyarrow") if name in sys.modules])
+        loaded()
+        pixels = np.random.default_rng(0).integers(0, 255, (40, 8, 8), dtype=np.uint8)
+        np.savez("{tmp_path}/images.npz", images=pixels)
+        small = ["codec.width=16", "codec.perceptual_steps=1", "denoiser.width=32", "denoiser.depth=1"]
+        sfumato.fit("{tmp_path}/images.npz", out="{tmp_path}/run", steps=2, overrides=small, device="cpu")
+        loaded()
+        sfumato.data.read_table("{tmp_path}/table.csv")
+        loaded()
+    """
+    (tmp_path / "table.csv").write_text("a,b\n" + "".join(f"{i % 7}.5,{i % 3}\n" for i in range(40)))
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert [line.split()[1:] for line in done.stdout.splitlines()] == [[], [], ["pandas", "pyarrow"]]

@@ -10,6 +10,8 @@ from sfumato import __version__
 
 VERSIONS = ("torch", "numpy", "accelerate", "safetensors", "diffusers")
 FREE_DISK = 5e9  # bytes: a run with its checkpoint and a latent cache fits well
+FREE_MEMORY = 2e9  # bytes: torch, a data set of some hundred MB and a run's tensors fit well
+SLOW = 100.0  # GFLOP/s: a fraction of what two cores of a server have
 
 
 def doctor() -> dict[str, Any]:
@@ -21,19 +23,37 @@ def doctor() -> dict[str, Any]:
 
 
 def advice(report: dict[str, Any]) -> list[str]:
-    """What to change, one line each; empty where all is well."""
-    cpu, device, speed = report["cpu"], report["device"], report["speed"]
-    lines: list[str] = []
+    """What the numbers mean for training here, and what to change: a sentence each."""
+    return [*_on_speed(report["device"], report["speed"]), *_on_room(report["cpu"], report["disk"])]
+
+
+def _on_speed(device: dict[str, Any], speed: dict[str, Any]) -> list[str]:
+    """Which precision runs use, and why; whether they will be slow."""
+    best, name = speed["precision"], "this CPU" if device["name"] == "cpu" else device.get("gpu", device["name"])
+    gains = [speed[f"{kind}_bf16_gflops"] / speed[f"{kind}_fp32_gflops"] for kind in ("matrix", "convolution")]
+    compared = "bf16 makes matrix products {:.1f} and convolutions {:.1f} times as fast as fp32".format(*gains)
+    lines = [f"runs use {best} on {name}: {compared}"]
     if device["name"] == "cpu" and device["gpu_present"]:
         lines.append("a GPU is there, but this torch was built without it: install torch from pytorch.org for it")
-    if cpu["threads"] < cpu["cores_allowed"]:
-        lines.append(f"torch uses {cpu['threads']} of {cpu['cores_allowed']} cores: unset OMP_NUM_THREADS")
-    if device["name"] == "cpu" and speed["precision"] == "fp32":
-        lines.append("this CPU gains nothing from bf16: runs use fp32")
-    if cpu["load"] > 0.5 * cpu["cores_allowed"]:
+    peak = speed[f"matrix_{best}_gflops"]
+    if peak < SLOW:
+        lines.append(f"{peak:.0f} GFLOP/s are few: take smaller images or a larger --budget than the usual 10m")
+    return lines
+
+
+def _on_room(cpu: dict[str, Any], disk: dict[str, Any]) -> list[str]:
+    """What keeps runs from having all of the machine."""
+    threads, cores, lines = cpu["threads"], cpu["cores_allowed"], list[str]()
+    if threads < int(cores):
+        lines.append(f"torch uses {threads} of {cores:g} cores: unset OMP_NUM_THREADS, or set it to {int(cores)}")
+    if threads > max(1, cores):
+        lines.append(f"torch uses {threads} threads on {cores:g} cores, which wait for each other: set OMP_NUM_THREADS")
+    if cpu["load"] > 0.5 * cores:
         lines.append(f"other programs keep the machine busy (load {cpu['load']:.1f}): budgets will buy less")
-    if report["disk"]["free_gb"] * 1e9 < FREE_DISK:
-        lines.append("little disk is free here: large runs may not fit")
+    if 0 < cpu["memory_free_gb"] * 1e9 < FREE_MEMORY:
+        lines.append(f"{cpu['memory_free_gb']:.1f} GB of memory are free: close other programs before training")
+    if disk["free_gb"] * 1e9 < FREE_DISK:
+        lines.append(f"{disk['free_gb']:.1f} GB of disk are free here: large runs may not fit")
     return lines
 
 
@@ -52,17 +72,17 @@ def _version(package: str) -> str:
 def _processor() -> dict[str, Any]:
     import torch
 
-    from sfumato.machine import cpu_flags, cpu_name, memory_bytes
+    from sfumato.machine import cores_allowed, cpu_flags, cpu_name, free_memory_bytes, memory_bytes
 
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return {
         "name": cpu_name(),
         "flags": cpu_flags(),
-        "cores_allowed": allowed,
+        "cores_allowed": cores_allowed(),
         "threads": torch.get_num_threads(),
         "load": load,
         "memory_gb": memory_bytes() / 1e9,
+        "memory_free_gb": free_memory_bytes() / 1e9,
     }
 
 

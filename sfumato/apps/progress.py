@@ -17,14 +17,21 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_facts(facts: Mapping[str, float]) -> str:
-    """`{"eta": 75, "loss": 0.1234, "items/s": 1890}` as `eta 1:15  loss 0.1234  1890 items/s`."""
-    words: list[str] = []
-    for name, value in facts.items():
-        if name == "eta":
-            words.append(f"eta {format_seconds(value)}")
-        else:
-            words.append(f"{value:.4g} {name}" if name.endswith("/s") else f"{name} {value:.4g}")
-    return "  ".join(words)
+    """`{"eta": 75, "loss": 0.1234, "items/s": 1890}` as `eta 1:15  loss 0.1234  1890 items/s`.
+
+    Seconds are those called `eta` or `took`, shares those called `of ...`; whole numbers are written in full.
+    """
+    return "  ".join(format_fact(name, value) for name, value in facts.items())
+
+
+def format_fact(name: str, value: float) -> str:
+    """One of them."""
+    if name in ("eta", "took"):
+        return f"{name} {format_seconds(value)}"
+    if name.startswith("of "):
+        return f"{100 * value:.2g} % {name}"
+    text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"{text} {name}" if name in ("steps", "items") or name.endswith("/s") else f"{name} {text}"
 
 
 class ProgressLine:

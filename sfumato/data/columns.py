@@ -1,19 +1,26 @@
 """What one column of a table is, and how its cells become numbers and text again."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.compute
 from numpy.typing import NDArray
+
+from .late import Late
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+else:
+    pa, pd = Late("pyarrow"), Late("pandas")
 
 Kind = Literal["number", "integer", "category", "boolean", "date", "id", "constant"]
 Values = NDArray[np.float64]
-pc: Any = pyarrow.compute  # its functions are made while it is imported: a type checker sees none
+pc: Any = Late("pyarrow.compute")  # a type checker sees none of its functions: they are made while it is imported
 
 # what stands for a missing cell, in small letters and without blanks around it
 MARKERS = ("", "na", "n/a", "#n/a", "nan", "<na>", "nat", "?", "null", "none")

@@ -1,11 +1,20 @@
 """How the columns of tables are distributed, as a picture: bars of levels, outlines of numbers, sets side by side."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from .columns import Column, Values
+from .late import Late
+
+if TYPE_CHECKING:
+    from PIL import ImageDraw, ImageFont
+else:
+    ImageDraw, ImageFont = Late("PIL.ImageDraw"), Late("PIL.ImageFont")
 
 WIDE, HIGH, GAP, LINE = 220, 120, 14, 14  # pixels of a panel, between panels, of a line of text
 BINS = 30  # of numbers

@@ -1,5 +1,7 @@
 """The rows of a CSV, TSV or Parquet file, piece by piece; and what is wrong with a file that is none."""
 
+from __future__ import annotations
+
 import codecs
 import csv
 import gzip
@@ -11,15 +13,19 @@ from dataclasses import dataclass
 from io import StringIO, TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
-
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import UserError
 from .columns import NUMBER
 from .files import first_few
+from .late import Late
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow import csv as arrow_csv
+    from pyarrow import parquet
+else:
+    pa, arrow_csv, parquet = Late("pyarrow"), Late("pyarrow.csv"), Late("pyarrow.parquet")
 
 TABLE = re.compile(r"\.((csv|tsv)(\.gz)?|parquet|pq)$", re.IGNORECASE)
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
@@ -137,13 +143,13 @@ def _decimal(rows: list[list[str]], delimiter: str) -> str:
 
 
 def _text_pieces(path: Path, names: list[str], delimiter: str) -> Iterator[list[pa.Array]]:
-    read = pyarrow.csv.ReadOptions(use_threads=False, block_size=BLOCK)
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    convert = pyarrow.csv.ConvertOptions(
+    read = arrow_csv.ReadOptions(use_threads=False, block_size=BLOCK)
+    parse = arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    convert = arrow_csv.ConvertOptions(
         column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False, quoted_strings_can_be_null=False
     )
     try:
-        with _opened(path) as file, pyarrow.csv.open_csv(file, read, parse, convert) as reader:
+        with _opened(path) as file, arrow_csv.open_csv(file, read, parse, convert) as reader:
             for piece in reader:
                 yield piece.columns
     except pa.ArrowInvalid as error:
@@ -195,7 +201,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
 
 
 def _open_parquet(path: Path) -> TableFile:
-    with _parquet_errors(path), pyarrow.parquet.ParquetFile(path) as file:
+    with _parquet_errors(path), parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
     if len(schema) == 1:
         raise UserError(f"{path}: has one column only ({schema.names[0]!r}); a table needs several", code=1)
@@ -207,7 +213,7 @@ def _open_parquet(path: Path) -> TableFile:
 
 
 def _parquet_pieces(path: Path) -> Iterator[list[pa.Array]]:
-    with _parquet_errors(path), pyarrow.parquet.ParquetFile(path) as file:
+    with _parquet_errors(path), parquet.ParquetFile(path) as file:
         for piece in file.iter_batches(batch_size=ROWS):
             yield [plain(column) for column in piece.columns]
 

@@ -1,5 +1,7 @@
 """Tables: from a file to TableData, and from values back to a file."""
 
+from __future__ import annotations
+
 import csv
 import gzip
 import hashlib
@@ -8,12 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet
 import torch
 from numpy.typing import NDArray
 
@@ -24,9 +23,17 @@ from .base import Index, split
 from .cache import allocate, atomic
 from .columns import Column, Values, blanks, encode, modelled, series, texts
 from .files import first_few, inventory
+from .late import Late
 from .rows import DELIMITERS, TABLE, Dialect, TableFile, arrow_type, open_table
 from .tally import Tally
 from .write import check_writable, umask
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    from pyarrow import parquet
+else:
+    pa, parquet, pd = Late("pyarrow"), Late("pyarrow.parquet"), Late("pandas")
 
 FEWEST = 20  # rows from which a model can be trained at all
 HELD = ("test", "validation", "val")  # names of the held-out file beside train.csv
@@ -96,7 +103,7 @@ class TableData:
         taken = self.store.take(where if self.rows is None else self.rows[where], axis=0)
         return Batch(torch.from_numpy(taken), torch.from_numpy(where))
 
-    def subset(self, index: Index) -> "TableData":
+    def subset(self, index: Index) -> TableData:
         """The rows `index` (B,) as TableData of their own; the values are shared, not copied."""
         where = np.asarray(index, dtype=np.int64).reshape(-1)
         part = replace(self, rows=where if self.rows is None else self.rows[where])
@@ -368,7 +375,7 @@ def _write_lines(text: TextIO, columns: Sequence[Column], values: Values, dialec
 
 def _write_parquet(draft: Path, columns: Sequence[Column], values: Values) -> None:
     arrays = [_arrow(series(column, v), column.dtype) for column, v in _paired(columns, values)]
-    pyarrow.parquet.write_table(pa.Table.from_arrays(arrays, [column.name for column in columns]), draft)
+    parquet.write_table(pa.Table.from_arrays(arrays, [column.name for column in columns]), draft)
 
 
 def _arrow(cells: pd.Series, dtype: str | None) -> pa.Array:

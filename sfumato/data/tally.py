@@ -14,17 +14,25 @@ The rules, in this order (`Tally.column`):
 8. Anything else cannot be modelled, and is refused.
 """
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
-from pandas.util import hash_array
 
 from ..errors import UserError
 from .columns import INTEGER, NUMBER, PADDED, Column, Values, blanks, number_text, numbers, pc, seconds
+from .late import Late
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+else:
+    pa, pd = Late("pyarrow"), Late("pandas")
 
 MOST_LEVELS = 10_000
 FEW_INTEGERS = 10  # so many whole numbers, each in so many rows on average, are taken for classes
@@ -95,7 +103,7 @@ class Tally:
 
     def _count(self, different: pa.Array, counts: pa.Array, unique: bool) -> None:
         if unique and self.hashes is not None:
-            self.hashes.append(hash_array(different.to_numpy(zero_copy_only=False)))  # type: ignore[operator]
+            self.hashes.append(pd.util.hash_array(different.to_numpy(zero_copy_only=False)))  # type: ignore[operator]
         else:
             self.hashes = None
         if self.levels is None or len(different) > MOST_LEVELS:

@@ -174,7 +174,8 @@ def _fresh(shape: tuple[int, ...], classes: int, width: int, seed: int, device: 
 
 def _train(net: Classifier, lessons: _Lessons, steps: int, rate: float, bf16: bool) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), rate, weight_decay=0.02, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 2), pct_start=0.2)
+    length = max(steps, 6)  # its rise is a fifth, and one of a single step would be divided by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=length, pct_start=0.2)
     net.train()
     for _ in range(steps):
         x, target = lessons.draw()

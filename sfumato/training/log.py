@@ -6,9 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sfumato.training.loop import Report
+from sfumato.training.loop import Report, Summary
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
+
+
+def speeds(said: Report | Summary) -> dict[str, float]:
+    """Items per second and, where operations are counted, the share of the machine's peak, as they are shown."""
+    share = {"of peak": said.share_of_peak} if said.share_of_peak else {}
+    return {"items/s": said.items_per_second, **share}
 
 
 class Log:
@@ -48,9 +54,14 @@ class Log:
 
     def report(self, report: Report) -> None:
         """Record and show a report."""
-        facts = {"loss": report.losses["loss"], "items/s": report.items_per_second, "eta": report.eta}
+        facts = {"loss": report.losses["loss"], **speeds(report), "eta": report.eta}
         self.show(report.stage, report.step, report.steps, facts)
         self.record({k: v for k, v in asdict(report).items() if k not in ("losses", "eta")} | report.losses)
+
+    def finish(self, summary: Summary) -> None:
+        """Show what a stage that is over came to."""
+        facts = {"steps": summary.steps, "items": summary.items, "took": summary.seconds, **speeds(summary)}
+        self.show(summary.stage, summary.steps, summary.steps, facts)
 
     def record(self, row: dict[str, Any]) -> None:
         """A line of `metrics.jsonl`, and its numbers to TensorBoard."""

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +17,9 @@ from sfumato.config import StageSettings
 from sfumato.core import step_generator
 from sfumato.errors import UserError
 from sfumato.training.ema import EMA
+from sfumato.training.horizon import Horizon
 from sfumato.training.steps import Phase, TrainStep, matrices
 from sfumato.types import Batch
-
-CHECKS = (0.25, 0.5, 0.75, 0.9)  # shares of the steps at which the horizon may be amended
 
 
 class Feed(Protocol):
@@ -44,42 +43,30 @@ class Report:
 
 
 @dataclass
-class Horizon:
-    """How many steps there are, and how that was amended.
+class Summary:
+    """What a whole stage came to, by wall clock: sheets, checkpoints and reports are in its seconds.
 
     Args:
-        steps: As planned; later, as amended.
-        seconds: Wall clock the stage may take; infinite where steps were asked for. Only with a finite one, and only
-            in the session that made the plan, is the horizon amended.
-        amendments: (step at which it was decided, new number of steps), replayed on resume.
+        stage: Its name.
+        steps: Optimizer steps.
+        items: Items seen, each as often as it was.
+        seconds: From the first step on, in all sessions; steps that a killed session lost count only once.
+        items_per_second: Items by seconds.
+        share_of_peak: Operations of the steps by what the machine's measured peak could do in those seconds; 0 where
+            operations were not counted.
     """
 
+    stage: str
     steps: int
-    seconds: float = math.inf
-    amendments: list[tuple[int, int]] = field(default_factory=list)
-    checks: tuple[float, ...] = CHECKS
-
-    def at(self, step: int) -> int:
-        """The number of steps as known when `step` begins."""
-        return next((total for start, total in reversed(self.amendments) if step >= start), self.steps)
-
-    def amend(self, step: int, elapsed: float, done: int) -> bool:
-        """After `step` steps, of which `done` took `elapsed` seconds: correct the horizon; tells whether it did."""
-        total = self.at(step)
-        if math.isinf(self.seconds) or not any(math.ceil(share * total) == step for share in self.checks):
-            return False
-        left = max(0.0, self.seconds - elapsed) * done / max(elapsed, 1e-9)
-        amended = step + round(left)
-        self.amendments.append((step, amended))
-        self.checks = tuple(share for share in self.checks if share > step / amended + 0.05)
-        return True
+    items: int
+    seconds: float
+    items_per_second: float
+    share_of_peak: float
 
 
-def rate(step: int, steps: int, warmup: int, decay: float) -> float:
+def rate(step: int, horizon: Horizon, warmup: int, decay: float) -> float:
     """Learning rate at a step, relative to its peak: linear warm-up, constant, linear decay over the last share."""
-    rise = (step + 1) / max(1, warmup + 1)
-    fall = (steps - step) / max(1.0, decay * steps)
-    return min(1.0, rise, fall)
+    return min((step + 1) / max(1, warmup + 1), horizon.level(step, decay))
 
 
 def make_optimizers(phase: Phase, settings: StageSettings) -> list[torch.optim.Optimizer]:
@@ -106,6 +93,8 @@ class Trainer:
         stage: Name of the stage; part of the address of its random numbers.
         seed: Seed of the run.
         accelerator: Devices, precision, processes.
+        flops: Floating-point operations of a step; 0 where they were not counted.
+        peak: The machine's measured peak, in operations per second.
     """
 
     def __init__(
@@ -128,6 +117,7 @@ class Trainer:
         self.optimizers = {phase.name: make_optimizers(phase, settings) for phase in self.phases}
         self.ema = EMA(step.averaged, settings.ema or 0.0)
         self.done = 0
+        self.seconds = 0.0  # that `done` steps took, in all sessions
 
     @property
     def steps(self) -> int:
@@ -155,13 +145,14 @@ class Trainer:
             KeyboardInterrupt: `interrupted()` was true after a step; that step is saved.
         """
         self.inner.train()
-        first, start = self.done, time.perf_counter()
+        first, start, before = self.done, time.perf_counter(), self.seconds
         reported = saved = start
         since, sums = self.done, dict[str, Tensor]()
         while not self.finished:
             self._add(sums, self.advance(feed.batch(self.done)))
             now = time.perf_counter()
-            self.horizon.amend(self.done, now - start, self.done - first)
+            self.seconds = before + now - start
+            self.horizon.amend(self.done, now - start)
             if now - reported > every or self.finished:
                 yield self._report(sums, self.done - since, now - reported, (now - start) / (self.done - first))
                 reported, since, sums = time.perf_counter(), self.done, {}
@@ -174,8 +165,7 @@ class Trainer:
 
     def advance(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer step of every phase that is due."""
-        steps = self.horizon.at(self.done)
-        scale = rate(self.done, steps, self.settings.warmup or 0, self.settings.decay or 0.0)
+        scale = rate(self.done, self.horizon, self.settings.warmup or 0, self.settings.decay or 0.0)
         generator = step_generator(self.seed, self.stage, self.done)
         terms: dict[str, Tensor] = {}
         for phase in self.phases:
@@ -212,7 +202,7 @@ class Trainer:
                 code=1,
             )
         speed = count / max(seconds, 1e-9)
-        scale = rate(self.done, steps, self.settings.warmup or 0, self.settings.decay or 0.0)
+        scale = rate(self.done, self.horizon, self.settings.warmup or 0, self.settings.decay or 0.0)
         return Report(
             stage=self.stage,
             step=self.done,
@@ -222,6 +212,18 @@ class Trainer:
             items_per_second=speed * (self.settings.batch or 0),
             share_of_peak=self.flops * speed / self.peak,
             eta=(steps - self.done) * per_step,
+        )
+
+    def summary(self, seconds: float) -> Summary:
+        """The stage in numbers, when it took so many seconds."""
+        speed = self.done / max(seconds, 1e-9)
+        return Summary(
+            stage=self.stage,
+            steps=self.done,
+            items=self.done * (self.settings.batch or 0),
+            seconds=seconds,
+            items_per_second=speed * (self.settings.batch or 0),
+            share_of_peak=self.flops * speed / self.peak,
         )
 
     @contextmanager
@@ -244,7 +246,8 @@ class Trainer:
             for i, optimizer in enumerate(optimizers):
                 for j, values in optimizer.state_dict()["state"].items():
                     tensors |= {f"optimizer/{name}/{i}/{j}/{k}": torch.as_tensor(v) for k, v in values.items()}
-        return tensors, {"stage": self.stage, "done": self.done, "amendments": self.horizon.amendments}
+        facts = {"stage": self.stage, "done": self.done, "seconds": self.seconds}
+        return tensors, facts | {"amendments": self.horizon.amendments}
 
     def load(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Go on from a saved `state`; the horizon is no longer amended by the clock."""
@@ -261,7 +264,7 @@ class Trainer:
                         state.setdefault(int(j), {})[k] = value
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
                 lay_out(optimizer)
-        self.done = int(facts["done"])
+        self.done, self.seconds = int(facts["done"]), float(facts.get("seconds", 0.0))
         self.horizon.amendments = [(int(a), int(b)) for a, b in facts["amendments"]]
         self.horizon.seconds = math.inf
 

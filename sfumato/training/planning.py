@@ -14,9 +14,10 @@ from sfumato.modality import Facts
 from sfumato.nn.classifier import Classifier
 from sfumato.training.build import codec_step, denoiser_step, feature_network, latent_feed, new_model, uses_features
 from sfumato.training.feeds import DataFeed
+from sfumato.training.horizon import Horizon
 from sfumato.training.job import Job
-from sfumato.training.loop import Feed, Horizon, Trainer
-from sfumato.training.measure import Speed, measure_step
+from sfumato.training.loop import Feed, Trainer
+from sfumato.training.measure import Speed, count_operations, measure_step
 from sfumato.training.plan import (
     ADVERSARIAL_START,
     EFFICIENCY,
@@ -93,7 +94,8 @@ def rehearse(job: Job) -> None:
             kit: dict[str, Any] = {"stage": stage, "seed": job.settings.seed, "accelerator": job.accelerator}
             trainer = Trainer(step, settings, Horizon(LATE + 1), **kit)
             trainer.done = LATE
-            trainer.advance(feed.batch(0))
+            flops = count_operations(trainer, feed.batch(0))
+            job.record.setdefault("measured", {})[stage] = {"flops": flops}
 
 
 def divide_time(job: Job, budget: float, share: float) -> None:
@@ -137,13 +139,19 @@ def stage_copies(job: Job, network: Classifier | None) -> dict[str, tuple[TrainS
     return copies | {"denoiser": (denoiser_step(model, settings).to(job.device), train.denoiser, latents)}
 
 
+def time_features(job: Job, steps: int) -> float:
+    """Seconds of a step of the feature network, when the first one of the process, which is a slow one, is over."""
+    began = time.perf_counter()
+    feature_network(job, steps)
+    return (time.perf_counter() - began) / steps
+
+
 def measure_stages(job: Job) -> dict[str, Speed]:
     """Seconds and operations of a real step of each stage, on copies that are thrown away."""
     settings = job.settings
     with torch.random.fork_rng(devices=[]):
-        began = time.perf_counter()
-        network = feature_network(job, steps=6) if uses_features(settings) else None
-        speeds = {"features": Speed((time.perf_counter() - began) / 8, 0.0)}  # the first step is a slow one
+        network = feature_network(job, steps=1) if uses_features(settings) else None
+        speeds = {"features": Speed(time_features(job, steps=5) if network is not None else 0.0, 0.0)}
         kit: dict[str, Any] = {"seed": settings.seed, "accelerator": job.accelerator}
         for stage, copy in stage_copies(job, network).items():
             speeds[stage] = measure_step(*copy, stage=stage, **kit)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from sfumato.training.build import (
 from sfumato.training.card import write_card
 from sfumato.training.choose import choose_guidance
 from sfumato.training.feeds import DataFeed
+from sfumato.training.horizon import Horizon
 from sfumato.training.job import Job
-from sfumato.training.loop import Feed, Horizon, Trainer, held_interrupts
+from sfumato.training.loop import Feed, Trainer, held_interrupts
 from sfumato.training.state import State, save_state
 from sfumato.training.steps import TrainStep
 
@@ -116,6 +118,7 @@ def make_trainer(job: Job, step: TrainStep, settings: StageSettings, stage: str,
 
 def drive(job: Job, trainer: Trainer, feed: Feed, sheet: Sheet) -> None:
     """Run a trainer to its end: records, a sheet at each quarter, checkpoints; the average becomes the weights."""
+    began = time.perf_counter() - trainer.seconds
 
     def save() -> None:
         if job.accelerator.is_main_process:
@@ -134,6 +137,9 @@ def drive(job: Job, trainer: Trainer, feed: Feed, sheet: Sheet) -> None:
     job.record.setdefault("amendments", {})[trainer.stage] = trainer.horizon.amendments
     trainer.ema.apply()
     job.log.picture(*sheet(), trainer.done)
+    summary = trainer.summary(time.perf_counter() - began)
+    job.log.finish(summary)
+    job.record.setdefault("stages", {})[trainer.stage] = {k: v for k, v in asdict(summary).items() if k != "stage"}
 
 
 def train_codec(job: Job, model: Model, network: Classifier | None, state: State | None) -> None:

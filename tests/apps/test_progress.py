@@ -12,6 +12,10 @@ def test_seconds(seconds: float, text: str):
 
 def test_facts():
     assert format_facts({"eta": 75, "loss": 0.12344, "items/s": 1890.2}) == "eta 1:15  loss 0.1234  1890 items/s"
+    assert format_facts({"loss": 12.0, "items/s": 0.51234, "of peak": 0.317}) == "loss 12  0.5123 items/s  32 % of peak"
+    assert format_facts({"of peak": 0.00414}) == "0.41 % of peak"
+    whole = {"steps": 1234, "items": 78976, "took": 64.2, "items/s": 1230.0, "of peak": 0.25}
+    assert format_facts(whole) == "1,234 steps  78,976 items  took 1:04  1230 items/s  25 % of peak"
 
 
 def test_lines_when_piped(capsys: pytest.CaptureFixture[str]):

@@ -53,6 +53,11 @@ def test_labels_are_learnt_and_a_seed_settles_the_weights():
     assert not nets[0].training and not any(p.requires_grad for p in nets[0].parameters())
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 6])
+def test_few_steps_are_a_training_too(steps):
+    fit_classifier(Ramps(32), 2, steps=steps, batch=8, width=8)
+
+
 def test_dihedral_gives_eight_different_images_and_flips_are_their_own_inverse():
     x = torch.arange(9.0).view(1, 1, 3, 3).expand(8, -1, -1, -1)
     moved = dihedral(x, torch.arange(8))

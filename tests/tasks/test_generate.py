@@ -76,7 +76,7 @@ def test_items_do_not_depend_on_the_number_of_processes(model: Model, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "count"), [(10, 2), (1, 2)])
 def test_two_real_processes(run: Path, tmp_path: Path, n: int, count: int):
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", "29561"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     words = ["-m", "sfumato", "generate", str(run), "-n", str(n), "--device", "cpu", "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for how, name in (([], "one"), (launch, "two")):

@@ -1,6 +1,5 @@
-"""The loop: the rate, the horizon under a simulated clock, Ctrl-C, states."""
+"""The loop: the rate, Ctrl-C, states, what it tells."""
 
-import math
 import signal
 
 import pytest
@@ -10,7 +9,9 @@ from torch import nn
 
 from sfumato.config import StageSettings
 from sfumato.errors import UserError
-from sfumato.training.loop import Horizon, Trainer, held_interrupts, rate
+from sfumato.training import loop
+from sfumato.training.horizon import Horizon
+from sfumato.training.loop import Trainer, held_interrupts, rate
 from sfumato.training.steps import Phase, TrainStep
 from sfumato.types import Batch
 
@@ -18,7 +19,7 @@ from sfumato.types import Batch
 
 
 def test_rate_rises_stays_and_falls():
-    rates = [rate(step, 100, warmup=9, decay=0.4) for step in range(100)]
+    rates = [rate(step, Horizon(100), warmup=9, decay=0.4) for step in range(100)]
     assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
     assert set(rates[9:61]) == {1.0}
     assert rates[60:] == pytest.approx([(100 - step) / 40 for step in range(60, 100)])
@@ -26,7 +27,7 @@ def test_rate_rises_stays_and_falls():
 
 
 def test_rate_without_warmup_and_decay():
-    assert {rate(step, 10, warmup=0, decay=0.0) for step in range(10)} == {1.0}
+    assert {rate(step, Horizon(10), warmup=0, decay=0.0) for step in range(10)} == {1.0}
 
 
 def test_rate_is_counted_in_optimizer_steps_not_in_phases():
@@ -35,63 +36,6 @@ def test_rate_is_counted_in_optimizer_steps_not_in_phases():
     trainer.advance(batch())
     assert trainer.done == 1
     assert [o.param_groups[0]["lr"] for os in trainer.optimizers.values() for o in os] == pytest.approx([0.02, 0.01])
-
-
-# the horizon
-
-
-def simulate(horizon: Horizon, seconds_of) -> tuple[float, int]:
-    """Run to the horizon with steps that take `seconds_of(step)`: seconds taken, and steps."""
-    clock, done = 0.0, 0
-    while done < horizon.at(done):
-        clock += seconds_of(done)
-        done += 1
-        horizon.amend(done, clock, done)
-    return clock, done
-
-
-MACHINES = {
-    "as measured": lambda step: 0.1,
-    "twice as slow": lambda step: 0.2,
-    "three times as fast": lambda step: 0.1 / 3,
-    "a slow start": lambda step: 1.0 if step < 10 else 0.1,
-    "slower halfway": lambda step: 0.1 if step < 500 else 0.17,
-    "faster halfway": lambda step: 0.1 if step < 500 else 0.06,
-    "a slow moment": lambda step: 0.1 if not 700 < step < 750 else 0.5,
-}
-
-
-@pytest.mark.parametrize("machine", MACHINES)
-def test_horizon_keeps_the_budget(machine: str):
-    horizon = Horizon(1000, seconds=100.0)
-    seconds, steps = simulate(horizon, MACHINES[machine])
-    assert 0.95 * 100 <= seconds <= 1.05 * 100
-    assert steps == horizon.at(steps)
-    assert len(horizon.amendments) <= 6
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 5])
-def test_horizon_of_few_steps_ends(steps: int):
-    assert simulate(Horizon(steps, seconds=0.5), lambda step: 1.0)[1] <= steps
-
-
-def test_horizon_without_a_clock_stands():
-    horizon = Horizon(100)
-    assert simulate(horizon, lambda step: 5.0)[1] == 100 and horizon.amendments == []
-
-
-def test_amendments_are_replayed():
-    first = Horizon(1000, seconds=100.0)
-    known = [first.at(0)]
-    clock = 0.0
-    while len(known) < first.at(len(known)):
-        clock += MACHINES["slower halfway"](len(known))
-        first.amend(len(known), clock, len(known))
-        known.append(first.at(len(known)))
-    again = Horizon(1000, math.inf, first.amendments)
-    assert len(set(known)) > 2
-    assert [again.at(step) for step in range(len(known))] == known
-    assert simulate(again, lambda step: 9.0)[1] == len(known)
 
 
 # a trainer of its own
@@ -130,10 +74,10 @@ def batch(step: int = 0) -> Batch:
     return Batch(torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step)), torch.arange(2))
 
 
-def make_trainer(step: TrainStep, steps: int = 12, warmup: int = 0, lr: float = 0.1) -> Trainer:
+def make_trainer(step: TrainStep, steps: int = 12, warmup: int = 0, lr: float = 0.1, **kit: float) -> Trainer:
     settings = StageSettings(steps=steps, batch=2, lr=lr, optimizer="adamw", warmup=warmup, decay=0.3, clip=1, ema=0.1)
     accelerator = Accelerator(mixed_precision="no", cpu=True)
-    return Trainer(step, settings, Horizon(steps), stage="codec", seed=0, accelerator=accelerator)
+    return Trainer(step, settings, Horizon(steps), stage="codec", seed=0, accelerator=accelerator, **kit)
 
 
 def finished(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -165,10 +109,10 @@ def test_state_holds_everything(done: int):
 
 def test_a_resumed_horizon_is_not_amended():
     trainer = make_trainer(Line())
-    facts = {"done": 3, "amendments": [[2, 20]]}
+    facts = {"done": 3, "seconds": 1.5, "amendments": [[2, 20]]}
     trainer.horizon.seconds = 10.0
     trainer.load(trainer.state()[0], facts)
-    assert trainer.steps == 20 and not trainer.horizon.amend(5, 100.0, 5)
+    assert trainer.steps == 20 and not trainer.horizon.amend(5, 100.0)
 
 
 def test_neither_saving_nor_reporting_nor_averaging_changes_anything():
@@ -193,6 +137,43 @@ def test_reports_are_means_since_the_last():
     (report,) = trainer.run(Feed(), lambda: None)
     assert report.losses["loss"] == pytest.approx(sum(float(terms["loss"]) for terms in losses) / 12)
     assert report.step == report.steps == 12
+
+
+class Clock:
+    """A clock that each step, sheet and save moves on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(loop.time, "perf_counter", lambda: self.now)
+
+    def slow(self, seconds: float, call):
+        def slowly(*given):
+            self.now += seconds
+            return call(*given)
+
+        return slowly
+
+
+def test_reports_tell_of_the_steps_and_the_summary_of_all(monkeypatch: pytest.MonkeyPatch):
+    """12 steps of 2 items, 0.5 s and 10 operations each, on a machine of 100 operations a second; 3 s for each save."""
+    trainer, clock = make_trainer(Line(), flops=10.0, peak=100.0), Clock(monkeypatch)
+    trainer.advance = clock.slow(0.5, trainer.advance)
+    reports = list(trainer.run(Feed(), clock.slow(3.0, lambda: None), every=1.4, save_every=2.9))
+    assert [report.step for report in reports] == [3, 6, 7, 10, 12]
+    assert [report.items_per_second for report in reports][:2] == pytest.approx([4.0, 4.0])
+    assert [report.share_of_peak for report in reports][:2] == pytest.approx([0.2, 0.2])
+    assert trainer.seconds == pytest.approx(12 * 0.5 + 3.0)
+    whole = trainer.summary(trainer.seconds + 1.0)
+    assert (whole.stage, whole.steps, whole.items) == ("codec", 12, 24)
+    assert (whole.seconds, whole.items_per_second, whole.share_of_peak) == pytest.approx((10.0, 2.4, 0.12))
+
+
+def test_the_seconds_of_earlier_sessions_count(monkeypatch: pytest.MonkeyPatch):
+    trainer, clock = make_trainer(Line()), Clock(monkeypatch)
+    trainer.load(trainer.state()[0], {"done": 8, "seconds": 20.0, "amendments": []})
+    trainer.advance = clock.slow(0.5, trainer.advance)
+    list(trainer.run(Feed(), lambda: None))
+    assert trainer.seconds == trainer.state()[1]["seconds"] == pytest.approx(22.0)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
