@@ -24,7 +24,8 @@ ScheduleName = Literal["flow", "cosine", "linear", "edm", "walk"]
 Predict = Literal["z", "eps", "v", "flow"]
 Weight = Literal["uniform", "min_snr", "sigmoid", "edm", "learned"]
 Times = Literal["uniform", "logit_normal", "lognormal", "adaptive"]
-SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "unipc", "sde"]
+SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "unipc", "abm2", "sde"]
+Grid = Literal["uniform", "ends", "logsnr", "karras"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -147,8 +148,12 @@ class SampleSettings(Section):
 
     sampler: SamplerName | None = Field(default=None, description="step rule")
     steps: int | None = Field(default=None, ge=1, description="steps of the sampler")
+    grid: Grid | None = Field(default=None, description="how the times of the steps are spaced")
     guidance: float | None = Field(default=None, ge=0, description="guidance weight w; 1 is off")
     interval: Interval | None = Field(default=None, description="times lo,hi between which guidance is on")
+    precision: Literal["fp32", "bf16"] | None = Field(
+        default=None, description="of the networks; bf16 is taken where the device computes in it"
+    )
 
 
 class Settings(Section):

@@ -113,14 +113,20 @@ def measure_bandwidth(device: str = "cpu", seconds: float = SECONDS) -> float:
 
 
 @cache
-def best_precision(device: str = "cpu") -> str:
-    """`bf16` where it is faster for matrix products and convolutions both, else `fp32`."""
+def has_bf16(device: str = "cpu") -> bool:
+    """Whether a device computes in bfloat16, rather than imitating it."""
     import torch
 
     if device.startswith("cuda"):
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device != "cpu" or not {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_flags()):
-        return "fp32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_flags()))
+
+
+@cache
+def best_precision(device: str = "cpu") -> str:
+    """`bf16` where it is faster for matrix products and convolutions both, else `fp32`."""
+    if device != "cpu" or not has_bf16(device):
+        return "bf16" if has_bf16(device) else "fp32"
     gains = [peak("bf16", device) / peak("fp32", device) for peak in (measure_peak, measure_convolution_peak)]
     return "bf16" if min(gains) > BF16_GAIN else "fp32"
 

@@ -6,6 +6,7 @@
 import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from sfumato.core import Denoiser, Noise, cfg, interval, make_schedule, prior, s
 from sfumato.core.noise import item_generator
 from sfumato.core.sampler import Denoise, Draw, OnStep
 from sfumato.errors import UserError
-from sfumato.machine import default_device
+from sfumato.machine import default_device, has_bf16
 from sfumato.modality import Modality, find_modality
 from sfumato.nn import make_net
 from sfumato.types import Latent
@@ -42,7 +43,7 @@ class Card:
         codec: Arguments of the codec's constructor.
         conditioner: Name and arguments of the conditioner.
         denoiser: `net` (name and arguments), `schedule` (name and arguments) and `predict`.
-        sample: What `generate` does unless told otherwise: sampler, steps, guidance, grid.
+        sample: What `generate` does unless told otherwise: the fields of `Sampling`.
     """
 
     modality: str
@@ -57,13 +58,17 @@ class Card:
 
 @dataclass
 class Sampling:
-    """How a sampler is run: its name, steps, guidance weight (1 = off), time grid, times (lo, hi) that are guided."""
+    """How a sampler is run: its name, steps, guidance weight (1 = off), time grid, times (lo, hi) that are guided.
+
+    Precision (`fp32` or `bf16`) is that of the networks, the decoder included; the sampler's state is always float32.
+    """
 
     sampler: str = "heun"
     steps: int = 15
     guidance: float = 1.0
     grid: str = "uniform"
     interval: Sequence[float] | None = None
+    precision: str = "fp32"
 
 
 class Model:
@@ -95,7 +100,7 @@ class Model:
     @property
     def sampling(self) -> Sampling:
         """The sampling defaults that `fit` chose."""
-        return Sampling(**self.card.sample)
+        return Sampling(**{key: value for key, value in self.card.sample.items() if value is not None})
 
     def to(self, device: str | torch.device) -> "Model":
         """Move the weights, and compute there from now on."""
@@ -110,6 +115,12 @@ class Model:
             part.eval().requires_grad_(False)
         return self
 
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision of new items: bfloat16 where `fit` chose it and the device computes in it."""
+        if self.sampling.precision == "bf16" and has_bf16(str(self.device)):
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
     @torch.no_grad()
     def encode(self, x: Tensor, batch: int = 256) -> Tensor:
         """Latents (N, *latent_shape), on the CPU, of data (N, ...)."""
@@ -118,7 +129,8 @@ class Model:
     @torch.no_grad()
     def decode(self, z: Tensor, batch: int = 256) -> Tensor:
         """Data (N, ...), on the CPU, of latents z (N, *latent_shape)."""
-        return torch.cat([self.codec.decode(Latent(part.to(self.device))).cpu() for part in z.split(batch)])
+        with self.autocast():
+            return torch.cat([self.codec.decode(Latent(part.to(self.device))).cpu() for part in z.split(batch)])
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Encode and decode: what the codec keeps of data (N, ...)."""
@@ -148,7 +160,8 @@ class Model:
         draw = self.noise(items, seed)
         denoise = self.denoise(label, len(items), how)
         grid = time_grid(schedule, how.steps, how.grid)
-        return sample(denoise, schedule, prior(schedule, draw), grid, how.sampler, draw, on_step)
+        with self.autocast():
+            return sample(denoise, schedule, prior(schedule, draw), grid, how.sampler, draw, on_step)
 
     def noise(self, items: Sequence[int], seed: int = 0) -> Draw:
         """What draws the noise of these items, (B, *latent_shape) on the model's device, each time anew."""

@@ -34,6 +34,7 @@ def test_convolution_and_bandwidth_are_plausible():
 def test_bf16_only_where_it_pays(monkeypatch: pytest.MonkeyPatch, flags: list[str], gain: float, precision: str):
     rate = lambda kind, device: gain if kind == "bf16" else 1.0
     monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(machine, "has_bf16", machine.has_bf16.__wrapped__)
     monkeypatch.setattr(machine, "measure_peak", rate)
     monkeypatch.setattr(machine, "measure_convolution_peak", rate)
     assert machine.best_precision.__wrapped__("cpu") == precision
@@ -64,6 +65,13 @@ def test_a_peak_is_measured_once(monkeypatch: pytest.MonkeyPatch):
     finally:
         for measured in (machine.best_precision, machine.measure_peak, machine.measure_convolution_peak):
             measured.cache_clear()
+
+
+@pytest.mark.parametrize(("flags", "has"), [(["avx512_bf16"], True), (["avx2"], False)])
+def test_bf16_at_all(monkeypatch: pytest.MonkeyPatch, flags: list[str], has: bool):
+    monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
+    assert machine.has_bf16.__wrapped__("cpu") is has
+    assert machine.has_bf16.__wrapped__("mps") is False
 
 
 def test_what_is_known_of_the_machine():

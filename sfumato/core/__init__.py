@@ -6,7 +6,7 @@ from .guidance import autoguide, cfg, interval, rescale
 from .inversion import flow_grid, invert, regenerate, slerp
 from .noise import Noise, item_generator, item_noise, step_generator
 from .objective import TIMES, WEIGHTS, Objective, make_times, make_weight
-from .sampler import GRIDS, SAMPLERS, Step, prior, sample, time_grid
+from .sampler import GRIDS, SAMPLERS, Step, denoiser_calls, prior, sample, time_grid
 from .schedule import SCHEDULES, Schedule, make_schedule
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "autoguide",
     "cfg",
     "consistent",
+    "denoiser_calls",
     "flow_grid",
     "interval",
     "invert",

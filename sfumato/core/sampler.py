@@ -105,6 +105,8 @@ def _renoise(z: Tensor, z_hat: Tensor, now: Knot, then: Knot, noise: Draw | None
 class Rule(ABC):
     """A `Step` that ends well: what arrives at s = 0 is z_hat (and what already was at t = 0 stays)."""
 
+    calls = 1  # of the denoiser a step; the last one, to s = 0, always takes one
+
     @abstractmethod
     def advance(self, ask: Ask, z: Tensor, now: Knot, then: Knot, noise: Draw | None, state: State) -> Stepped:
         """The step itself, where s > 0."""
@@ -132,6 +134,8 @@ class Heun(Rule):
     References:
         Karras et al., https://arxiv.org/abs/2206.00364 (algorithm 1, without churn).
     """
+
+    calls = 2
 
     def advance(self, ask: Ask, z: Tensor, now: Knot, then: Knot, noise: Draw | None, state: State) -> Stepped:
         z_hat = ask(z, now)
@@ -169,6 +173,40 @@ class Multistep(Rule):
         return self.move(z, middle, now, then, noise), Past(now, z, z_hat, before), z_hat
 
 
+@dataclass(frozen=True)
+class Adams(Rule):
+    r"""One call a step, second order: $\hat z$ is a line in $\phi = atan(\sigma / \alpha)$, and all else is exact.
+
+    With slope $m$ from t to s: $z_s = (\sigma_s / \sigma_t) z_t + (\alpha_s - \alpha_t \sigma_s / \sigma_t) \hat z_t
+    + m \sigma_s \int_t^s (\phi - \phi_t) d(\alpha / \sigma)$, and with $\alpha / \sigma = \cot \phi$ the integral is
+    $(\phi_s - \phi_t) \cot \phi_s - \ln(\sin \phi_s / \sin \phi_t)$. Each call gives the slope over the step before,
+    which is done again with it (Moulton), and carries it on over the next one (Bashforth). Unlike the logarithm of the
+    signal-to-noise ratio the angle is finite at both ends, so pure noise is a time like any other.
+
+    References:
+        Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I (section III.1, PEC).
+    """
+
+    def advance(self, ask: Ask, z: Tensor, now: Knot, then: Knot, noise: Draw | None, state: State) -> Stepped:
+        z_hat = ask(z, now)
+        if state is None:
+            return _transport(z, z_hat, now, then), Past(now, z, z_hat, None), z_hat
+        slope = _by(1 / (_angle(now) - _angle(state.knot)), z) * (z_hat - state.z_hat)
+        z = _along(state.z, state.z_hat, slope, state.knot, now)
+        return _along(z, z_hat, slope, now, then), Past(now, z, z_hat, None), z_hat
+
+
+def _angle(knot: Knot) -> Tensor:
+    return torch.atan2(knot.sigma, knot.alpha)
+
+
+def _along(z: Tensor, z_hat: Tensor, slope: Tensor, now: Knot, then: Knot) -> Tensor:
+    """From t to s with z_hat going up by `slope` for each radian."""
+    turn = _angle(then) - _angle(now)
+    growth = (_angle(then).sin() / _angle(now).sin()).log()
+    return _transport(z, z_hat, now, then) + _by(turn * then.alpha - growth * then.sigma, z) * slope
+
+
 def _corrected(past: Past, now: Knot, z_hat: Tensor) -> Tensor:
     """The last step again (UniC), now that z_hat at its end is known."""
     if past.before is None:
@@ -188,14 +226,16 @@ def _corrected(past: Past, now: Knot, z_hat: Tensor) -> Tensor:
 #   z + z_hat dalpha + eps_hat dsigma: on `flow` the Euler step of flow matching, on `edm` that of Karras et al.
 # ddpm: Ho et al. 2020, https://arxiv.org/abs/2006.11239 (eq. 6 and 7).
 # dpmpp_2m, sde: Lu et al. 2022, DPM-Solver++ and SDE-DPM-Solver++ (2M), https://arxiv.org/abs/2211.01095.
+# abm2: see `Adams`.
 # unipc: Zhao et al. 2023, https://arxiv.org/abs/2302.04867 (UniPC-2, B(h) = e^h - 1; its predictor is dpmpp_2m).
-SAMPLERS: dict[str, Step] = {
+SAMPLERS: dict[str, Rule] = {
     "ddpm": Multistep(_renoise),
     "ddim": Multistep(_transport),
     "euler": Multistep(_transport),
     "heun": Heun(),
     "dpmpp_2m": Multistep(_transport, order=2),
     "unipc": Multistep(_transport, order=2, correct=True),
+    "abm2": Adams(),
     "sde": Multistep(_renoise, order=2),
 }
 
@@ -236,6 +276,11 @@ def sample(
     return z
 
 
+def denoiser_calls(sampler: str, steps: int) -> int:
+    """How often a sampler calls the denoiser on its way to t = 0."""
+    return choose(SAMPLERS, "sampler", sampler).calls * (steps - 1) + 1
+
+
 def prior(schedule: Schedule, noise: Draw, t: float = 1.0) -> Tensor:
     """Where sampling starts: noise with the variance alpha^2 + sigma^2 that unit-variance latents have at time t."""
     alpha, sigma = schedule(t)
@@ -247,8 +292,13 @@ def _karras(low: Tensor, high: Tensor, u: Tensor, rho: float = 7.0) -> Tensor:
     return -2 * rho * torch.lerp(first, last, u).log()
 
 
+def _ends(u: Tensor) -> Tensor:
+    return (u + torch.sin(u * (math.pi / 2)) ** 2) / 2
+
+
+IN_TIME: dict[str, Callable[[Tensor], Tensor]] = {"uniform": lambda u: u, "ends": _ends}
 SPACINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"logsnr": torch.lerp, "karras": _karras}
-GRIDS = ("uniform", *SPACINGS)
+GRIDS = (*IN_TIME, *SPACINGS)
 
 
 def time_grid(schedule: Schedule, steps: int, kind: str = "uniform", t_max: float = 1.0, t_min: float = 0.0) -> Tensor:
@@ -257,8 +307,9 @@ def time_grid(schedule: Schedule, steps: int, kind: str = "uniform", t_max: floa
     Args:
         schedule: The path the times are for.
         steps: Number of steps, at least 1.
-        kind: `uniform` in t, `logsnr` (even in the log signal-to-noise ratio) or `karras` (even in
-            (sigma / alpha)^(1/7)). The last two span sigma / alpha in [0.002, 80] and add t_max and t_min as they are.
+        kind: `uniform` in t, `ends` (finer towards both ends: the mean of an even grid and a cosine one), `logsnr`
+            (even in the log signal-to-noise ratio) or `karras` (even in (sigma / alpha)^(1/7)). The last two span
+            sigma / alpha in [0.002, 80] and add t_max and t_min as they are.
         t_max: First time.
         t_min: Last time.
 
@@ -267,9 +318,10 @@ def time_grid(schedule: Schedule, steps: int, kind: str = "uniform", t_max: floa
     """
     if steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
-    if kind == "uniform":
-        return torch.linspace(t_max, t_min, steps + 1, dtype=torch.float64)
-    spacing = choose(SPACINGS, "time grid", kind)
+    if kind in IN_TIME:
+        u = IN_TIME[kind](torch.linspace(0, 1, steps + 1, dtype=torch.float64))
+        return torch.lerp(u.new_tensor(t_max), u.new_tensor(t_min), u)
+    spacing = SPACINGS[choose({name: name for name in GRIDS}, "time grid", kind)]
     low, high = schedule.logsnr(torch.tensor([t_max, t_min])).clamp(-2 * math.log(80.0), -2 * math.log(0.002))
     inner = steps if schedule.inverse(high) > t_min + 1e-9 else steps + 1  # t_min beyond the span is a step of its own
     u = torch.linspace(0, 1, inner, dtype=torch.float64)

@@ -68,7 +68,7 @@ def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
         groups=max(NUMBERS, 2 * facts.shape[0]) // 2,
     )
     train = TrainSettings(codec=StageSettings(batch=batch), denoiser=StageSettings(batch=batch))
-    sample = SampleSettings(sampler="heun", steps=40)
+    sample = SampleSettings(sampler="heun", steps=40, grid="uniform", precision="fp32")
     return Settings(codec=codec, denoiser=DenoiserSettings(net="mlp"), train=train, sample=sample)
 
 

@@ -56,7 +56,7 @@ def edit(
         strength: How far back: the share of noise, from 0 (only the codec) to 1 (default: 0.6, for invert 1).
         steps: Steps of the sampler (default: what fit chose, for invert 50).
         guidance: Weight of the condition; 1 is off (default: what fit chose).
-        sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc or sde (default: what fit chose; invert takes heun).
+        sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc, abm2 or sde (default: what fit chose; invert takes heun).
         skip_bad: Leave out files that cannot be read.
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the noise.
@@ -153,7 +153,8 @@ class _Noise:
         denoise = self.denoise(self.new, items)
         z_t = denoiser.noised(z, draw(), torch.full((len(z),), self.start))
         grid = time_grid(denoiser.schedule, self.how.steps, self.how.grid, self.start)
-        return sample(denoise, denoiser.schedule, z_t, grid, self.how.sampler, draw)
+        with self.model.autocast():
+            return sample(denoise, denoiser.schedule, z_t, grid, self.how.sampler, draw)
 
     def denoise(self, labels: "Tensor | None", items: list[int]) -> "Denoise":
         """The denoiser of some items under their labels."""

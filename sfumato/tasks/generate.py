@@ -60,7 +60,7 @@ def generate(
         where: What each row must fulfil, such as income=>50K or age>=30; rows are drawn until enough do.
         steps: Steps of the sampler (default: what fit chose).
         guidance: Weight of the condition; 1 is off (default: what fit chose).
-        sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc or sde (default: what fit chose).
+        sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc, abm2 or sde (default: what fit chose).
         seed: Seed of the noise.
         batch: Items computed at once.
         overwrite: Replace what is in the output folder.

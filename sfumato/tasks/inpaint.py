@@ -120,7 +120,7 @@ class _Gradient:
         mask = self.masks[items].unsqueeze(1)  # (B, 1, *axes)
         free = self.model.denoise(None if self.labels is None else self.labels[items], len(items), self.how)
         denoise, step = self.constrained(free, x, mask)
-        grid = time_grid(schedule, self.how.steps, self.how.grid)
+        grid = time_grid(schedule, self.how.steps)  # the grid fit chose is for another sampler
         z = sample(denoise, schedule, prior(schedule, draw), grid, Again(step, self.resample), draw)
         return torch.where(mask, self.model.decode(z), x)
 

@@ -58,7 +58,7 @@ def interpolate(
         label_b: Class of B.
         path: Through noise along the flow, or through the latent space directly, where only the codec sees to it that
             things between look like data.
-        steps: Steps of the sampler, heun (default: what fit chose, and 50 where a file is inverted).
+        steps: Steps of the sampler (default: what fit chose; where a file is inverted, 50 of heun).
         guidance: Weight of the condition; 1 is off (default: what fit chose).
         overrides: Fix how a file is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the noise of new items.
@@ -94,7 +94,7 @@ def interpolate(
     sheet = check_places(loaded, out, sheet, overwrite)
     begin, end = (_end(model, loaded, *given, overrides, seed) for given in ((a, label_a), (b, label_b)))
     inverted = path == "flow" and (begin.x is not None or end.x is not None)
-    how = sampling(loaded, steps or (INVERT_STEPS if inverted else None), guidance, "heun")
+    how = sampling(loaded, steps or (INVERT_STEPS if inverted else None), guidance, "heun" if inverted else None)
     shares = torch.linspace(0, 1, n)
     items = _items(loaded, way(loaded, begin, end, how, seed), shares, batch, progress)
     facts = {"path": path, "steps": how.steps, "guidance": how.guidance, "seed": seed}
@@ -164,7 +164,7 @@ def _flow(model: "Model", a: _End, b: _End, how: "Sampling", seed: int) -> "Way"
         denoise = b.denoise(model, len(share), how)
         if a.label != b.label:
             denoise = cfg(denoise, a.denoise(model, len(share), how), share)
-        return regenerate(denoise, schedule, slerp(*ends, share), grid)
+        return regenerate(denoise, schedule, slerp(*ends, share), grid, how.sampler)
 
     return along
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sfumato.core import denoiser_calls
 from sfumato.metrics import frechet
 from sfumato.model import Model
 from sfumato.nn.classifier import Classifier
@@ -13,8 +14,6 @@ from sfumato.training.job import Job
 WEIGHTS = (1.0, 1.1, 1.2, 1.3, 1.5, 2.0)
 ITEMS = 1_000
 REAL = 5_000
-STEPS = 10
-CALLS = 2 * (2 * STEPS - 1)  # of the network per item: Heun, with and without the label
 SHARE = 0.06  # of the denoiser's training
 FEWEST = 200  # on fewer items nothing is chosen
 MARGIN = 0.1  # the network's own mistakes hide some missed labels, so a little more guidance is taken
@@ -32,7 +31,7 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
     Returns:
         The weight, and what each one tried reached: `fd` (on the feature network's features) and `accuracy`.
     """
-    count = affordable(job)
+    count = affordable(job, model)
     if not job.classes or network is None or job.held.labels is None or count < FEWEST:
         return model.sampling.guidance, {}
     index = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(0))[:REAL]
@@ -52,7 +51,7 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
     return float(min(tried, key=lambda weight: tried[weight]["fd"])), tried
 
 
-def affordable(job: Job) -> int:
+def affordable(job: Job, model: Model) -> int:
     """How many items each weight may be tried on: all of them together cost `SHARE` of the denoiser's training.
 
     A training item costs as much as three calls of the network; steps, and not seconds, are counted, so that the
@@ -60,14 +59,14 @@ def affordable(job: Job) -> int:
     """
     stage = job.settings.train.denoiser
     calls = 3 * (stage.steps or 1) * (stage.batch or 1)
-    return min(ITEMS, int(SHARE * calls / (CALLS * len(WEIGHTS))))
+    each = 2 * denoiser_calls(model.sampling.sampler, model.sampling.steps)  # with and without the label
+    return min(ITEMS, int(SHARE * calls / (each * len(WEIGHTS))))
 
 
 def drawn(job: Job, model: Model, network: Classifier, labels: Tensor, weight: float) -> Tensor:
     """Features of new items of these labels at a guidance weight."""
-    how = replace(model.sampling, steps=STEPS, guidance=weight)
-    with job.accelerator.autocast():
-        x = model.decode(model.sample(range(len(labels)), labels, seed=job.settings.seed, how=how).float())
+    how = replace(model.sampling, guidance=weight)
+    x = model.decode(model.sample(range(len(labels)), labels, seed=job.settings.seed, how=how))
     return network.features(x.to(job.device)).float()
 
 

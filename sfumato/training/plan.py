@@ -76,9 +76,10 @@ def plan_stage(given: StageSettings, stage: str, facts: Facts) -> StageSettings:
     return filled(given, (codec if stage == "codec" else denoiser).model_copy(update={"weight_decay": 0.0}))
 
 
-def plan_sample(given: SampleSettings) -> SampleSettings:
+def plan_sample(given: SampleSettings, precision: str) -> SampleSettings:
     """How samples are drawn; the guidance that is left open is chosen by measurement at the end."""
-    return filled(given, SampleSettings(sampler="heun", steps=15))
+    planned = {"sampler": "abm2", "steps": 10, "grid": "ends", "precision": precision}
+    return filled(given, SampleSettings.model_validate(planned))
 
 
 def filled(given: S, planned: S) -> S:
@@ -106,6 +107,7 @@ def make_plan(
     settings = filled(settings, row.plan(settings, facts, seconds * row.codec_share))
     codec = blank_codec(row, settings, facts)
     share = row.codec_share if codec.learns else 0.0
+    precision = facts.precision if settings.train.precision == "auto" else settings.train.precision
     return settings.model_copy(
         update={
             "denoiser": plan_denoiser(settings.denoiser, facts, codec.latent_size, seconds * (1 - share), size),
@@ -113,9 +115,9 @@ def make_plan(
                 update={
                     "codec": plan_stage(settings.train.codec, "codec", facts),
                     "denoiser": plan_stage(settings.train.denoiser, "denoiser", facts),
-                    "precision": facts.precision if settings.train.precision == "auto" else settings.train.precision,
+                    "precision": precision,
                 }
             ),
-            "sample": plan_sample(settings.sample),
+            "sample": plan_sample(settings.sample, precision),
         }
     )

@@ -201,8 +201,7 @@ def train_denoiser(job: Job, model: Model, z: Tensor, state: State | None) -> No
     def sheet() -> tuple[str, Any]:
         """Items that a class each row would show, from the average so far."""
         labels = torch.arange(len(items)) % job.classes if job.classes else None
-        with job.accelerator.autocast():
-            x = model.decode(model.sample(items, labels, seed=job.settings.seed).float())
+        x = model.decode(model.sample(items, labels, seed=job.settings.seed))
         return "samples", job.modality.sheet(x, job.train.mode, None)
 
     drive(job, trainer, feed, sheet)

@@ -1,15 +1,18 @@
 """Every sampler converges at its order on exact denoisers, ends on z_hat, and does not mind how times are laid out."""
 
+import math
+
 import pytest
 import torch
 
-from sfumato.core import GRIDS, SAMPLERS, Noise, make_schedule, prior, sample, time_grid
+from sfumato.core import GRIDS, SAMPLERS, Noise, denoiser_calls, make_schedule, prior, sample, time_grid
 from sfumato.core.sampler import Multistep
 from tests.core.exact import GAUSSIAN, TWO_MODES, order
 
 SPANS = [("flow", 0.95, 0.05), ("cosine", 0.95, 0.05), ("edm", 0.8, 0.1)]
-ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3}  # the corrector adds one to UniPC-2
+ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3, "abm2": 2}  # the corrector adds one to UniPC-2
 STEPS = [48, 96, 192]
+MANY = {"abm2": [512, 1024, 2048]}  # its second-order term is so small that it shows only late
 
 
 @pytest.mark.parametrize("data", [GAUSSIAN, TWO_MODES], ids=["gaussian", "two_modes"])
@@ -20,11 +23,11 @@ def test_order(data, name, start, stop, sampler):
     mean, variance = data.moments(schedule, start)
     z = mean + variance**0.5 * torch.linspace(-2, 2, 15, dtype=torch.float64)
     exact = data.flow(schedule, start, stop, z)
-    errors = []
-    for n in STEPS:
+    steps, errors = MANY.get(sampler, STEPS), []
+    for n in steps:
         got = sample(data.denoise(schedule), schedule, z, time_grid(schedule, n, "uniform", start, stop), sampler)
         errors.append(float((got - exact).square().mean().sqrt()))
-    assert abs(order(STEPS, errors) - ORDERS[sampler]) < 0.25, errors
+    assert abs(order(steps, errors) - ORDERS[sampler]) < 0.25, errors
     assert errors[-1] < (0.03 if ORDERS[sampler] == 1 else 2e-3)
 
 
@@ -153,6 +156,7 @@ def test_calls_per_step():
         counts[name] = len(calls)
         assert all(t.shape == (4,) for t in calls)
     assert counts == {name: 9 if name == "heun" else 5 for name in SAMPLERS}
+    assert counts == {name: denoiser_calls(name, 5) for name in SAMPLERS}
 
 
 def test_a_rule_of_ones_own():
@@ -192,6 +196,27 @@ def test_grids_fall(kind, name, steps):
         grid = time_grid(schedule, steps, kind, high, low)
         assert grid.shape == (steps + 1,) and grid.dtype == torch.float64
         assert grid[0] == high and grid[-1] == low and (grid.diff() < 0).all()
+
+
+@pytest.mark.parametrize("kind", ["uniform", "ends"])
+def test_grids_in_time(kind):
+    """Both are mirror images of themselves; `ends` takes half a uniform step, and a little, at either end."""
+    grid, even = (time_grid(make_schedule("flow"), 20, k, 0.9, 0.1) for k in (kind, "uniform"))
+    assert torch.allclose(grid + grid.flip(0), torch.ones(21, dtype=torch.float64), atol=1e-12)
+    first = float((grid[0] - grid[1]) / (even[0] - even[1]))
+    assert first == pytest.approx(1.0 if kind == "uniform" else 0.5 + 10 * math.sin(math.pi / 40) ** 2)
+
+
+def test_abm2_is_exact_on_a_line():
+    """Where z_hat is a line in the angle, whatever z, any two steps are exact but for the first, which is corrected."""
+    schedule, start, stop = make_schedule("flow"), 0.95, 0.2
+    line = lambda t: 0.3 - 1.7 * torch.atan2(t, 1 - t)
+    grid = torch.tensor([start, 0.6, stop], dtype=torch.float64)
+    z = torch.tensor([0.4, -1.0], dtype=torch.float64)
+    got = sample(lambda z, t: line(t).expand_as(z), schedule, z, grid, "abm2")
+    tau = torch.linspace(start, stop, 20_001, dtype=torch.float64)  # z / sigma changes by z_hat d(alpha / sigma)
+    gain = torch.trapezoid(line(tau) * -1 / tau**2, tau)
+    assert torch.allclose(got, stop * (z / start + gain), atol=1e-8)
 
 
 def test_karras_grid_is_the_paper():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +100,24 @@ def test_classes_come_evenly_shuffled_and_whatever_n(model: Model):
     rounds = labels.view(10, 10)
     assert not torch.equal(rounds[0], torch.arange(10)) and not torch.equal(rounds[0], rounds[1])
     assert not torch.equal(model.labels_for(range(100), 1), labels)
+
+
+def test_bf16_is_close_and_taken_only_where_the_device_has_it(
+    make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+):
+    model = make_model()
+    plain = generate(model, n=20).items
+    model.card.sample["precision"] = "bf16"
+    for there in (False, True):
+        monkeypatch.setattr("sfumato.model.has_bf16", lambda device, there=there: there)
+        items = generate(model, n=20).items
+        assert items.dtype == torch.float32 and torch.equal(items, plain) == (not there)
+    gap = (items - plain).abs()
+    assert float(gap.mean()) < 0.01 and float(gap.max()) < 0.1
+    z = model.sample(range(20), model.labels_for(range(20), 0))
+    model.card.sample["precision"] = "fp32"
+    assert not torch.equal(model.sample(range(20), model.labels_for(range(20), 0)), z)  # the denoiser too
+    assert not torch.equal(model.decode(z), items)  # and the decoder
 
 
 def test_label_and_guidance_matter(model: Model):

@@ -72,7 +72,8 @@ def test_the_size_dial_wins_over_the_budget():
     ["codec.width=40", "codec.bottleneck=vq", "codec.channels=2", "denoiser.net=dit", "denoiser.width=320",
      "denoiser.depth=3", "train.codec.batch=7", "train.denoiser.lr=0.5", "train.denoiser.optimizer=muon",
      "train.codec.weight_decay=0.1", "sample.steps=3", "sample.guidance=0", "train.codec.warmup=0",
-     "codec.kl_weight=0", "denoiser.class_dropout=0", "train.precision=bf16"],
+     "codec.kl_weight=0", "denoiser.class_dropout=0", "train.precision=bf16", "sample.grid=karras",
+     "sample.precision=fp32"],
 )  # fmt: skip
 def test_overrides_win(override: str):
     given = apply_overrides(Settings(), [override])
@@ -98,6 +99,12 @@ def test_everything_but_the_steps_is_decided():
         "train.codec.warmup", "train.denoiser.warmup",
         "denoiser.schedule_settings", "denoiser.weight_settings", "denoiser.times_settings",
     }  # fmt: skip
+
+
+def test_new_items_are_drawn_in_the_precision_of_training():
+    precisions = {s: planned(600, MNIST, None, *s.split()).sample.precision for s in ("train.precision=bf16", "")}
+    assert precisions == {"train.precision=bf16": "bf16", "": FACTS.precision}
+    assert planned(600, MNIST, None, "train.precision=bf16", "sample.precision=fp32").sample.precision == "fp32"
 
 
 def test_many_latent_numbers_call_for_a_transformer():

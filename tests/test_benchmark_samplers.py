@@ -1,0 +1,51 @@
+"""The benchmark of samplers: how many steps calls pay for, what is compared with what, and what the table says."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from sfumato.core import SAMPLERS, denoiser_calls
+from tests.tasks.conftest import new_model
+
+PLACE = Path(__file__).parent.parent / "benchmarks" / "samplers.py"
+
+
+@pytest.fixture
+def samplers() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("samplers", PLACE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_steps_use_up_the_calls(samplers: ModuleType):
+    assert [samplers.steps_for("heun", calls) for calls in (1, 2, 3, 4, 29)] == [1, 1, 2, 2, 15]
+    for name in SAMPLERS:
+        for calls in (1, 6, 15):
+            steps = samplers.steps_for(name, calls)
+            assert denoiser_calls(name, steps) <= calls < denoiser_calls(name, steps + 1)
+
+
+def test_a_row_a_sampler(samplers: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    model = new_model()
+    monkeypatch.setattr(samplers, "load", lambda folder: model)
+    monkeypatch.setattr(samplers, "make_distance", lambda model, source: lambda x: float(x.mean()))
+    monkeypatch.setitem(samplers.CONVERGED, "steps", 30)
+    words = ["runs/x", "--source", "digits", "--items", "6", "--batch", "4", "--guidance", "1,2", "--calls", "2,30"]
+    assert samplers.main([*words, "--samplers", "euler:uniform,abm2:ends"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| sampler | grid | w | 2 | 30 | \u221e |" and len(lines) == 6
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[:3] for row in rows] == [
+        ["euler", "uniform", "1"], ["abm2", "ends", "1"], ["euler", "uniform", "2"], ["abm2", "ends", "2"]
+    ]  # fmt: skip
+    errors = [[float(cell.split("/")[0]) for cell in row[3:5]] for row in rows]
+    assert all(few > many for few, many in errors)
+    assert errors[1][1] == 0 < errors[0][1]  # 30 steps of abm2 are the converged ones here
+    assert rows[1][4].split(" / ")[1] == rows[1][5] != rows[3][5]
+    (few, _), (many, _) = (samplers.drawn(model, model.sampling, 6, batch) for batch in (4, 6))
+    assert torch.allclose(few, many, atol=1e-4)
