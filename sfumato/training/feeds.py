@@ -28,7 +28,9 @@ class Order:
         first, last = step * self.batch, (step + 1) * self.batch - 1
         wanted = range(first // self.count, last // self.count + 1)
         self.epochs = {epoch: self.epochs[epoch] if epoch in self.epochs else self._draw(epoch) for epoch in wanted}
-        return torch.cat(list(self.epochs.values()))[first - wanted.start * self.count :][: self.batch]
+        # of each epoch the part that the step takes: joining whole epochs would cost as much as there is data
+        parts = ((max(first - k * self.count, 0), last - k * self.count + 1) for k in wanted)
+        return torch.cat([self.epochs[k][a:b] for k, (a, b) in zip(wanted, parts, strict=True)])
 
     def _draw(self, epoch: int) -> Tensor:
         return torch.randperm(self.count, generator=step_generator(self.seed, f"{self.stage}/order", epoch))
