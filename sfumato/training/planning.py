@@ -87,6 +87,7 @@ def divide_steps(job: Job, steps: int, share: float) -> None:
     codec.shards, denoiser.shards = codec.shards or 1, denoiser.shards or 1  # whatever the machine
     if job.settings.codec.perceptual_steps is None:
         job.settings.codec.perceptual_steps = min(FEATURE_STEPS, steps)
+    job.settings.train.encoded = job.settings.train.encoded or len(job.train)
 
 
 def rehearse(job: Job) -> None:
