@@ -6,7 +6,8 @@
 The steps are those of `fit` with the same data, budget and settings, on copies that `training/planning.py` makes and
 throws away; nothing is written but the trace. Parts are timed by the clock, each without those inside it, and the
 median of the steps counts. Operators are timed by torch's profiler, which slows small ones down; their floating-point
-operations are counted by torch, backward passes included. Keep the machine quiet meanwhile.
+operations are counted by torch, backward passes included. Where the plan computes a batch in parts side by side, only
+the headline does: parts and operators are those of a batch computed whole. Keep the machine quiet meanwhile.
 """
 
 import argparse
@@ -236,9 +237,10 @@ def report(job: Job, options: argparse.Namespace) -> Iterator[str]:
     kit: dict[str, Any] = {"seed": job.settings.seed, "accelerator": job.accelerator}
     for stage, (step, settings, feed) in stage_copies(job, network).items():
         speed = measure_step(step, settings, feed, stage=stage, first=LATE, least=options.steps, **kit)
-        yield f"## {stage}\n\n{headline(speed, settings.batch or 1, job.record['peak'])}\n"
+        parts = f"; {settings.shards} parts side by side" if (settings.shards or 1) > 1 else ""
+        yield f"## {stage}\n\n{headline(speed, settings.batch or 1, job.record['peak'])}{parts}\n"
         trainer = Trainer(step, settings, Horizon(10**9), stage=stage, **kit)
-        trainer.done = LATE  # every term of the loss plays
+        trainer.done, trainer.crew = LATE, None  # every term of the loss plays; the clock is for one thread
         trainer.inner.train()
         trace = options.trace and options.trace.with_stem(f"{options.trace.stem}-{stage}")
         found = operators(trainer, feed, trace)
