@@ -141,6 +141,7 @@ class TrainSettings(Section):
     codec: StageSettings = Field(default_factory=StageSettings, description="the first stage")
     denoiser: StageSettings = Field(default_factory=StageSettings, description="the second stage")
     precision: Precision = Field(default="auto", description="auto: bf16 where the machine is faster with it")
+    encoded: int | None = Field(default=None, ge=1, description="training items that are encoded for the second stage")
 
 
 class SampleSettings(Section):

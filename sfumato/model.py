@@ -25,10 +25,11 @@ from sfumato.errors import UserError
 from sfumato.machine import default_device, has_bf16
 from sfumato.modality import Modality, find_modality
 from sfumato.nn import make_net
-from sfumato.types import Latent
+from sfumato.types import Latent, at_once
 
 FORMAT = 1
 PARTS = ("codec", "conditioner", "denoiser")
+CODED = 256  # items that the codec works on at a time
 
 
 @dataclass
@@ -122,15 +123,17 @@ class Model:
         return nullcontext()
 
     @torch.no_grad()
-    def encode(self, x: Tensor, batch: int = 256) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:
         """Latents (N, *latent_shape), on the CPU, of data (N, ...)."""
-        return torch.cat([self.codec.encode(part.to(self.device)).z.cpu() for part in x.split(batch)])
+        parts = x.split(at_once(self.card.shape, CODED))
+        return torch.cat([self.codec.encode(part.to(self.device)).z.cpu() for part in parts])
 
     @torch.no_grad()
-    def decode(self, z: Tensor, batch: int = 256) -> Tensor:
+    def decode(self, z: Tensor) -> Tensor:
         """Data (N, ...), on the CPU, of latents z (N, *latent_shape)."""
+        parts = z.split(at_once(self.card.shape, CODED))
         with self.autocast():
-            return torch.cat([self.codec.decode(Latent(part.to(self.device))).cpu() for part in z.split(batch)])
+            return torch.cat([self.codec.decode(Latent(part.to(self.device))).cpu() for part in parts])
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Encode and decode: what the codec keeps of data (N, ...)."""

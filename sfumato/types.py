@@ -1,5 +1,7 @@
 """The few things every layer hands to the next."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -32,3 +34,8 @@ class Cond:
     mask: Tensor | None = None
     concat: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+def at_once(shape: Sequence[int], most: int, numbers: int = 2**24) -> int:
+    """How many items of this shape to handle at a time: `most`, or fewer where those hold more than so many numbers."""
+    return max(1, min(most, numbers // max(1, math.prod(shape))))

@@ -1,6 +1,7 @@
 """What every codec promises: data in, latents of zero mean and unit variance out, and back."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -95,13 +96,30 @@ class Codec(nn.Module):
         return self.decoder(h), loss, info
 
     @torch.no_grad()
-    def learn_statistics(self, h: Tensor, floor: float = 1e-3) -> None:
-        """Set μ and σ per channel from the raw codes h (N, *latent_shape) of the training set.
+    def learn_statistics(self, h: Tensor | Iterable[Tensor], floor: float = 1e-3) -> None:
+        """Set μ and σ per channel from the raw codes h (N, *latent_shape) of the training set, or from pieces of them.
 
         A dead channel (σ below `floor` of the largest) keeps that floor, so that whitening never amplifies rounding.
         """
-        axes = (0, *range(2, h.ndim))
-        std, mean = torch.std_mean(h, axes, correction=0)
+        mean, std = _mean_and_deviation([h] if isinstance(h, Tensor) else h)
         std = std.clamp(min=max(floor * float(std.max()), 1e-8))
         self.latent_mean.copy_(mean.view_as(self.latent_mean))
         self.latent_std.copy_(std.view_as(self.latent_std))
+
+
+def _mean_and_deviation(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (C,) per channel of codes (N, C, ...) that come in pieces, in float64.
+
+    References:
+        Chan, Golub and LeVeque 1983, Algorithms for Computing the Sample Variance, eq. 2.1.
+    """
+    count, mean, square = 0, torch.zeros(()), torch.zeros(())
+    for h in parts:
+        var, middle = (v.double() for v in torch.var_mean(h, (0, *range(2, h.ndim)), correction=0))
+        here, away = h.numel() // h.shape[1], middle - mean
+        total = count + here
+        mean = mean + away * (here / total)
+        square = square + var * here + away.square() * (count * here / total)
+        count = total
+    assert count, "statistics of nothing"
+    return mean, (square / count).sqrt()

@@ -1,6 +1,6 @@
 """Codecs for rows of a table: numbers as normal scores, categories as corners, with or without a learned code."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -203,7 +203,7 @@ class TableCodec(Codec):
         return self.features.inverse(self.decoder(h).float())
 
     @torch.no_grad()
-    def learn_statistics(self, h: Tensor, floor: float = 1e-3) -> None:
+    def learn_statistics(self, h: Tensor | Iterable[Tensor], floor: float = 1e-3) -> None:
         """As for every codec; but the corners of one category, if they are the latent, share a deviation.
 
         Else a rare level would be as far away as it is rare.

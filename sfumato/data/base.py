@@ -126,9 +126,8 @@ def _shares(sizes: NDArray[np.int64], total: int) -> NDArray[np.int64]:
     """`total` dealt in proportion to `sizes` by largest remainder, leaving one of each behind."""
     exact = sizes * (total / sizes.sum())
     share = np.minimum(np.floor(exact).astype(np.int64), sizes - 1)
-    for k in np.argsort(share - exact, kind="stable"):
-        if share.sum() < total and share[k] < sizes[k] - 1:
-            share[k] += 1
+    order = np.argsort(share - exact, kind="stable")
+    share[order[share[order] < sizes[order] - 1][: total - share.sum()]] += 1
     return share
 
 
@@ -161,10 +160,11 @@ def split(data: S, fraction: float = 0.1, cap: int = 5000) -> tuple[S, S]:
     count = min(max(1, round(len(data) * fraction)), cap, len(data) - 1)
     held = order[:count]
     if data.labels is not None:
-        classes, sizes = np.unique(data.labels, return_counts=True)
+        sizes = np.unique(data.labels, return_counts=True)[1]
         shares = _shares(sizes, count)
-        groups = [order[data.labels[order] == k][:n] for k, n in zip(classes, shares, strict=True)]
-        held = np.concatenate(groups) if shares.sum() else held
+        grouped = order[np.argsort(data.labels[order], kind="stable")]  # class after class, each in its order
+        rank = np.arange(len(data)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        held = grouped[rank < np.repeat(shares, sizes)] if shares.sum() else held
     kept = np.ones(len(data), dtype=bool)
     kept[held] = False
     return data.subset(np.flatnonzero(kept)), data.subset(np.flatnonzero(~kept))

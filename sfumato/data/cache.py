@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -46,22 +47,41 @@ def key_of(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def scratch() -> Path:
+    """Where large temporary files go: $TMPDIR, else the user's cache, as the usual folder is often held in memory."""
+    given = os.environ.get("TMPDIR")
+    folder = Path(given) if given else cache_root() / "scratch"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def allocate(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """An array in memory, or mapped from a nameless temporary file when it is over 2 GiB."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     if size <= IN_MEMORY:
         return np.empty(shape, dtype)
     try:
-        with tempfile.TemporaryFile() as file:
+        with tempfile.TemporaryFile(dir=scratch()) as file:
             file.truncate(size)
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told here, not by a bus error later
             return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
     except OSError as error:
-        room = f"{size / 2**30:.1f} GiB for the decoded images"
-        raise UserError(
-            f"{tempfile.gettempdir()}: no room for {room} ({error}); free some or set TMPDIR", code=1
-        ) from error
+        place = os.environ.get("TMPDIR") or cache_root()
+        room = f"{size / 2**30:.1f} GiB of data that do not fit into memory"
+        raise UserError(f"{place}: no room for {room} ({error}); free some or set TMPDIR", code=1) from error
+
+
+def allocate_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU, in memory or mapped as by `allocate`."""
+    raw = allocate((math.prod(shape) * dtype.itemsize,), np.uint8)
+    return torch.from_numpy(raw).view(dtype).reshape(shape)
+
+
+def load_array(path: Path) -> NDArray[Any]:
+    """What an .npy file holds, in memory or, over 2 GiB, mapped from the file to be read only."""
+    large = path.stat().st_size > IN_MEMORY
+    return np.load(path, mmap_mode="r" if large else None, allow_pickle=False)
 
 
 def save_pixels(key: str, pixels: NDArray[Any], mode: str) -> None:
@@ -81,8 +101,7 @@ def load_pixels(key: str) -> tuple[NDArray[Any], str] | None:
     """Pixels and mode kept under `key`, or None."""
     for path in (cache_root() / "decoded").glob(f"{key}.*.npy"):
         try:
-            large = path.stat().st_size > IN_MEMORY
-            pixels = np.load(path, mmap_mode="r" if large else None, allow_pickle=False)
+            pixels = load_array(path)
         except (OSError, ValueError, EOFError):
             continue
         return pixels, path.name.split(".")[1].replace("_", ";")
@@ -115,6 +134,8 @@ def latent_key(fingerprint: str, codec_hash: str, settings: Mapping[str, object]
 class LatentCache:
     """Encoded tensors on disk, one safetensors file per key (see `latent_key`); dtypes are preserved.
 
+    What it gives is in memory or mapped as by `allocate`, and may be written to.
+
     Args:
         folder: Where the files lie.
         key: Which one.
@@ -139,7 +160,7 @@ class LatentCache:
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: _copied(file.get_tensor(name)) for name in file.keys()}
         except (OSError, SafetensorError):
             return None
         intact = metadata.get("key") == self.key and metadata.get("sha256") == _checksum(tensors)
@@ -152,6 +173,10 @@ class LatentCache:
             tensors = dict(make())
             self.put(tensors)
         return tensors
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return allocate_tensor(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -119,11 +119,11 @@ def convert(data: Data, resolution: int | None, mode: str | None) -> Data:
     mode, side = mode or data.mode, resolution or 0
     if mode == data.mode and (not side or data.shape[1:] == (side, side)):
         return data
-    pixels = data.pixels
-    first = reshape(pixels[0], side, mode)
-    store = allocate((len(pixels), *first.shape), first.dtype)
-    for i, one in enumerate(pixels):
-        store[i] = reshape(one, side, mode)
+    rows = np.arange(len(data)) if data.rows is None else data.rows
+    first = reshape(data.store[rows[0]], side, mode)
+    store = allocate((len(data), *first.shape), first.dtype)
+    for i, row in enumerate(rows):
+        store[i] = reshape(data.store[row], side, mode)
     return replace(data, store=store, mode=mode, rows=None)
 
 

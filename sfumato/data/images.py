@@ -141,12 +141,14 @@ def read_path(path: Path, options: ReadOptions) -> Parts:
             return read_files(files, options)
     if path.suffix.lower() == ".npz":
         return arrays.read_npz(path)
+    if path.suffix.lower() == ".npy":
+        return arrays.read_npy(path), None
     if arrays.IDX.search(path.name):
         return arrays.idx_data(path), None
     if is_image(path.name):
         single = Files(path, [path.name], lambda name: path.with_name(name).read_bytes(), str(path))
         return read_files(single, options)
-    raise UserError(f"{path}: not a source of images; want a folder, .npz, idx, .tar, .zip or an image", code=1)
+    raise UserError(f"{path}: not a source of images; want a folder, .npz, .npy, idx, .tar, .zip or an image", code=1)
 
 
 def _missing(source: str) -> UserError:
@@ -166,8 +168,8 @@ def read_images(
     """Every image of a source, and its official held-out part where it has one (else None).
 
     Args:
-        source: A built-in's name, hf://owner/name, a folder, an archive, .npz, idx, or one image. A built-in's name
-            wins over a folder so called (say ./mnist for that).
+        source: A built-in's name, hf://owner/name, a folder, an archive, .npz, .npy, idx, or one image. A built-in's
+            name wins over a folder so called (say ./mnist for that).
         resolution: Crop to the middle square and resize to this side (Lanczos); None needs images of one size.
         mode: Convert to "L", "RGB", "RGBA" or "I;16"; None needs images of one mode, and keeps it.
         label_from: Regular expression whose first group, found in the file name, is the label.

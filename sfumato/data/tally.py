@@ -162,6 +162,8 @@ class Tally:
             raise UserError(f"{self.place} holds an infinite number; write a number there, or leave it empty", code=1)
         self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
         self.decimals, self.step = _decimals(values, self.decimals), _step(values, self.step)
+        if self.decimals != 0:
+            self.hashes = None  # no name of a row, and they would take as much memory as the column
 
     def _dates(self, trimmed: pa.Array) -> None:
         if not self.formats:

@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
+from ..types import at_once
+from .cache import allocate
 from .labels import METADATA
 
 _COLOUR_TYPE = {1: 0, 3: 2, 4: 6}  # PNG's number for grey, RGB, RGBA
@@ -27,11 +29,16 @@ _WIDEST = 1024  # pixels a sample sheet is enlarged to at most
 def to_pixels(items: Tensor, mode: str | None = None) -> NDArray[Any]:
     """Integers (N, H, W, C) of images (N, C, H, W) in [-1, 1]: uint8, or uint16 for mode "I;16"."""
     wide = mode == "I;16"
-    if not bool(torch.isfinite(items).all()):
+    if not all(bool(torch.isfinite(part).all()) for part in items.split(at_once(items.shape[1:], len(items)))):
         raise UserError("the images hold values that are not numbers (NaN or infinite): nothing written", code=1)
     half = 32767.5 if wide else 127.5
-    scaled = items.detach().to("cpu", torch.float32).add(1).mul(half).round_().clamp_(0, 2 * half)
-    return scaled.permute(0, 2, 3, 1).contiguous().numpy().astype(np.uint16 if wide else np.uint8)
+    count, channels, height, width = items.shape
+    pixels, first = allocate((count, height, width, channels), np.uint16 if wide else np.uint8), 0
+    for part in items.detach().split(at_once(items.shape[1:], count)):  # what is generated may be larger than memory
+        scaled = part.to("cpu", torch.float32).add(1).mul_(half).round_().clamp_(0, 2 * half)
+        pixels[first : first + len(part)] = scaled.permute(0, 2, 3, 1).numpy()
+        first += len(part)
+    return pixels
 
 
 def png(pixels: NDArray[Any]) -> bytes:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.metrics.distances import Moments, moments
 from sfumato.metrics.inception import Inception
-from sfumato.types import Batch
+from sfumato.types import Batch, at_once
 
 INCEPTION_ENV = "SFUMATO_INCEPTION"
 CHUNK = 500  # images held at a time
@@ -169,7 +169,9 @@ def pick(count: int, n: int, seed: int = 0) -> Tensor:
 
 def image_parts(data: Images, index: Tensor | None = None) -> Iterator[Tensor]:
     """The images (b, C, H, W) of a data set, or of some of its items, a bounded number at a time."""
-    for part in (torch.arange(len(data)) if index is None else index).split(CHUNK):
+    index = torch.arange(len(data)) if index is None else index
+    shape = data.batch(index[:1]).data.shape[1:]
+    for part in index.split(at_once(shape, CHUNK)):
         yield data.batch(part).data
 
 
@@ -209,9 +211,11 @@ def reference(data: Images, extractor: Extractor, cache: Path | None = None, mos
     kept: list[Tensor] = []
 
     def stream() -> Iterator[Tensor]:
-        for start, x in zip(range(0, len(data), CHUNK), image_parts(data, order), strict=True):
+        done = 0
+        for x in image_parts(data, order):
             features = extractor(x)
-            kept.append(features[: max(0, most - start)])
+            kept.append(features[: max(0, most - done)])
+            done += len(x)
             yield features
 
     taken = Reference(moments(stream()), torch.cat(kept))

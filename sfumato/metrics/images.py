@@ -20,8 +20,8 @@ from sfumato.metrics.distances import (
     psnr,
     ssim,
 )
-from sfumato.metrics.features import KEPT, Extractor, Images, extract, image_parts, pick, reference
-from sfumato.types import Batch
+from sfumato.metrics.features import CHUNK, KEPT, Extractor, Images, extract, image_parts, pick, reference
+from sfumato.types import Batch, at_once
 
 Report = dict[str, float | int | str]
 Logits = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> (B, classes)
@@ -160,6 +160,7 @@ def reconstruction_report(x: Tensor, x_rec: Tensor, extractor: Extractor | None 
     x_rec = x_rec.clamp(-1, 1)
     report = {"psnr": psnr(x, x_rec), "ssim": ssim(x, x_rec), "l1": float((x - x_rec).abs().mean())}
     if extractor is not None:
-        a, b = (torch.cat([extractor(part) for part in v.split(500)]) for v in (x, x_rec))
+        chunk = at_once(x.shape[1:], CHUNK)
+        a, b = (torch.cat([extractor(part) for part in v.split(chunk)]) for v in (x, x_rec))
         report["rfd"] = frechet(a, b)
     return report

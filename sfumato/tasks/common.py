@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sfumato.config import DataSettings, apply_overrides, read_settings
 from sfumato.data import BUILTINS
+from sfumato.data.cache import allocate_tensor
 from sfumato.errors import UserError
 from sfumato.machine import default_device
 from sfumato.model import Model, load, read_json
@@ -61,6 +62,26 @@ def gathered(items: Tensor, n: int) -> Tensor:
     whole = torch.cat(cast("list[Tensor]", gather_object([items])))
     assert len(whole) == n
     return whole
+
+
+class Collected:
+    """Items (count, ...) that come in parts: kept in memory, or mapped from disk where they are too many for it.
+
+    Args:
+        count: How many there will be.
+        shape: Shape of one.
+    """
+
+    def __init__(self, count: int, shape: Sequence[int]) -> None:
+        self.count, self.done = count, 0
+        self.items = torch.empty(0, *shape)
+
+    def append(self, part: Tensor) -> None:
+        """Take the next items (B, ...), all of one type."""
+        if not self.done:
+            self.items = allocate_tensor((self.count, *part.shape[1:]), part.dtype)
+        self.items[self.done : self.done + len(part)] = part
+        self.done += len(part)
 
 
 def check_counts(least: int = 1, **counts: int | None) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sfumato.tasks.common import Progress
 
 MOST, LEAST = 10_000, 1_000  # items that are generated, unless told otherwise
-CHECKED = 2_000  # held-out items that the codec is measured on
+CHECKED, CHECKED_NUMBERS = 2_000, 2**26  # held-out items that the codec is measured on, and numbers in them
 
 
 def evaluate(
@@ -87,6 +87,7 @@ def _is_model(target: "Path | str | Model") -> bool:
 def _measure_codec(judge: "Judge[Data]", model: "Model", held: "Data", seed: int) -> dict[str, Any]:
     """What the codec keeps of held-out items."""
     from sfumato.metrics.features import pick
+    from sfumato.types import at_once
 
-    x = held.batch(pick(len(held), CHECKED, seed)).data
+    x = held.batch(pick(len(held), at_once(held.shape, CHECKED, CHECKED_NUMBERS), seed)).data
     return {"codec_n": len(x), **{f"codec_{name}": v for name, v in judge.compare(x, model.reconstruct(x)).items()}}

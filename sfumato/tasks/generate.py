@@ -77,7 +77,7 @@ def generate(
 
     import torch
 
-    from sfumato.tasks.common import check_counts, gathered, is_main, open_model, save_picture, shard, tell
+    from sfumato.tasks.common import Collected, check_counts, gathered, is_main, open_model, save_picture, shard, tell
 
     start = time.perf_counter()
     check_counts(n=n, steps=steps, batch=batch)
@@ -92,13 +92,13 @@ def generate(
         """The items of these numbers, shared out between processes."""
         mine = [numbers[i] for i in shard(len(numbers))]
         labels = loaded.labels_for(mine, seed) if fixed is None else torch.full((len(mine),), fixed)
-        parts = [torch.empty(0, *loaded.card.shape)]  # a process may have no items
+        parts = Collected(len(mine), loaded.card.shape)
         for first in range(0, len(mine), batch):
             some = slice(first, first + batch)
             z = loaded.sample(mine[some], None if labels is None else labels[some], seed=seed, how=how)
             parts.append(loaded.decode(z))
             tell(progress, "generate", min(first + batch, len(mine)), len(mine))
-        return gathered(torch.cat(parts), len(numbers))
+        return gathered(parts.items, len(numbers))
 
     numbers, items = (range(n), draw(range(n))) if accepts is None else _accepted(n, draw, accepts)
     rows = _rows(loaded, numbers, seed, fixed, how)

@@ -13,6 +13,7 @@ from sfumato.data import Data
 from sfumato.errors import UserError
 from sfumato.model import Model
 from sfumato.tasks.common import (
+    Collected,
     Progress,
     gathered,
     is_main,
@@ -50,7 +51,7 @@ class Inputs:
 
     def rows(self) -> list[dict[str, Any]]:
         """What is known of each item."""
-        return [row_of(data, i) for data in self.parts for i in range(len(data))]
+        return [row for data in self.parts for row in rows_of(data, range(len(data)))]
 
     def labels(self, model: Model) -> Tensor | None:
         """The model's class number of each item (N,); None where there are no labels, or the model knows none."""
@@ -61,16 +62,19 @@ class Inputs:
         return torch.tensor([numbers[name] for name in names])
 
 
-def row_of(data: Data, i: int) -> dict[str, Any]:
-    """What is known of an original: the file it is from, its label, its text."""
-    row: dict[str, Any] = {}
-    if data.names is not None:
-        row["source"] = data.names[i]
-    if data.labels is not None:
-        row["label"] = label_values(data.label_names)[int(data.labels[i])]
-    if data.captions is not None:
-        row["text"] = data.captions[i]
-    return row
+def rows_of(data: Data, index: Sequence[int]) -> list[dict[str, Any]]:
+    """What is known of some originals: the file each is from, its label, its text."""
+    values, rows = label_values(data.label_names), list[dict[str, Any]]()
+    for i in index:
+        row: dict[str, Any] = {}
+        if data.names is not None:
+            row["source"] = data.names[i]
+        if data.labels is not None:
+            row["label"] = values[int(data.labels[i])]
+        if data.captions is not None:
+            row["text"] = data.captions[i]
+        rows.append(row)
+    return rows
 
 
 def offered(model: Model, part: T | None, task: str) -> T:
@@ -136,12 +140,12 @@ def changed(
 ) -> Tensor:
     """All items (N, ...) as `change` makes them of (their numbers, the items (B, ...)), in all processes."""
     mine = shard(len(inputs))
-    parts = [torch.empty(0, *model.card.shape)]  # a process may have no items
+    parts = Collected(len(mine), model.card.shape)
     for first in range(0, len(mine), batch):
         items = mine[first : first + batch]
         parts.append(change(items, inputs.take(items)))
         tell(progress, stage, first + len(items), len(mine))
-    return gathered(torch.cat(parts), len(inputs))
+    return gathered(parts.items, len(inputs))
 
 
 def deliver(

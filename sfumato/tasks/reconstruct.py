@@ -95,12 +95,12 @@ def _run(
     """Reconstructions (N, ...), a row for each, evenly spread originals and theirs for the sheet, the mean scores."""
     import torch
 
-    from sfumato.tasks.common import tell
-    from sfumato.tasks.inputs import SHOWN, row_of
+    from sfumato.tasks.common import Collected, tell
+    from sfumato.tasks.inputs import SHOWN, rows_of
 
     row, mode, total, done = model.modality, model.card.mode, sum(map(len, parts)), 0
     stride = -(-total // SHOWN)
-    items: list[Tensor] = []
+    items = Collected(total, model.card.shape)
     pairs: list[Tensor] = []
     rows: list[dict[str, Any]] = []
     scores: list[dict[str, float]] = []
@@ -110,12 +110,13 @@ def _run(
             x = data.batch(index).data
             x_hat = model.reconstruct(x)
             scores += [row.compare(u[None], v[None], mode, None) for u, v in zip(x, x_hat, strict=True)]
-            rows += [row_of(data, i) for i in index]
-            pairs.append(torch.stack([x, x_hat.to(x)])[:, -done % stride :: stride])
+            rows += rows_of(data, index)
+            few = slice(-done % stride, None, stride)
+            pairs.append(torch.stack([x[few], x_hat[few].to(x)]))
             items.append(x_hat)
             done += len(x)
             tell(progress, "reconstruct", done, total)
     rows = [facts | {k: round(v, 4) for k, v in score.items()} for facts, score in zip(rows, scores, strict=True)]
     means: dict[str, Any] = {name: sum(score[name] for score in scores) / total for name in scores[0]}
     shown = torch.cat(pairs, 1)
-    return torch.cat(items), rows, (shown[0], shown[1]), means | ({"notes": parts[0].notes} if parts[0].notes else {})
+    return items.items, rows, (shown[0], shown[1]), means | ({"notes": parts[0].notes} if parts[0].notes else {})

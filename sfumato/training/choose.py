@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from sfumato.core import denoiser_calls
+from sfumato.data import Data
 from sfumato.metrics import frechet
 from sfumato.model import Model
 from sfumato.nn.classifier import Classifier
 from sfumato.training.job import Job
+from sfumato.types import at_once
 
 WEIGHTS = (1.0, 1.1, 1.2, 1.3, 1.5, 2.0)
 ITEMS = 1_000
@@ -35,10 +37,8 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
     if not job.classes or network is None or job.held.labels is None or count < FEWEST:
         return model.sampling.guidance, {}
     index = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(0))[:REAL]
-    real = torch.cat([network.features(job.train.batch(part).data.to(job.device)) for part in index.split(1000)])
-    held = job.held.batch(torch.arange(min(len(job.held), REAL)))
-    assert held.label is not None
-    wanted = accuracy(network, network.features(held.data.to(job.device)), held.label)
+    real, known = seen(job, network, job.train, index), torch.arange(min(len(job.held), REAL))
+    wanted = accuracy(network, seen(job, network, job.held, known), torch.from_numpy(job.held.labels)[known])
     labels = model.labels_for(range(count), job.settings.seed)
     assert labels is not None
     tried: Tried = {}
@@ -63,11 +63,20 @@ def affordable(job: Job, model: Model) -> int:
     return min(ITEMS, int(SHARE * calls / (each * len(WEIGHTS))))
 
 
+def seen(job: Job, network: Classifier, data: Data, index: Tensor) -> Tensor:
+    """Features of real items."""
+    parts = index.split(at_once(data.shape, ITEMS))
+    return torch.cat([network.features(data.batch(part).data.to(job.device)) for part in parts])
+
+
 def drawn(job: Job, model: Model, network: Classifier, labels: Tensor, weight: float) -> Tensor:
     """Features of new items of these labels at a guidance weight."""
     how = replace(model.sampling, guidance=weight)
-    x = model.decode(model.sample(range(len(labels)), labels, seed=job.settings.seed, how=how))
-    return network.features(x.to(job.device)).float()
+    found: list[Tensor] = []
+    for items in torch.arange(len(labels)).split(at_once(job.train.shape, ITEMS)):
+        x = model.decode(model.sample(items.tolist(), labels[items], seed=job.settings.seed, how=how))
+        found.append(network.features(x.to(job.device)).float())
+    return torch.cat(found)
 
 
 def accuracy(network: Classifier, features: Tensor, labels: Tensor) -> float:

@@ -6,6 +6,7 @@ from torch import Tensor
 from sfumato.config import StageSettings
 from sfumato.core import step_generator
 from sfumato.data import Data
+from sfumato.data.cache import IN_MEMORY
 from sfumato.types import Batch
 
 
@@ -28,7 +29,9 @@ class Order:
         first, last = step * self.batch, (step + 1) * self.batch - 1
         wanted = range(first // self.count, last // self.count + 1)
         self.epochs = {epoch: self.epochs[epoch] if epoch in self.epochs else self._draw(epoch) for epoch in wanted}
-        return torch.cat(list(self.epochs.values()))[first - wanted.start * self.count :][: self.batch]
+        # of each epoch the part that the step takes: joining whole epochs would cost as much as there is data
+        parts = ((max(first - k * self.count, 0), last - k * self.count + 1) for k in wanted)
+        return torch.cat([self.epochs[k][a:b] for k, (a, b) in zip(wanted, parts, strict=True)])
 
     def _draw(self, epoch: int) -> Tensor:
         return torch.randperm(self.count, generator=step_generator(self.seed, f"{self.stage}/order", epoch))
@@ -49,10 +52,11 @@ class DataFeed:
 
 
 class LatentFeed:
-    """Batches of latents (N, *latent_shape) and labels (N,), all of them in memory."""
+    """Batches of latents (N, *latent_shape) and labels (N,); more than a device may hold stay where they are."""
 
     def __init__(self, z: Tensor, label: Tensor | None, settings: StageSettings, seed: int, device: str) -> None:
-        self.z = z.to(device)
+        self.device = torch.device(device)
+        self.z = z.to(self.device) if z.nbytes <= IN_MEMORY else z
         self.label = label
         self.order = Order(len(z), settings.batch or 1, seed, "denoiser")
 
@@ -60,4 +64,4 @@ class LatentFeed:
         """The batch of a step."""
         index = self.order[step]
         label = None if self.label is None else self.label[index]
-        return Batch(self.z[index.to(self.z.device)], index, label)
+        return Batch(self.z[index.to(self.z.device)].to(self.device), index, label)

@@ -30,6 +30,8 @@ from sfumato.training.plan import (
 from sfumato.training.steps import TrainStep
 
 LATE = 99  # a step of a hundred at which every term of the loss plays
+ENCODING_SHARE = 0.15  # of the budget; of more items than can be encoded in it, so many are drawn
+FEWEST_ENCODED = 5_000
 WITHOUT_BUDGET = 600.0  # seconds that sizes are planned for where steps are given
 
 
@@ -84,6 +86,7 @@ def divide_steps(job: Job, steps: int, share: float) -> None:
     denoiser.steps = denoiser.steps or max(1, steps - (codec.steps or 0))
     if job.settings.codec.perceptual_steps is None:
         job.settings.codec.perceptual_steps = min(FEATURE_STEPS, steps)
+    job.settings.train.encoded = job.settings.train.encoded or len(job.train)
 
 
 def rehearse(job: Job) -> None:
@@ -111,7 +114,11 @@ def divide_time(job: Job, budget: float, share: float) -> None:
         affordable = int(0.08 * budget / max(features.seconds, 1e-6))
         job.settings.codec.perceptual_steps = max(20, min(FEATURE_STEPS, affordable))
     fixed = job.settings.codec.perceptual_steps * features.seconds
-    fixed += len(job.train) / (codec.batch or 1) * coding.seconds / 5  # encoding everything once
+    encoding = coding.seconds / 5 / (codec.batch or 1)  # an item, once: without the way back, and no decoder
+    if job.settings.train.encoded is None:
+        affordable = int(ENCODING_SHARE * budget / max(encoding, 1e-12))
+        job.settings.train.encoded = min(len(job.train), max(FEWEST_ENCODED, affordable))
+    fixed += job.settings.train.encoded * encoding
     job.record["seconds"] = {}
     left = job.seconds_left() - fixed
     if left < 0.25 * budget:

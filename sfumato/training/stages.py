@@ -2,15 +2,19 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.config import StageSettings
-from sfumato.data import LatentCache, latent_key
+from sfumato.core import step_generator
+from sfumato.data import Data, LatentCache, latent_key
+from sfumato.data.cache import allocate_tensor
 from sfumato.metrics.features import NamedExtractor, weights_hash
 from sfumato.model import Model, load_part, save_part
 from sfumato.nn import count_parameters
@@ -33,9 +37,10 @@ from sfumato.training.job import Job
 from sfumato.training.loop import Feed, Trainer, held_interrupts
 from sfumato.training.state import State, save_state
 from sfumato.training.steps import TrainStep
+from sfumato.types import at_once
 
 PAIRS = 32  # items on a reconstruction sheet
-CHECKED = 2_000  # held-out items the codec is measured on
+CHECKED, CHECKED_NUMBERS = 2_000, 2**26  # held-out items the codec is measured on, and numbers in them
 ENCODED = 500  # items encoded at once
 
 Sheet = Callable[[], tuple[str, Any]]
@@ -56,11 +61,12 @@ def train_stages(job: Job, state: State | None) -> Model:
     elif model.codec.learns:
         train_codec(job, model, network, state)
     model.codec.eval().requires_grad_(False)
-    z = encode_all(job, model)
+    data = encoded_part(job)
+    z = encode_all(job, model, data)
     if not job.done("codec"):
         save_part(job.folder / "codec", model.codec, model.card.codec)
         job.finish("codec", **measure_codec(job, model, network))
-    train_denoiser(job, model, z, state)
+    train_denoiser(job, model, z, data.labels, state)
     model.eval()
     if job.settings.sample.guidance is None:
         job.log.show("choose", 0, 1)
@@ -160,29 +166,55 @@ def train_codec(job: Job, model: Model, network: Classifier | None, state: State
     drive(job, trainer, feed, sheet)
 
 
+def encoded_part(job: Job) -> Data:
+    """The items that the second stage learns from: all, or as many at random as the plan has time to encode."""
+    count = job.settings.train.encoded
+    if count is None or count >= len(job.train):
+        return job.train
+    order = torch.randperm(len(job.train), generator=step_generator(job.settings.seed, "encoded", 0))
+    return job.train.subset(order[:count].sort().values)
+
+
+def raw_codes(job: Job, model: Model, data: Data) -> Iterator[Tensor]:
+    """The raw codes of all items, piece by piece, on the CPU."""
+    for index in torch.arange(len(data)).split(at_once(data.shape, ENCODED)):
+        with job.accelerator.autocast():
+            yield model.codec.codes(data.batch(index).data.to(job.device)).cpu()
+        job.log.show("encode", int(index[-1]) + 1, len(data))
+
+
 @torch.no_grad()
-def encode_all(job: Job, model: Model) -> Tensor:
-    """Latents (N, *latent_shape) of the training part; sets the codec's statistics when they are not known yet."""
+def encode_all(job: Job, model: Model, data: Data) -> Tensor:
+    """Latents (N, *latent_shape) of the items; sets the codec's statistics when they are not known yet.
+
+    None are kept (N = 0) where training draws them from the data, and they may be many times as large as these.
+    """
+    if model.codec.draws:
+        if not job.done("codec"):
+            model.codec.learn_statistics(raw_codes(job, model, data))
+        return torch.empty(0, *model.codec.latent_shape)
 
     def codes() -> dict[str, Tensor]:
-        parts: list[Tensor] = []
-        for index in torch.arange(len(job.train)).split(ENCODED):
-            with job.accelerator.autocast():
-                parts.append(model.codec.codes(job.train.batch(index).data.to(job.device)).cpu())
-            job.log.show("encode", int(index[-1]) + 1, len(job.train))
-        return {"h": torch.cat(parts)}
+        h, first = allocate_tensor((len(data), *model.codec.latent_shape), torch.float32), 0
+        for part in raw_codes(job, model, data):
+            h[first : first + len(part)] = part
+            first += len(part)
+        return {"h": h}
 
     weights = {k: v for k, v in model.codec.state_dict().items() if not k.startswith("latent_")}
-    key = latent_key(job.train.fingerprint, weights_hash(weights), {"precision": job.precision})
-    h = LatentCache(job.folder / "cache", key).compute(codes)["h"]
+    key = latent_key(data.fingerprint, weights_hash(weights), {"precision": job.precision})
+    z = LatentCache(job.folder / "cache", key).compute(codes)["h"]
     if not job.done("codec"):
-        model.codec.learn_statistics(h)
-    return model.codec.whitened(h)
+        model.codec.learn_statistics(z)
+    for part in z.split(ENCODED):  # in place: there may be no room for a second copy
+        part.copy_(model.codec.whitened(part))
+    return z
 
 
 def measure_codec(job: Job, model: Model, network: Classifier | None) -> dict[str, Any]:
     """How close reconstructions of held-out items are."""
-    x = job.held.batch(torch.arange(min(len(job.held), CHECKED))).data
+    count = min(len(job.held), at_once(job.held.shape, CHECKED, CHECKED_NUMBERS))
+    x = job.held.batch(torch.arange(count)).data
     few = len(x) < 2  # of one item there is no covariance
     extractor = None if network is None or few else NamedExtractor("features", network.features, job.device)
     report = job.modality.compare(x, model.reconstruct(x), job.train.mode, extractor)
@@ -190,11 +222,11 @@ def measure_codec(job: Job, model: Model, network: Classifier | None) -> dict[st
     return {"codec": {k: round(v, 4) for k, v in report.items()}}
 
 
-def train_denoiser(job: Job, model: Model, z: Tensor, state: State | None) -> None:
-    """Second stage."""
+def train_denoiser(job: Job, model: Model, z: Tensor, labels: NDArray[np.int64] | None, state: State | None) -> None:
+    """Second stage, on latents z (N, *latent_shape) and their labels (N,)."""
     settings = job.settings.train.denoiser
     trainer = make_trainer(job, denoiser_step(model, job.settings).to(job.device), settings, "denoiser", state)
-    label = torch.from_numpy(job.train.labels) if job.classes and job.train.labels is not None else None
+    label = torch.from_numpy(labels) if job.classes and labels is not None else None
     feed = latent_feed(job, model, z, label)
     items = range(job.modality.shown)
 

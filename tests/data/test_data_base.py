@@ -115,3 +115,21 @@ def test_split_holds_out_at_least_one(count: int) -> None:
 def test_split_is_capped() -> None:
     data = Data(np.zeros((300, 2, 2, 1), np.uint8), "L")
     assert len(split(data, 0.5, cap=20)[1]) == 20
+
+
+@pytest.mark.parametrize("classes", [1, 7, 90])
+def test_split_of_many_classes(classes: int) -> None:
+    """Of each class the first ones in the order of the shuffle, as many as its share."""
+    labels = np.random.default_rng(1).integers(0, classes, 300)
+    names = [str(k) for k in range(classes)]
+    data = Data(np.zeros((300, 1, 1, 1), np.uint8), "L", None, labels, names)
+    order = permutation(300, int(data.fingerprint[:16], 16))
+    for fraction in (0.05, 0.3, 0.9):
+        held = split(data, fraction)[1]
+        assert held.rows is not None and held.labels is not None
+        counts, sizes = np.bincount(held.labels, minlength=classes), np.bincount(labels, minlength=classes)
+        assert counts.sum() <= round(300 * fraction) and (counts <= np.maximum(sizes - 1, 0)).all()
+        fair = np.minimum(np.floor(sizes * round(300 * fraction) / 300), np.maximum(sizes - 1, 0))
+        assert ((counts == fair) | (counts == fair + 1)).all()
+        first = [k for c in range(classes) for k in order[labels[order] == c][: counts[c]]]
+        assert held.rows.tolist() == sorted(first)

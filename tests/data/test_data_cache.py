@@ -1,11 +1,12 @@
 """Latents kept on disk."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from sfumato.data import LatentCache, latent_key
+from sfumato.data import LatentCache, cache, latent_key
 from sfumato.data.cache import atomic
 
 
@@ -27,6 +28,30 @@ def test_put_and_get(tmp_path: Path) -> None:
     cache.put(tensors())
     assert same(cache.get(), tensors())
     assert [p.name for p in (tmp_path / "latents").iterdir()] == [cache.path.name]
+
+
+def test_what_it_gives_may_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LatentCache(tmp_path, "k").put(tensors())
+    for limit in (2**20, 8):  # in memory, and mapped
+        monkeypatch.setattr(cache, "IN_MEMORY", limit)
+        given = LatentCache(tmp_path, "k").get()
+        assert same(given, tensors())
+        given["z"].zero_()
+    assert same(LatentCache(tmp_path, "k").get(), tensors())
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_where_large_temporary_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
+    """Not into /tmp, which may be memory; and not a name is left of them."""
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "given")) if given else monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr(cache, "IN_MEMORY", 10)
+    seen: list[Path] = []
+    file = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: seen.append(dir) or file(dir=dir))
+    tensor = cache.allocate_tensor((3, 4), torch.bfloat16)
+    assert tensor.shape == (3, 4) and tensor.dtype == torch.bfloat16
+    assert seen == [tmp_path / ("given" if given else "cache/scratch")] and list(seen[0].iterdir()) == []
 
 
 def test_key_says_it_all() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data import read_images, sample_sheet, write_images
+from sfumato.data import cache, read_images, sample_sheet, write, write_images
 from sfumato.errors import UserError
 
 
@@ -30,6 +30,14 @@ def test_what_is_written_is_read_back(tmp_path: Path, mode: str) -> None:
     assert data.captions == [f"é {i}" for i in range(9)]
     again = data.batch(range(9)).data
     assert torch.allclose(again, items, atol=1e-6)
+
+
+def test_pixels_are_made_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    items, pixels = levels(9, 3)
+    monkeypatch.setattr(cache, "IN_MEMORY", 10)
+    monkeypatch.setattr(write, "at_once", lambda *_: 2)
+    made = write.to_pixels(items)
+    assert isinstance(made, np.memmap) and (made == pixels).all()
 
 
 def test_layout(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from sfumato.data import BUILTINS, read_images
+from sfumato.data import BUILTINS, cache, read_images
 from sfumato.data.write import to_pixels
 from sfumato.errors import UserError
 from sfumato.model import Model, find_class
 from sfumato.tasks import common
-from sfumato.tasks.common import label_values
+from sfumato.tasks.common import Collected, label_values
 from sfumato.tasks.generate import generate
 
 CLOSE = {"atol": 1e-4, "rtol": 0.0}
@@ -50,6 +50,24 @@ def test_an_item_is_the_same_whatever_is_made_beside_it(model: Model, sampler: s
     assert not torch.allclose(whole[:5], whole[5:], **CLOSE)
     other = model.decode(model.sample(range(10), model.labels_for(range(10), 3), seed=4, how=how))
     assert not torch.allclose(other, whole, atol=1e-2)
+
+
+def test_more_than_memory_holds_is_mapped(model: Model, monkeypatch: pytest.MonkeyPatch):
+    whole = generate(model, n=10, batch=4)
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(cache, "IN_MEMORY", 10)
+    allocate = cache.allocate
+    monkeypatch.setattr(cache, "allocate", lambda shape, dtype: asked.append(shape) or allocate(shape, dtype))
+    assert torch.equal(generate(model, n=10, batch=4).items, whole.items)
+    assert asked == [(whole.items.nbytes,)]
+
+
+def test_items_are_collected():
+    parts = Collected(5, (2,))
+    assert parts.items.shape == (0, 2)
+    for part in torch.arange(10.0, dtype=torch.float64).view(5, 2).split(2):
+        parts.append(part)
+    assert parts.items.dtype == torch.float64 and parts.items.flatten().tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("label", [None, "7"])

@@ -28,6 +28,7 @@ SMALL = (  # everything that the plan would take from the machine, and sizes tha
     "sample.guidance=1.5",
     "sample.steps=2",
 )
+PLAIN = ("codec.perceptual=none", "codec.bottleneck=none")  # the quickest first stage
 
 
 def pictures(count: int, shape: tuple[int, int, int], classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

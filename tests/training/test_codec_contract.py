@@ -120,6 +120,16 @@ def test_a_dead_channel_keeps_a_floor(bottleneck: str):
     assert torch.allclose(z[:, [0, 1, 3]].var((0, 2, 3), correction=0), torch.ones(3), atol=1e-5)
 
 
+def test_statistics_come_from_pieces_too():
+    """Without losing digits to a mean that is large beside the deviation."""
+    codec = make_codec("none", "grid", (1, 8, 8))
+    h = 1000 + torch.randn(50, 4, 2, 2) * torch.tensor([1.0, 0.1, 3.0, 0.5]).view(4, 1, 1)
+    codec.learn_statistics(h.split(7))
+    std, mean = torch.std_mean(h.double(), (0, 2, 3), correction=0)
+    assert torch.allclose(codec.latent_mean.flatten().double(), mean, rtol=1e-7)
+    assert torch.allclose(codec.latent_std.flatten().double(), std, rtol=1e-4)
+
+
 def test_all_channels_dead():
     codec = make_codec("none", "vector", (1, 8, 8))
     h = torch.full((10, 12), 3.0)

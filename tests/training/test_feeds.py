@@ -1,5 +1,6 @@
 """Which items a step gets."""
 
+import pytest
 import torch
 
 from sfumato.config import StageSettings
@@ -41,6 +42,15 @@ def test_few_epochs_are_kept():
     for step in range(100):
         _ = order[step]
     assert len(order.epochs) <= 2
+
+
+def test_a_step_costs_the_same_however_many_items_there_are(monkeypatch: pytest.MonkeyPatch):
+    joined: list[int] = []
+    whole = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts: joined.append(sum(map(len, parts))) or whole(parts))
+    order = Order(100, 8, seed=0, stage="codec")
+    assert all(len(order[step]) == 8 for step in range(30))
+    assert joined == [8] * 30
 
 
 def test_feeds_give_matching_items():

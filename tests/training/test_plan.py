@@ -96,7 +96,7 @@ def test_everything_but_the_steps_is_decided():
     left = open_settings(planned())
     assert {key for key in left if key.startswith(("train.", "codec.", "denoiser."))} == {
         "train.codec.steps", "train.denoiser.steps", "codec.perceptual_steps", "codec.levels",
-        "train.codec.warmup", "train.denoiser.warmup",
+        "train.codec.warmup", "train.denoiser.warmup", "train.encoded",
         "denoiser.schedule_settings", "denoiser.weight_settings", "denoiser.times_settings",
     }  # fmt: skip
 
@@ -177,6 +177,18 @@ def test_time_is_shared_out_by_what_steps_take(monkeypatch: pytest.MonkeyPatch):
     assert stages.denoiser.steps == pytest.approx(seconds["denoiser"] / 0.02, rel=0.01)
     assert 70 < sum(seconds.values()) < 100 - 10
     assert shared.record["measured"]["denoiser"] == {"seconds": 0.02, "flops": 2e9}
+
+
+def test_more_items_than_can_be_encoded_do_not_need_a_larger_budget(monkeypatch: pytest.MonkeyPatch):
+    """Ten million at a millisecond each would take a hundred times the budget: some are drawn."""
+    measured(monkeypatch, codec=5e-3 * 64)  # encoding is a fifth of a step of 64
+    for count, given, encoded in ((10**7, (), 15_000), (6_000, (), 6_000), (10**7, ("train.encoded=20000",), 20_000)):
+        shared = job(0.0, *given)
+        shared.train = range(count)
+        planning.divide_time(shared, 100, 0.5)
+        assert shared.settings.train.encoded == encoded
+        left = 93 - encoded * 1e-3  # 100 s, less what is kept for the end
+        assert sum(shared.record["seconds"].values()) == pytest.approx(left, abs=0.1)
 
 
 def test_the_clock_does_not_amend_what_the_user_fixed(monkeypatch: pytest.MonkeyPatch):

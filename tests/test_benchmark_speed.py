@@ -1,0 +1,157 @@
+"""The benchmarks of speed: what they add up, and what they say of it."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sfumato.training import planning
+from tests.training.common import SMALL, pictures
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def profile_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("profile_step", monkeypatch)
+
+
+@pytest.fixture
+def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("scaling", monkeypatch)
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_parts_do_not_count_what_lies_inside_them(profile_step: ModuleType):
+    time = [0.0]
+    clock = profile_step.Clock(lambda: None, lambda: time[0])
+
+    def spend(seconds: float) -> None:
+        time[0] += seconds
+
+    def outer() -> None:
+        spend(1)
+        clock.timed("inner", spend)(10)
+        spend(2)
+        clock.timed("inner", spend)(20)
+
+    spend(100)  # outside
+    clock.timed("outer", outer)()
+    assert dict(clock.seconds) == {"outer": 3, "inner": 30}
+    with pytest.raises(ZeroDivisionError):
+        clock.timed("broken", lambda: 1 / 0)()
+    assert clock.open == []
+
+
+def test_profile_of_both_stages(
+    profile_step: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    x, label = pictures(96, (1, 16, 16))
+    np.savez(tmp_path / "pictures.npz", images=x[..., 0], labels=label)
+    monkeypatch.setattr(planning, "measure_peak", lambda *_: 1e11)
+    monkeypatch.setattr(planning, "measure_step", partial(planning.measure_step, seconds=0.0, least=1))
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    words = ["--data", str(tmp_path / "pictures.npz"), "--budget", "1000m", "--steps", "3", "--top", "99"]
+    words += ["--trace", str(tmp_path / "trace.json"), "--device", "cpu", *settings]
+    assert profile_step.main([*words, "--set", "codec.adversarial_weight=0.1"]) == 0
+    codec, denoiser = capsys.readouterr().out.split("## ")[1:]
+    common = {"batch", "backward", "clipping", "optimizer", "weight average", "bookkeeping", "loss"}
+    for text, parts in (
+        (codec, {"encoder", "bottleneck", "decoder", "perceptual network", "discriminator"}),
+        (denoiser, {"denoiser", "conditioner"}),
+    ):
+        tables = [[cells(line) for line in part.splitlines()] for part in text.split("\n\n") if part.startswith("|")]
+        rows = {row[0]: float(row[1]) for row in tables[0][2:]}
+        assert rows.keys() == common | parts | {"all"}
+        assert sum(rows.values()) == pytest.approx(2 * rows["all"], abs=0.01 * len(rows))
+        counted = [float(row[4]) for row in tables[1][2:] if row[4]]
+        said = float(text.split(" GFLOP a step")[0].rsplit(" ", 1)[1])
+        assert said > 0 and sum(counted) == pytest.approx(said, abs=0.01 + 0.0005 * len(counted))
+    assert "`aten::convolution_backward`" in codec and "`aten::addmm`" in denoiser
+    for stage in ("codec", "denoiser"):
+        assert json.loads((tmp_path / f"trace-{stage}.json").read_text())["traceEvents"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "pictures.npz", "trace-codec.json", "trace-denoiser.json",
+    ]  # fmt: skip
+
+
+def test_profile_says_what_is_wrong(profile_step: ModuleType, capsys: pytest.CaptureFixture[str]):
+    assert profile_step.main(["--data", "digits", "--set", "codec.widht=3"]) == 2
+    assert "codec.width" in capsys.readouterr().err
+
+
+def test_exponents(scaling: ModuleType):
+    x = [1, 10, 100, 1000]
+    assert scaling.exponent(x, [5, 20, 200, 2000]) == pytest.approx(1)  # the first one is overhead
+    assert scaling.exponent(x, [n**2 for n in x]) == pytest.approx(2)
+    assert "grows" not in scaling.verdict("seconds", 1.14) and "grows" in scaling.verdict("seconds", 1.16)
+    assert "grows" in scaling.verdict("seconds a batch", 0.16, 0.0)
+
+
+def test_report_of_children(scaling: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Costs in proportion, but for memory, that grows with the square of the side beyond the work."""
+    asked: list[dict[str, Any]] = []
+
+    def call(words: Sequence[str]) -> Any:
+        spec = json.loads(words[2])
+        asked.append(spec)
+        size = sum(int(number) for number in re.findall(r"\d+", " ".join(spec["settings"]))) or 32
+        work = spec["side"] ** 2 * spec["batch"] * size / 32 * 1e5
+        found = {"seconds": work / 1e10 / spec["threads"], "flops": work}
+        if spec["probe"] == "images":
+            n = spec["count"]
+            found = {"encode": n / 1e5, "measure": n**2 / 1e9, "a batch of images": 1e-3}
+        gib = 0.25 + (0 if spec["probe"] == "nothing" else spec["side"] ** 4 / 2**20)
+        return SimpleNamespace(output=json.dumps(found), gib=gib)
+
+    monkeypatch.setattr(scaling, "call", call)
+    assert scaling.main(["--quick", "--precision", "fp32"]) == 0
+    text = capsys.readouterr().out
+    sections = {part.splitlines()[0]: part for part in text.split("## ")[1:]}
+    sides = sections["Image size (a codec's step)"]
+    assert "seconds over work: exponent 1.00\n" in sides
+    assert "memory over work: exponent 2.00 **grows" in sides
+    assert cells(sides.splitlines()[4])[:2] == ["16", "2.560"]
+    counted = sections["Number of images (16x16, gray)"]
+    assert "encode, seconds over images: exponent 1.00\n" in counted
+    assert "measure, seconds over images: exponent 2.00 **grows" in counted
+    assert "a batch of images, seconds over images: exponent 0.00\n" in counted
+    assert "| codec | 10.240 | 5.120 | 2.00 |" in sections["Cores"]
+    assert len(asked) == len({json.dumps(spec) for spec in asked})  # what is known is not asked again
+
+
+@pytest.mark.parametrize("stage", ["codec", "denoiser"])
+def test_a_step_is_measured(scaling: ModuleType, stage: str):
+    spec = scaling.BASE | {"stage": stage, "side": 16, "batch": 4, "precision": "fp32", "seconds": 0.0}
+    spec["settings"] = ["codec.width=16", "denoiser.width=32", "denoiser.depth=1"]
+    found = json.loads(scaling.answer(spec | {"threads": torch.get_num_threads()}))
+    assert found["seconds"] > 0 and found["flops"] > 1e5
+    twice = json.loads(scaling.answer(spec | {"threads": torch.get_num_threads(), "batch": 8}))
+    assert twice["flops"] == pytest.approx(2 * found["flops"], rel=0.1)
+
+
+def test_images_are_counted(scaling: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scaling, "BATCHED", 2)
+    spec = scaling.BASE | {"probe": "images", "count": 100, "precision": "fp32", "settings": ["codec.width=16"]}
+    found = scaling.probe_images(spec)
+    assert all(seconds > 0 for seconds in found.values()) and {"encode", "a batch of latents"} <= found.keys()
