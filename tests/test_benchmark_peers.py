@@ -227,7 +227,7 @@ def tiny(training: ModuleType, clock: Clock, base: type) -> type:
 
         def draw(self, labels: torch.Tensor) -> torch.Tensor:
             image = torch.zeros(len(labels), *self.shape)
-            image[:, :, :4, 2:8] = self.codec.weight / 10 + labels[:, None, None, None] / 4 - 1
+            image[:, :, :4, 2:8] = self.codec.weight / 8 + labels[:, None, None, None] / 4 - 1
             return image
 
     return Tiny
@@ -285,11 +285,11 @@ def test_train_and_sample_by_command(
     read, _ = read_images(out)
     assert read.shape == (1, 4, 6) and read.labels is not None  # margins are gone
     assert read.labels.tolist() == [0, 1, 0, 1, 0]
-    assert [int(image[0, 0, 0]) for image in read.pixels] == [64, 96, 64, 96, 64]  # five steps of the codec
+    assert [int(image[0, 0, 0]) for image in read.pixels] == [80, 112, 80, 112, 80]  # five steps of the codec
     kind.labelled = False
     training.main(["sample", str(run), "--at", "4", "-n", "2", "--out", str(out)])  # over the old ones
     read, _ = read_images(out)
-    assert len(read) == 2 and read.labels is None and int(read.pixels[0, 0, 0, 0]) == 26  # two steps
+    assert len(read) == 2 and read.labels is None and int(read.pixels[0, 0, 0, 0]) == 32  # two steps
 
 
 def test_torchvision_is_only_there_while_it_is_asked_for(training: ModuleType):
