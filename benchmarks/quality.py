@@ -51,10 +51,17 @@ class Failed(Exception):
     """A command that did not end well."""
 
 
-def call(words: Sequence[str]) -> Done:
+def keep(record: Path, facts: Facts) -> None:
+    """Write what is known so far, whole or not at all."""
+    partial = record.with_name(record.name + ".partial")
+    partial.write_text(json.dumps(facts, indent=1) + "\n")
+    partial.replace(record)
+
+
+def call(words: Sequence[str], python: str = sys.executable) -> Done:
     """Run a Python command line in its own process; its progress goes to the error stream."""
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([python, *words], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         output = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)  # of this child alone, unlike getrusage
@@ -128,9 +135,7 @@ def complete(spec: Spec, options: argparse.Namespace) -> Facts:
             continue
         print(f"{spec.name}: {part}", file=sys.stderr, flush=True)
         facts[part] = work(spec, run, options)
-        partial = record.with_name(record.name + ".partial")
-        partial.write_text(json.dumps(facts, indent=1) + "\n")
-        partial.replace(record)
+        keep(record, facts)
     return facts
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from quality import Failed, call
+from quality import Failed, call, keep
 from scipy.stats import norm
 
 Facts = dict[str, Any]
@@ -64,10 +64,7 @@ BASELINES: dict[str, Callable[[pd.DataFrame, np.random.Generator], pd.DataFrame]
 def kept(record: Path, make: Callable[[], Facts]) -> Facts:
     """What was found out before, else what is found out now."""
     if not record.is_file():
-        facts = make()
-        partial = record.with_name(record.name + ".partial")
-        partial.write_text(json.dumps(facts, indent=1) + "\n")
-        partial.replace(record)
+        keep(record, make())
     return json.loads(record.read_text())
 
 

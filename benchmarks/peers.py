@@ -1,0 +1,278 @@
+"""sfumato beside its peers: the same data, machine, wall clock and judge; a table, training speeds, and a plot.
+
+    python -m venv PEERS && PEERS/bin/pip install torch==2.13.0
+    PEERS/bin/pip install torch==2.13.0 diffusers accelerate einops ema-pytorch scipy tqdm pillow safetensors matplotlib
+    PEERS/bin/pip install --no-deps denoising-diffusion-pytorch
+    python benchmarks/peers.py --peer-python PEERS/bin/python --data mnist,fashion-mnist --minutes 5,10,30 --judge JUDGE
+
+The peers have an environment of their own, without torchvision (`peers_nets.py` says what each peer is and what was
+chosen, `peers_train.py` how all are trained and timed). A peer is trained once, for the longest of the minutes, and its
+averaged weights are kept at each of them; of one with two stages, the second starts anew for each. sfumato is fitted
+anew for each, by its command line, and everything it does is within its minutes, starting up and reading too, while a
+peer's clock counts training steps alone. Everyone draws the same number of samples in its own way: sfumato by its
+defaults, the peers by DDIM with --steps steps. The distance depends on that number, and so does its floor, what real
+held-out images score (in brackets). Peers that know no classes have no accuracy.
+
+The judge is an outside script, called as: JUDGE images SAMPLES --reference DATA [--cas]; without it, and for data that
+it does not know, `sfumato evaluate` judges. What is done is kept in OUT/NAME.json and not done again; a training that
+was cut short starts over. Everything runs on the CPU. Keep the machine quiet meanwhile.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from peers_nets import PEERS
+from quality import Failed, beside_floor, call, keep
+
+Facts = dict[str, Any]
+OURS = "sfumato"
+TRAINER = str(Path(__file__).with_name("peers_train.py"))
+MEASURES = ("fd", "accuracy", "cas", "coverage", "novelty")
+HEAD = ("data", "entrant", "minutes", "steps", "images/s", "parameters", "samples", "sampling s", *MEASURES, "judge")
+SPEEDS = ("data", "entrant", "stage", "images/s", "of sfumato's codec", "of sfumato's denoiser")
+
+
+class Entry(NamedTuple):
+    """One entrant on one data set."""
+
+    data: str
+    entrant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its folder and record."""
+        return f"{self.data}-{self.entrant}-{self.seed}"
+
+
+def seconds(minutes: float) -> str:
+    """As peers_train.py names a time."""
+    return f"{60 * minutes:g}"
+
+
+def export(data: str, options: argparse.Namespace) -> Path:
+    """The training part as plain arrays, from the same reader that sfumato trains from."""
+    folder = options.out / "data" / data
+    if not folder.is_dir():
+        from sfumato.data import read_images
+
+        train, _ = read_images(data)
+        if train.mode not in ("L", "RGB") or train.labels is None:
+            raise Failed(f"{data}: only grey or RGB images with classes can be compared")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial_folder = Path(tempfile.mkdtemp(prefix=f".{data}-", dir=folder.parent))
+        np.save(partial_folder / "images.npy", train.pixels)
+        np.save(partial_folder / "labels.npy", train.labels)
+        partial_folder.rename(folder)
+    return folder
+
+
+def train_peer(entry: Entry, run: Path, options: argparse.Namespace) -> Facts:
+    """Train a peer once: its size and, for each of the minutes, what its stages did."""
+    marks = ",".join(map(seconds, options.minutes))
+    where = ["--data", str(export(entry.data, options)), "--run", str(run), "--seed", str(entry.seed)]
+    done = call([TRAINER, "train", entry.entrant, *where, "--seconds", marks], options.peer_python)
+    return {"gib": round(done.gib, 2), **json.loads(done.output)}
+
+
+def fit(entry: Entry, run: Path, minutes: float, options: argparse.Namespace) -> Facts:
+    """Fit sfumato within so many minutes: the same facts."""
+    fixed = [word for setting in options.set for word in ("--set", setting)]
+    where = ["--out", str(run), "--overwrite", "--seed", str(entry.seed), "--device", "cpu", *fixed]
+    done = call(["-m", "sfumato", "fit", entry.data, "--budget", f"{seconds(minutes)}s", *where])
+    parameters = sum(json.loads((run / "run.json").read_text())["metrics"]["parameters"].values())
+    stages = {**stages_of(run), "all": {"seconds": done.seconds}}
+    return {"gib": round(done.gib, 2), "parameters": parameters, "marks": {seconds(minutes): stages}}
+
+
+def stages_of(run: Path) -> Facts:
+    """Steps, images and seconds of each stage, from the reports of a run: images between two, by images a second."""
+    batches = json.loads((run / "run.json").read_text())["plan"]["train"]
+    stages: Facts = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        report = json.loads(line)
+        if report.get("items_per_second") and report.get("stage") in batches:
+            stage = stages.setdefault(report["stage"], {"steps": 0, "images": 0, "seconds": 0.0})
+            images = (report["step"] - stage["steps"]) * batches[report["stage"]]["batch"]
+            stage["steps"], stage["images"] = report["step"], stage["images"] + images
+            stage["seconds"] += images / report["items_per_second"]
+    return stages
+
+
+def sample(entry: Entry, run: Path, minutes: float, options: argparse.Namespace) -> Facts:
+    """Draw the samples; the seconds are those of the whole command."""
+    where = ["-n", str(options.items), "--seed", str(entry.seed), "--out", str(samples_of(run, minutes))]
+    if entry.entrant == OURS:
+        more = ["--overwrite", "--device", "cpu", "--sheet", f"{run}-{minutes:g}.png"]
+        done = call(["-m", "sfumato", "generate", f"{run}-{minutes:g}", *where, *more])
+    else:
+        more = ["--at", seconds(minutes), "--steps", str(options.steps)]
+        done = call([TRAINER, "sample", str(run), *where, *more], options.peer_python)
+    return {"seconds": done.seconds, "items": options.items}
+
+
+def samples_of(run: Path, minutes: float) -> Path:
+    """Where the samples of one training time lie."""
+    return run.with_name(f"{run.name}-{minutes:g}-samples")
+
+
+def judge(entry: Entry, run: Path, minutes: float, options: argparse.Namespace) -> Facts:
+    """What the outside judge says of the samples, or `sfumato evaluate` where it has nothing to say."""
+    samples, labelled = str(samples_of(run, minutes)), entry.entrant == OURS or PEERS[entry.entrant].labelled
+    cas = ["--cas"] if options.cas and labelled else []
+    if options.judge is not None:
+        try:
+            report = json.loads(call([str(options.judge), "images", samples, "--reference", entry.data, *cas]).output)
+            return {"by": options.judge.name, **report}
+        except Failed as error:
+            print(f"{entry.name}: sfumato judges ({error})", file=sys.stderr, flush=True)
+    report = json.loads(call(["-m", "sfumato", "evaluate", samples, entry.data, "--json", *cas]).output)
+    return {"by": f"{OURS} evaluate", **report}
+
+
+def parts(entry: Entry, options: argparse.Namespace) -> dict[str, Callable[[], Facts]]:
+    """All that has to be found out about an entrant, in order."""
+    run, work = options.out / entry.name, dict[str, Callable[[], Facts]]()
+    for minutes in options.minutes:
+        if entry.entrant == OURS:
+            work[f"train {minutes:g}"] = partial(fit, entry, Path(f"{run}-{minutes:g}"), minutes, options)
+        else:
+            work["train"] = partial(train_peer, entry, run, options)
+        work[f"samples {minutes:g}"] = partial(sample, entry, run, minutes, options)
+        work[f"judge {minutes:g}"] = partial(judge, entry, run, minutes, options)
+    return work
+
+
+def complete(entry: Entry, options: argparse.Namespace) -> Facts:
+    """Everything about an entrant: what is known already, and what is found out now."""
+    record = options.out / f"{entry.name}.json"
+    asked: Facts = {key: getattr(options, key) for key in ("minutes", "items", "steps", "set", "cas")}
+    asked["judge"] = None if options.judge is None else options.judge.name
+    facts: Facts = json.loads(record.read_text()) if record.is_file() else asked
+    if {key: facts.get(key) for key in asked} != asked:
+        raise Failed(f"{record} is of other {', '.join(f'--{key}' for key in asked)}; name another --out")
+    for part, work in parts(entry, options).items():
+        if part not in facts:
+            print(f"{entry.name}: {part}", file=sys.stderr, flush=True)
+            facts[part] = work()
+            keep(record, facts)
+    return facts
+
+
+def trained(facts: Facts, minutes: float) -> tuple[Facts, Facts]:
+    """What was trained until then, and what its stages did."""
+    model = facts.get("train") or facts[f"train {minutes:g}"]
+    return model, model["marks"][seconds(minutes)]
+
+
+def table_rows(entry: Entry, facts: Facts, options: argparse.Namespace) -> list[str]:
+    """A line for each of the minutes; images a second are over the whole training, all stages' images together."""
+    rows: list[str] = []
+    for minutes in options.minutes:
+        model, stages = trained(facts, minutes)
+        done = [stage for stage in stages.values() if "steps" in stage]
+        taken = stages["all"]["seconds"] if "all" in stages else sum(stage["seconds"] for stage in done)
+        speed = sum(stage["images"] for stage in done) / taken
+        cells = [entry.data, entry.entrant, f"{minutes:g}", " + ".join(f"{stage['steps']:,}" for stage in done)]
+        cells += [f"{speed:,.0f}", f"{model['parameters']:,}", str(options.items)]
+        cells += [f"{facts[f'samples {minutes:g}']['seconds']:,.0f}"]
+        report = facts[f"judge {minutes:g}"]
+        cells += [*(beside_floor(report, name) for name in MEASURES), report["by"]]
+        rows.append(line(cells))
+    return rows
+
+
+def line(cells: Sequence[object]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def header(names: Sequence[str]) -> str:
+    """The first two lines of a Markdown table."""
+    return f"{line(names)}\n|{'---|' * len(names)}"
+
+
+def speed_rows(found: dict[Entry, Facts], options: argparse.Namespace) -> list[str]:
+    """Images a second of each stage in its longest training, and as a multiple of those of sfumato's stages."""
+    longest, rows = max(options.minutes), list[str]()
+    rates = {
+        (entry, name): stage["images"] / stage["seconds"]
+        for entry, facts in found.items()
+        for name, stage in trained(facts, longest)[1].items()
+        if "steps" in stage
+    }
+    for (entry, name), rate in rates.items():
+        ours = [rates.get((entry._replace(entrant=OURS), stage)) for stage in ("codec", "denoiser")]
+        shares = ["–" if our is None else f"{rate / our:.3g}" for our in ours]
+        rows.append(line([entry.data, entry.entrant, name, f"{rate:,.1f}", *shares]))
+    return rows
+
+
+def plot(found: dict[Entry, Facts], options: argparse.Namespace) -> None:
+    """fd.png: the distance against minutes; drawn by the peers' interpreter, whose environment has matplotlib."""
+    sets: dict[str, Facts] = {}
+    for entry, facts in found.items():
+        judged = [(minutes, facts[f"judge {minutes:g}"]) for minutes in options.minutes]
+        drawn = sets.setdefault(entry.data, {"floor": judged[0][1]["fd_floor"], "entrants": {}})
+        drawn["entrants"][entry.entrant] = [(minutes, report["fd"]) for minutes, report in judged]
+    points = options.out / "fd.json"
+    keep(points, sets)
+    call([TRAINER, "plot", str(points), str(options.out / "fd.png")], options.peer_python)
+
+
+def read_options(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    listed = lambda text: [part for part in text.split(",") if part]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    entrants = [OURS, *PEERS]
+    parser.add_argument("--data", type=listed, default=["mnist"], help="built-in sets with classes, by commas")
+    parser.add_argument("--minutes", type=lambda text: sorted(map(float, listed(text))), default=[5.0, 10.0, 30.0])
+    parser.add_argument("--only", type=listed, default=entrants, help=f"entrants: {', '.join(entrants)}")
+    parser.add_argument("--peer-python", help="interpreter of the peers' environment")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--items", type=int, default=1000, help="how many samples everyone draws")
+    parser.add_argument("--steps", type=int, default=50, help="of the peers' samplers")
+    parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="where runs and records go")
+    parser.add_argument("--judge", type=Path, help="script called as: JUDGE images SAMPLES --reference DATA [--cas]")
+    parser.add_argument(
+        "--cas", action="store_true", help="also classification accuracy scores, where there are labels"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every fit")
+    options = parser.parse_args(words)
+    unknown = [name for name in options.only if name not in entrants]
+    if unknown:
+        parser.error(f"--only {unknown[0]}: not one of {', '.join(entrants)}")
+    if options.peer_python is None and options.only != [OURS]:
+        parser.error(f"--peer-python: name the interpreter of the peers' environment, or pass --only {OURS}")
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Print the tables and draw the plot; 1 if something failed."""
+    options, failed, found = read_options(words), 0, dict[Entry, Facts]()
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(header(HEAD), flush=True)
+    for data, entrant in product(options.data, options.only):
+        entry = Entry(data, entrant, options.seed)
+        try:
+            found[entry] = complete(entry, options)
+            print("\n".join(table_rows(entry, found[entry], options)), flush=True)
+        except Failed as error:
+            print(f"{entry.name}: {error}", file=sys.stderr, flush=True)
+            failed = 1
+    print(f"\n{header(SPEEDS)}", *speed_rows(found, options), sep="\n", flush=True)
+    if found and options.peer_python is not None:
+        plot(found, options)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
