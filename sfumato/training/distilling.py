@@ -34,7 +34,7 @@ SMALLEST = 10.0  # seconds: below this little but imports and measuring would ha
 FEWEST = 20  # optimizer steps: with fewer nothing would be learned
 FINISH_SHARE, FINISH_SECONDS = 0.03, 1.5  # of the budget, kept back for checking and saving
 KNOTS = 8  # steps of a trajectory
-BATCH = 512  # parts of trajectories in a step; also trajectories made at once
+BATCH = 512  # parts of trajectories in a step, at most: the teacher's batch is known to suit the network
 RATE = 1e-3  # peak learning rate
 REUSE = 8  # times that each trajectory is trained on, on average: a new one costs as much as five parts of an old one
 MEMORY = 2**30  # bytes of trajectories at most
@@ -77,9 +77,9 @@ def run(model: Path | str | Model, wish: Wish, started: float, progress: Progres
     with swapped_folder(wish.out) as partial:
         log = Log(partial, progress)
         try:
-            lesson = Lesson(teacher, wish, accelerator, log, started + seconds - finish(seconds))
-            lesson.give(record.get("peak", 1.0))
-            lesson.write(partial, record, folder, started)
+            lesson = Lesson(teacher, wish, record, accelerator, log, started + seconds - finish(seconds))
+            lesson.give()
+            lesson.write(partial, folder, started)
         finally:
             log.close()
     return lesson.student
@@ -151,19 +151,30 @@ class Lesson:
     Args:
         teacher: What is followed.
         wish: What the user asked for.
+        record: What is recorded of the teacher's training.
         accelerator: Device and precision.
         log: Records and progress.
         deadline: When training has to end (`time.monotonic`); infinite where steps are given.
     """
 
-    def __init__(self, teacher: Model, wish: Wish, accelerator: Accelerator, log: Log, deadline: float) -> None:
+    def __init__(
+        self,
+        teacher: Model,
+        wish: Wish,
+        record: dict[str, Any],
+        accelerator: Accelerator,
+        log: Log,
+        deadline: float,
+    ) -> None:
         weight = teacher.sampling.guidance if wish.guidance is None else wish.guidance
         self.how = replace(teacher.sampling, guidance=weight if teacher.conditioner.classes else 1.0)
         self.teacher, self.student = teacher, few_step(teacher, self.how)
-        self.out, self.seed, self.accelerator, self.log, self.deadline = wish.out, wish.seed, accelerator, log, deadline
+        self.out, self.seed, self.record = wish.out, wish.seed, record
+        self.accelerator, self.log, self.deadline = accelerator, log, deadline
+        theirs = record.get("plan", {}).get("train", {}).get("denoiser", {}).get("batch")
         self.settings = StageSettings(
             steps=wish.steps,
-            batch=BATCH,
+            batch=min(BATCH, theirs or BATCH),
             lr=RATE,
             optimizer="adamw",
             decay=0.5,
@@ -183,11 +194,11 @@ class Lesson:
         """What every trainer is given."""
         return {"stage": "distill", "seed": self.seed, "accelerator": self.accelerator}
 
-    def give(self, peak: float) -> None:
+    def give(self) -> None:
         """Plan, make the trajectories, train, and measure what came of it."""
         speed = self.plan()
         flights, label = self.trajectories()
-        self.train(flights, label, speed.flops, peak)
+        self.train(flights, label, speed.flops)
         self.student.eval()
         self.facts |= {"trajectories": len(flights), "knots": KNOTS, "miss": self.misses()}
         self.log.picture("samples", self.sheet(), self.facts["steps"])
@@ -254,10 +265,11 @@ class Lesson:
         labels = [label for _, label in parts if label is not None]
         return joined([flights for flights, _ in parts]), torch.cat(labels) if labels else None
 
-    def train(self, flights: Trajectories, label: Tensor | None, flops: float, peak: float) -> None:
+    def train(self, flights: Trajectories, label: Tensor | None, flops: float) -> None:
         """Teach the student; its average becomes its weights."""
         step = FlowMapStep(self.student.denoiser, self.student.conditioner)
         horizon = Horizon(self.settings.steps or 1, max(1.0, self.deadline - time.monotonic()))
+        peak = float(self.record.get("peak", 1.0))
         trainer = Trainer(step, self.settings, horizon, flops=flops, peak=peak, **self.kit)
         for report in trainer.run(self.feed(flights, label), lambda: None, save_every=math.inf):
             self.log.report(report)
@@ -283,10 +295,11 @@ class Lesson:
         labels = torch.arange(len(items)) % classes if classes else None
         return row.sheet(model.decode(model.sample(items, labels, seed=self.seed)), model.card.mode, None)
 
-    def write(self, folder: Path, record: dict[str, Any], teacher: Path | None, started: float) -> None:
+    def write(self, folder: Path, teacher: Path | None, started: float) -> None:
         """The model, its card and its record, in which what is said of data and codec is the teacher's."""
         self.student.save(folder)
-        kept = {key: record.get(key) for key in ("source", "versions", "data", "plan", "done") if key in record}
+        record = self.record
+        kept = {key: record[key] for key in ("source", "versions", "data", "plan", "done") if key in record}
         plan = self.settings.model_dump() | {"steps": self.facts.pop("steps")}
         metrics = {key: value for key, value in record.get("metrics", {}).items() if key == "codec"}
         metrics |= {"parameters": {k: count_parameters(v) for k, v in self.student.parts.items()}}

@@ -78,10 +78,10 @@ def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def lesson(model: Model, tmp_path: Path, **wish: Any) -> Lesson:
+def lesson(model: Model, tmp_path: Path, said: dict[str, Any] | None = None, **wish: Any) -> Lesson:
     asked = {"seconds": None, "steps": 4, "guidance": None, "overwrite": False, "seed": 0, "device": "cpu"} | wish
     log: Any = type("Silent", (), {"show": lambda *_: None, "report": lambda *_: None, "picture": lambda *_: None})()
-    return Lesson(model, Wish(out=tmp_path, **asked), make_accelerator("cpu", "fp32"), log, math.inf)
+    return Lesson(model, Wish(out=tmp_path, **asked), said or {}, make_accelerator("cpu", "fp32"), log, math.inf)
 
 
 # ---- what is taught
@@ -101,7 +101,7 @@ def test_the_flow_map_of_a_gaussian_is_learned(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(distilling, "RATE", 5e-3)
     model = gaussian_teacher(monkeypatch)
     taught = lesson(model, tmp_path, steps=300)
-    taught.give(1.0)
+    taught.give()
     student, schedule = taught.student, model.denoiser.schedule
     eps = torch.randn(500, *model.codec.latent_shape, generator=torch.Generator().manual_seed(5))
     wanted = 0.4 + 0.7 * eps
@@ -201,6 +201,11 @@ def test_steps_come_from_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     taught.deadline, taught.settings.steps = now[0] + 3, None
     with pytest.raises(UserError, match=r"too small for this model; give \d+ s more with --budget"):
         taught.plan()
+
+
+def test_batches_are_no_larger_than_the_teachers(tmp_path: Path):
+    for theirs, ours in ((16, 16), (4096, 32), (None, 32)):
+        assert lesson(new_model(), tmp_path, {"plan": {"train": {"denoiser": {"batch": theirs}}}}).batch == ours
 
 
 def test_memory_holds_the_trajectories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
