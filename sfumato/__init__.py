@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sfumato.tasks.inpaint import inpaint
     from sfumato.tasks.interpolate import interpolate
     from sfumato.tasks.reconstruct import reconstruct
-    from sfumato.training import fit
+    from sfumato.training import distill, fit
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "Settings",
     "UserError",
     "__version__",
+    "distill",
     "edit",
     "evaluate",
     "fit",
@@ -43,6 +44,7 @@ _HOMES = {
     "Model": "model",
     "Settings": "config",
     "UserError": "errors",
+    "distill": "training",
     "edit": "tasks.edit",
     "evaluate": "tasks.evaluate",
     "fit": "training",

@@ -256,17 +256,17 @@ def _explain(error: ValidationError) -> str:
 _BUDGET = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s?)?")
 
 
-def parse_budget(text: str) -> float:
+def parse_budget(text: str, least: float = SMALLEST_BUDGET) -> float:
     """Seconds of `10m`, `90s`, `1h30m` or plain `300`.
 
     Raises:
-        UserError: If it cannot be read, or is less than 20 seconds.
+        UserError: If it cannot be read, or is less than `least` seconds.
     """
     match = _BUDGET.fullmatch(text.replace(" ", "").lower())
     if match is None or not any(match.groups()):
         raise UserError(f"budget '{text}' cannot be read: write it as 10m, 90s, 1h30m or a number of seconds")
     hours, minutes, seconds = (float(part or 0) for part in match.groups())
     total = 3600 * hours + 60 * minutes + seconds
-    if total < SMALLEST_BUDGET:
-        raise UserError(f"budget '{text}' is too small: {SMALLEST_BUDGET:.0f} s is the least")
+    if total < least:
+        raise UserError(f"budget '{text}' is too small: {least:.0f} s is the least")
     return total

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sfumato import __version__
+from sfumato.choice import choose
 from sfumato.codecs import Codec
 from sfumato.conditioners import Conditioner, make_conditioner
-from sfumato.core import Denoiser, Noise, cfg, interval, make_schedule, prior, sample, time_grid
+from sfumato.core import SAMPLERS, Denoiser, Jump, Noise, Step, cfg, interval, make_schedule, prior, sample, time_grid
 from sfumato.core.noise import item_generator
 from sfumato.core.sampler import Denoise, Draw, OnStep
 from sfumato.errors import UserError
@@ -30,6 +31,7 @@ from sfumato.types import Latent, at_once
 FORMAT = 1
 PARTS = ("codec", "conditioner", "denoiser")
 CODED = 256  # items that the codec works on at a time
+JUMP = "jump"  # the sampler that only few-step models have
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Card:
         conditioner: Name and arguments of the conditioner.
         denoiser: `net` (name and arguments), `schedule` (name and arguments) and `predict`.
         sample: What `generate` does unless told otherwise: the fields of `Sampling`.
+        distilled: Of a few-step model, what it was taught: sampler, steps and guidance of its teacher.
     """
 
     modality: str
@@ -55,12 +58,14 @@ class Card:
     conditioner: dict[str, Any]
     denoiser: dict[str, Any]
     sample: dict[str, Any] = field(default_factory=dict[str, Any])
+    distilled: dict[str, Any] | None = None
 
 
 @dataclass
 class Sampling:
     """How a sampler is run: its name, steps, guidance weight (1 = off), time grid, times (lo, hi) that are guided.
 
+    The name is one of `SAMPLERS`, or `JUMP` for few-step models.
     Precision (`fp32` or `bf16`) is that of the networks, the decoder included; the sampler's state is always float32.
     """
 
@@ -90,7 +95,8 @@ class Model:
             cond_dim=self.conditioner.dim,
             **{key: value for key, value in card.denoiser["net"].items() if key != "name"},
         )
-        self.denoiser = Denoiser(net, make_schedule(**card.denoiser["schedule"]), card.denoiser["predict"])
+        schedule, jumps = make_schedule(**card.denoiser["schedule"]), card.distilled is not None
+        self.denoiser = Denoiser(net, schedule, card.denoiser["predict"], jumps=jumps)
         self.device = torch.device("cpu")
 
     @property
@@ -163,8 +169,9 @@ class Model:
         draw = self.noise(items, seed)
         denoise = self.denoise(label, len(items), how)
         grid = time_grid(schedule, how.steps, how.grid)
+        rule = self.rule(label, len(items), how)
         with self.autocast():
-            return sample(denoise, schedule, prior(schedule, draw), grid, how.sampler, draw, on_step)
+            return sample(denoise, schedule, prior(schedule, draw), grid, rule, draw, on_step)
 
     def noise(self, items: Sequence[int], seed: int = 0) -> Draw:
         """What draws the noise of these items, (B, *latent_shape) on the model's device, each time anew."""
@@ -184,6 +191,20 @@ class Model:
             return self._denoise(label, count)
         weight = interval(how.guidance, *how.interval) if how.interval else how.guidance
         return cfg(self._denoise(label, count), self._denoise(None, count), weight)
+
+    def rule(self, label: Tensor | None, count: int, how: Sampling | None = None) -> Step:
+        """The rule of a sampler's steps for `count` items; that of few-step models is bound to their conditions.
+
+        Args:
+            label: Class numbers (B,), None for no condition.
+            count: How many items.
+            how: Its sampler counts; default the model's own.
+        """
+        name = (how or self.sampling).sampler
+        if name != JUMP or not self.denoiser.jumps:
+            return choose(SAMPLERS, "sampler", name)
+        cond = self.conditioner(label, count)
+        return Jump(lambda z, t, s: self.denoiser(z, t, cond, s=s))
 
     def _denoise(self, label: Tensor | None, count: int) -> Denoise:
         """The denoiser with its condition bound and no guidance."""
@@ -235,6 +256,7 @@ class Model:
             "label_names": self.card.label_names,
             "latent_shape": list(self.codec.latent_shape),
             "sample": self.card.sample,
+            **({"distilled": self.card.distilled} if self.card.distilled else {}),
         }
         write_json(folder / "model.json", facts)
 
@@ -303,6 +325,7 @@ def load(folder: str | Path, device: str | None = None) -> Model:
     configs = {name: read_json(folder / name / "config.json") for name in PARTS}
     try:
         chosen: dict[str, Any] = {key: facts[key] for key in keys} | configs | {"shape": tuple(facts["shape"])}
+        chosen["distilled"] = facts.get("distilled")
         model = Model(Card(**chosen))
     except (KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         raise UserError(f"{folder}: its JSON files do not describe a model ({error!r})", code=1) from None

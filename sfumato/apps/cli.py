@@ -30,7 +30,7 @@ from sfumato.tasks.info import info
 from sfumato.tasks.inpaint import inpaint
 from sfumato.tasks.interpolate import interpolate
 from sfumato.tasks.reconstruct import reconstruct
-from sfumato.training import fit
+from sfumato.training import distill, fit
 
 PROGRESS = ("progress", "on_progress")  # parameters of a task that are handed the progress line
 FLAGS = {
@@ -181,6 +181,7 @@ def _told(result: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 command(app, fit, report=_fitted)
+command(app, distill, report=_fitted, required=("out",))
 command(app, generate, report=_written, required=("out",))
 command(app, reconstruct, report=_written, required=("out",))
 command(app, edit, report=_written, required=("out",))

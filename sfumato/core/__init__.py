@@ -2,6 +2,7 @@
 
 from .constrain import Again, Known, consistent, strength_time
 from .denoiser import PREDICT, Denoiser
+from .flow_map import Jump, Trajectories, fly, joined, landing, shaken
 from .guidance import autoguide, cfg, interval, rescale
 from .inversion import flow_grid, invert, regenerate, slerp
 from .noise import Noise, item_generator, item_noise, step_generator
@@ -18,20 +19,25 @@ __all__ = [
     "WEIGHTS",
     "Again",
     "Denoiser",
+    "Jump",
     "Known",
     "Noise",
     "Objective",
     "Schedule",
     "Step",
+    "Trajectories",
     "autoguide",
     "cfg",
     "consistent",
     "denoiser_calls",
     "flow_grid",
+    "fly",
     "interval",
     "invert",
     "item_generator",
     "item_noise",
+    "joined",
+    "landing",
     "make_schedule",
     "make_times",
     "make_weight",
@@ -39,6 +45,7 @@ __all__ = [
     "regenerate",
     "rescale",
     "sample",
+    "shaken",
     "slerp",
     "step_generator",
     "strength_time",

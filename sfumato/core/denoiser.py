@@ -70,6 +70,7 @@ class Denoiser(nn.Module):
         predict: What F means: `z`, `eps`, `v` or `flow` (eps - z).
         clock: t -> what the network is told of the time, in the shape of t; default $\log(\sigma / \alpha) / 4$.
         c_in: t -> the scale of the network's input; default $1 / \sqrt{\alpha^2 + \sigma^2}$.
+        jumps: Whether the network has a second clock, which tells it where a step ends (see `flow_map`).
 
     Raises:
         UserError: Unknown `predict`.
@@ -85,11 +86,13 @@ class Denoiser(nn.Module):
         predict: str = "flow",
         clock: Callable[[Tensor], Tensor] | None = None,
         c_in: Callable[[Tensor], Tensor] | None = None,
+        jumps: bool = False,
     ) -> None:
         super().__init__()
         self.net = net
         self.schedule = schedule
         self.predict = predict
+        self.jumps = jumps
         self.row = choose(PREDICT, "prediction", predict)
         self.clock = clock or self._clock
         self.c_in = c_in or self._c_in
@@ -117,18 +120,33 @@ class Denoiser(nn.Module):
         alpha, sigma = self.schedule(t)
         return trail(alpha, z) * z + trail(sigma, z) * eps
 
-    def output(self, z_t: Tensor, t: Tensor, cond: Cond | None = None, mask: Tensor | None = None) -> Tensor:
+    def output(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        cond: Cond | None = None,
+        mask: Tensor | None = None,
+        s: Tensor | None = None,
+    ) -> Tensor:
         """The network's raw output F (B, ...), in float32. The one place where dtypes meet.
 
         Under autocast the weights, and so the input, are float32, and the network's own layers cast.
         """
         weight = next(self.net.parameters(), z_t)
         z_in = (trail(self.c_in(t), z_t) * z_t).to(weight.dtype)
-        clocks = self.clock(t).to(z_t)  # float32 even for a bf16 network: its features need the digits
-        clocks = clocks[:, None] if t.ndim == 1 else clocks.flatten(1)[..., None]  # (B, 1) or (B, N, 1)
+        times = (t, t if s is None else s) if self.jumps else (t,)
+        clocks = torch.stack([self.clock(x) for x in times], -1).to(z_t)  # float32 even for a bf16 network: its
+        clocks = clocks if t.ndim == 1 else clocks.flatten(1, -2)  # features need the digits; (B, K) or (B, N, K)
         return self.net(z_in, clocks, cond or _UNTOLD, mask).to(z_t.dtype)
 
-    def forward(self, z_t: Tensor, t: Tensor, cond: Cond | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        cond: Cond | None = None,
+        mask: Tensor | None = None,
+        s: Tensor | None = None,
+    ) -> Tensor:
         """The expected data $E[z | z_t]$.
 
         Args:
@@ -136,9 +154,10 @@ class Denoiser(nn.Module):
             t: Times (B,), or (B, N) for one per leading position.
             cond: What the network is told.
             mask: (B, N), true where a padded item has data.
+            s: Where the step ends, in the shape of t: z_hat is then that of the flow map (a network with `jumps`).
 
         Returns:
             z_hat (B, ...), float32.
         """
         c_skip, c_out = self.coefficients(t, z_t.ndim)
-        return c_skip.to(z_t) * z_t + c_out.to(z_t) * self.output(z_t, t, cond, mask)
+        return c_skip.to(z_t) * z_t + c_out.to(z_t) * self.output(z_t, t, cond, mask, s)

@@ -20,7 +20,7 @@ from .table import (
     table_files,
     write_table,
 )
-from .write import check_images_target, check_writable, replaced_folder, sample_sheet, write_images
+from .write import check_images_target, check_writable, replaced_folder, sample_sheet, swapped_folder, write_images
 
 __all__ = [
     "BUILTINS",
@@ -50,6 +50,7 @@ __all__ = [
     "replaced_folder",
     "sample_sheet",
     "split",
+    "swapped_folder",
     "table_files",
     "write_images",
     "write_table",

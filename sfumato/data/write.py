@@ -74,14 +74,21 @@ def check_images_target(out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def replaced_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+    """A new folder of images, whole or not at all.
 
     Args:
         out: Missing, empty, or (with `overwrite`) a folder of images and metadata only.
         overwrite: Whether such a folder may be replaced.
     """
+    check_images_target(out, overwrite)
+    with swapped_folder(out) as folder:
+        yield folder
+
+
+@contextmanager
+def swapped_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends well, and vanishes when it does not."""
     try:
-        check_images_target(out, overwrite)
         out = out.resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))

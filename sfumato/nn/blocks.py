@@ -91,6 +91,12 @@ class Embedding(nn.Module):
         return F.silu(self.out(F.silu(e)))
 
 
+def with_clocks(weights: dict[str, Tensor], clocks: int) -> dict[str, Tensor]:
+    """Weights of a network of one clock for one of the same sizes with more clocks, to which it gives no heed yet."""
+    name = "embedding.clock_in.weight"
+    return {**weights, name: F.pad(weights[name], (0, (clocks - 1) * weights[name].shape[1]))}
+
+
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """The affine step of adaLN, h (1 + scale) + shift (Peebles and Xie 2023, arXiv:2212.09748)."""
     return torch.addcmul(shift, h, 1 + scale)

@@ -148,17 +148,21 @@ class _Noise:
         import torch
 
         from sfumato.core import sample, time_grid
+        from sfumato.tasks.inputs import picked
 
         denoiser, draw = self.model.denoiser, self.model.noise(items, self.seed)
         denoise = self.denoise(self.new, items)
         z_t = denoiser.noised(z, draw(), torch.full((len(z),), self.start))
         grid = time_grid(denoiser.schedule, self.how.steps, self.how.grid, self.start)
+        rule = self.model.rule(picked(self.new, items), len(items), self.how)
         with self.model.autocast():
-            return sample(denoise, denoiser.schedule, z_t, grid, self.how.sampler, draw)
+            return sample(denoise, denoiser.schedule, z_t, grid, rule, draw)
 
     def denoise(self, labels: "Tensor | None", items: list[int]) -> "Denoise":
         """The denoiser of some items under their labels."""
-        return self.model.denoise(None if labels is None else labels[items], len(items), self.how)
+        from sfumato.tasks.inputs import picked
+
+        return self.model.denoise(picked(labels, items), len(items), self.how)
 
     def told(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """What else there is to say of the whole, and into each item's row."""

@@ -60,7 +60,8 @@ def generate(
         where: What each row must fulfil, such as income=>50K or age>=30; rows are drawn until enough do.
         steps: Steps of the sampler (default: what fit chose).
         guidance: Weight of the condition; 1 is off (default: what fit chose).
-        sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc, abm2 or sde (default: what fit chose).
+        sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc, abm2 or sde; jump for few-step models (default: what fit
+            chose).
         seed: Seed of the noise.
         batch: Items computed at once.
         overwrite: Replace what is in the output folder.
@@ -110,14 +111,26 @@ def generate(
 
 
 def sampling(model: "Model", steps: int | None, guidance: float | None, sampler: str | None) -> "Sampling":
-    """The model's own sampling defaults with what the user fixed, checked."""
+    """The model's own sampling defaults with what the user fixed, checked.
+
+    Of a few-step model `steps` means jumps; any other sampler takes as many as it took of the teacher.
+    """
     from dataclasses import replace
 
     from sfumato.choice import choose
     from sfumato.core.sampler import SAMPLERS
+    from sfumato.errors import UserError
+    from sfumato.model import JUMP
 
-    if sampler is not None:
+    taught = model.card.distilled
+    if sampler == JUMP and taught is None:
+        raise UserError(f"--sampler {JUMP} is for few-step models; make one with: sfumato distill MODEL --out RUN")
+    if sampler not in (None, JUMP):
         choose(SAMPLERS, "sampler", sampler)
+        steps = steps if taught is None else steps or taught["steps"]
+    if taught is not None and guidance not in (None, 1):
+        built_in = f"the weight {taught['guidance']} is built into this few-step model"
+        raise UserError(f"--guidance {guidance}: {built_in}; take its teacher, or distill it with another --guidance")
     given = {"steps": steps, "guidance": guidance, "sampler": sampler}
     return replace(model.sampling, **{key: value for key, value in given.items() if value is not None})
 

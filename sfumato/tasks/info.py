@@ -37,7 +37,7 @@ def info(model: Path | str) -> dict[str, Any]:
         "parameters": {part: count_numbers(path) for part, path in present.items()},
         "bytes": {part: path.stat().st_size for part, path in present.items()},
     }
-    recorded = {key: run[key] for key in ("data", "plan", "metrics", "seed", "versions") if key in run}
+    recorded = {key: run[key] for key in ("distilled", "data", "plan", "metrics", "seed", "versions") if key in run}
     return {key: value for key, value in facts.items() if value} | recorded
 
 

@@ -1,5 +1,6 @@
-"""Training: the plan, the loop, and `fit`, which runs both stages."""
+"""Training: the plan, the loop, `fit`, which runs both stages, and `distill`, which makes few-step models."""
 
+from sfumato.training.distill import distill
 from sfumato.training.fit import fit
 
-__all__ = ["fit"]
+__all__ = ["distill", "fit"]

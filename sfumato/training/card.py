@@ -1,5 +1,8 @@
 """The model card, `README.md` of a run folder."""
 
+from pathlib import Path
+from typing import Any
+
 from sfumato import __version__
 from sfumato.model import Model
 from sfumato.training.job import Job
@@ -12,11 +15,7 @@ def write_card(job: Job, model: Model) -> None:
     record, codec = job.record, job.record.get("metrics", {}).get("codec", {})
     total = sum(record["metrics"]["parameters"].values())
     lines = [
-        "---",
-        "library_name: sfumato",
-        "tags: [latent-diffusion, sfumato]",
-        "---",
-        f"# {job.folder.name}",
+        *head(job.folder),
         "",
         f"A latent diffusion model of {record['data']['items']:,} items ({job.modality.name}, shape "
         f"{tuple(record['data']['shape'])}, {job.classes or 'no'} classes), trained by sfumato {__version__} in "
@@ -33,3 +32,35 @@ def write_card(job: Job, model: Model) -> None:
         "",
     ]
     (job.folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def head(folder: Path) -> list[str]:
+    """The first lines: what sites that show cards look for, and the model's name."""
+    return ["---", "library_name: sfumato", "tags: [latent-diffusion, sfumato]", "---", f"# {folder.name}"]
+
+
+def write_few_step_card(folder: Path, out: Path, told: dict[str, Any], seconds: float) -> None:
+    """Say of a few-step model what it was made from, and how to use it.
+
+    Args:
+        folder: Where to write.
+        out: What the folder will be called.
+        told: What the run recorded of its distillation.
+        seconds: How long it took.
+    """
+    misses = ", ".join(f"{miss} in {jumps}" for jumps, miss in told["miss"].items())
+    lines = [
+        *head(out),
+        "",
+        f"A few-step model made from {told['teacher'] or 'another one'} (guidance {told['guidance']} built in) by "
+        f"sfumato {__version__} in {seconds:.0f} s. Its jumps miss the latents (root mean square) by {misses}.",
+        "",
+        "```",
+        f"sfumato generate {out} -n 64 --out samples/",
+        f"sfumato generate {out} -n 64 --steps 1 --out samples-1/",
+        "```",
+        "",
+        "It repeats what its teacher's training data hold, biases included.",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

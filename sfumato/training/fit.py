@@ -1,14 +1,13 @@
 """`fit`: from data to a model folder."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from sfumato.training.clock import begin
+
 if TYPE_CHECKING:
     from sfumato.model import Model
-
-STARTED = time.monotonic()  # the budget counts from here: imports and reading are part of what the user waits for
 
 
 def fit(
@@ -59,8 +58,7 @@ def fit(
     Raises:
         UserError: What is wrong with the data or the settings, and what to do.
     """
-    start = STARTED if time.monotonic() - STARTED < 30 and not _used else time.monotonic()
-    _used.append(True)
+    start = begin()
     from sfumato.config import apply_overrides, parse_budget, read_settings
     from sfumato.errors import UserError
 
@@ -89,6 +87,3 @@ def fit(
         overwrite=overwrite,
         progress=progress,
     )
-
-
-_used: list[bool] = []  # only a process's first fit is charged with the imports

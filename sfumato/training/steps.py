@@ -16,6 +16,8 @@ from sfumato.codecs.losses import (
 )
 from sfumato.conditioners import Conditioner
 from sfumato.core import Denoiser, Objective
+from sfumato.core.denoiser import trail
+from sfumato.core.objective import masked_mean, squared, uniform
 from sfumato.types import Batch
 
 Losses = dict[str, Tensor]
@@ -183,6 +185,47 @@ class DiffusionStep(TrainStep):
         loss = self.objective.loss(self.denoiser, z, cond, None, t, eps)
         self.objective.observe(t, loss)
         return {"loss": loss.mean()}
+
+
+@dataclass(kw_only=True)
+class Legs(Batch):
+    """Parts of trajectories: z (B, ...) at times t (B,), and as `target` the z_hat (B, ...) that leads to times s."""
+
+    t: Tensor
+    s: Tensor
+    target: Tensor
+
+
+class FlowMapStep(TrainStep):
+    r"""Teach a denoiser the flow map: $(1 + \alpha_t / \sigma_t)^2 \, \| \hat z(z_t, t, s) - target \|^2$.
+
+    For `flow` this is the squared error of the mean velocity from t to s.
+
+    Args:
+        denoiser: One that jumps.
+        conditioner: Labels -> what the network is told.
+
+    References:
+        Boffi et al., https://arxiv.org/abs/2406.07507 (section 3: learning from the trajectories of a known velocity).
+    """
+
+    def __init__(self, denoiser: Denoiser, conditioner: Conditioner) -> None:
+        super().__init__()
+        self.denoiser, self.conditioner = denoiser, conditioner
+
+    @property
+    def averaged(self) -> nn.Module:
+        return nn.ModuleDict({"denoiser": self.denoiser, "conditioner": self.conditioner})
+
+    def phases(self) -> list[Phase]:
+        return [Phase("flow map", list(self.averaged.parameters()))]
+
+    def forward(self, batch: Batch, phase: str, step: int, generator: Generator) -> Losses:
+        assert isinstance(batch, Legs)
+        cond = self.conditioner(batch.label, len(batch.data))
+        z_hat = self.denoiser(batch.data, batch.t, cond, s=batch.s)
+        weight = trail(uniform(self.denoiser.schedule.logsnr(batch.t)), z_hat)
+        return {"loss": masked_mean(weight * squared(z_hat, batch.target)).mean()}
 
 
 def matrices(parameters: list[nn.Parameter]) -> Iterator[nn.Parameter]:

@@ -1,0 +1,317 @@
+"""From a teacher to a few-step model: its trajectories, then a network that jumps along them."""
+
+import copy
+import math
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from sfumato import __version__
+from sfumato.config import StageSettings
+from sfumato.core import Trajectories, fly, joined, prior, sample, shaken, step_generator, time_grid
+from sfumato.data import check_writable, swapped_folder
+from sfumato.errors import UserError
+from sfumato.machine import best_precision, default_device
+from sfumato.model import JUMP, Card, Model, Sampling, load, read_json, write_json
+from sfumato.nn import count_parameters
+from sfumato.nn.blocks import with_clocks
+from sfumato.training.card import write_few_step_card
+from sfumato.training.feeds import LegFeed
+from sfumato.training.horizon import Horizon
+from sfumato.training.log import Log, Progress
+from sfumato.training.loop import Trainer
+from sfumato.training.measure import Speed, measure_step
+from sfumato.training.run import is_run, make_accelerator
+from sfumato.training.steps import FlowMapStep
+
+SHARE = 0.2  # of the teacher's training time, unless told otherwise
+SMALLEST = 10.0  # seconds: below this little but imports and measuring would happen
+FEWEST = 20  # optimizer steps: with fewer nothing would be learned
+FINISH_SHARE, FINISH_SECONDS = 0.03, 1.5  # of the budget, kept back for checking and saving
+KNOTS = 8  # steps of a trajectory
+BATCH = 512  # parts of trajectories in a step, at most: the teacher's batch is known to suit the network
+RATE = 1e-3  # peak learning rate
+REUSE = 8  # times that each trajectory is trained on, on average: a new one costs as much as five parts of an old one
+MEMORY = 2**30  # bytes of trajectories at most
+JUMPS = 2  # what the few-step model does unless told otherwise
+CHECKED = 1_000  # trajectories that it is compared with at the end
+CHECKS = (1, 2, 4)  # numbers of jumps that are compared
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for: folder, seconds or steps (or neither), guidance (None: the teacher's) and the rest."""
+
+    out: Path
+    seconds: float | None
+    steps: int | None
+    guidance: float | None
+    overwrite: bool
+    seed: int
+    device: str | None
+
+
+def run(model: Path | str | Model, wish: Wish, started: float, progress: Progress | None) -> Model:
+    """Distill a model into a new folder, whole or not at all.
+
+    Args:
+        model: The teacher, or its folder.
+        wish: What is asked for.
+        started: When the clock of the budget started (`time.monotonic`).
+        progress: Who shows how far it is.
+    """
+    folder = None if isinstance(model, Model) else Path(model)
+    check_target(wish.out, folder, wish.overwrite)
+    place = wish.device or (str(model.device) if isinstance(model, Model) else default_device())
+    record = read_json(folder / "run.json") if folder is not None and (folder / "run.json").is_file() else {}
+    precision = record.get("plan", {}).get("train", {}).get("precision") or best_precision(place)
+    accelerator = make_accelerator(place, precision)
+    teacher = load(model, place) if not isinstance(model, Model) else model.to(place)
+    check_teacher(teacher, "the model" if folder is None else str(folder))
+    seconds = budget(wish, record)
+    with swapped_folder(wish.out) as partial:
+        log = Log(partial, progress)
+        try:
+            lesson = Lesson(teacher, wish, record, accelerator, log, started + seconds - finish(seconds))
+            lesson.give()
+            lesson.write(partial, folder, started)
+        finally:
+            log.close()
+    return lesson.student
+
+
+def check_target(out: Path, teacher: Path | None, overwrite: bool) -> None:
+    """Refuse a folder that cannot be written to, or must not be, before any work."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("distill runs in one process; start it without accelerate launch or torchrun")
+    if teacher is not None and out.resolve() == teacher.resolve():
+        raise UserError(f"{out}: is the model that is to be distilled; name another folder with --out")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not is_run(out)):
+        raise UserError(f"{out}: exists and is not a run of sfumato; name another folder")
+    if is_run(out) and not overwrite:
+        raise UserError(f"{out}: there is a model already; replace it with --overwrite")
+    check_writable(out)
+
+
+def check_teacher(teacher: Model, name: str) -> None:
+    """Refuse a model that cannot be distilled."""
+    if teacher.card.distilled is not None:
+        raise UserError(f"{name}: is a few-step model already; distill the model it was made from")
+    if teacher.denoiser.predict == "eps":
+        remedy = "train one with --set denoiser.predict=flow"
+        raise UserError(f"{name}: it predicts eps, which tells nothing of the data where a jump begins; {remedy}")
+
+
+def budget(wish: Wish, record: dict[str, Any]) -> float:
+    """Seconds that everything may take; infinite where steps are given."""
+    if wish.steps is not None:
+        return math.inf
+    if wish.seconds is not None:
+        return wish.seconds
+    if "seconds_taken" not in record:
+        raise UserError("it is not known how long this model's training took; give --budget or --steps")
+    seconds = SHARE * float(record["seconds_taken"])
+    if seconds < SMALLEST:
+        raise UserError(f"a fifth of this model's training is {seconds:.0f} s; give at least --budget {SMALLEST:.0f}s")
+    return seconds
+
+
+def finish(seconds: float) -> float:
+    """What of a budget is kept for the end."""
+    return FINISH_SHARE * seconds + FINISH_SECONDS if math.isfinite(seconds) else 0.0
+
+
+def few_step(teacher: Model, how: Sampling) -> Model:
+    """A model with the teacher's weights and a second clock, to which it gives no heed yet.
+
+    Args:
+        teacher: Any model.
+        how: What it is to be taught: the teacher's way of sampling.
+    """
+    card = copy.deepcopy(teacher.card)
+    card.denoiser["net"]["clocks"] = 2
+    card.distilled = {"sampler": how.sampler, "steps": how.steps, "guidance": how.guidance}
+    card.sample |= {"sampler": JUMP, "steps": JUMPS, "guidance": 1.0, "interval": None}
+    student = Model(Card(**vars(card))).to(teacher.device)
+    for name, part in student.parts.items():
+        weights = teacher.parts[name].state_dict()
+        part.load_state_dict(with_clocks(weights, 2) if name == "denoiser" else weights)
+    student.codec.eval().requires_grad_(False)
+    return student
+
+
+class Lesson:
+    """A distillation under way.
+
+    Args:
+        teacher: What is followed.
+        wish: What the user asked for.
+        record: What is recorded of the teacher's training.
+        accelerator: Device and precision.
+        log: Records and progress.
+        deadline: When training has to end (`time.monotonic`); infinite where steps are given.
+    """
+
+    def __init__(
+        self,
+        teacher: Model,
+        wish: Wish,
+        record: dict[str, Any],
+        accelerator: Accelerator,
+        log: Log,
+        deadline: float,
+    ) -> None:
+        weight = teacher.sampling.guidance if wish.guidance is None else wish.guidance
+        self.how = replace(teacher.sampling, guidance=weight if teacher.conditioner.classes else 1.0)
+        self.teacher, self.student = teacher, few_step(teacher, self.how)
+        self.out, self.seed, self.record = wish.out, wish.seed, record
+        self.accelerator, self.log, self.deadline = accelerator, log, deadline
+        theirs = record.get("plan", {}).get("train", {}).get("denoiser", {}).get("batch")
+        self.settings = StageSettings(
+            steps=wish.steps,
+            batch=min(BATCH, theirs or BATCH),
+            lr=RATE,
+            optimizer="adamw",
+            decay=0.5,
+            clip=1.0,
+            ema=0.1,
+            weight_decay=0.0,
+        )
+        self.facts: dict[str, Any] = {}
+
+    @property
+    def batch(self) -> int:
+        """Parts of trajectories in a step; also trajectories made at once."""
+        return self.settings.batch or 1
+
+    @property
+    def kit(self) -> dict[str, Any]:
+        """What every trainer is given."""
+        return {"stage": "distill", "seed": self.seed, "accelerator": self.accelerator}
+
+    def give(self) -> None:
+        """Plan, make the trajectories, train, and measure what came of it."""
+        speed = self.plan()
+        flights, label = self.trajectories()
+        self.train(flights, label, speed.flops)
+        self.student.eval()
+        self.facts |= {"trajectories": len(flights), "knots": KNOTS, "miss": self.misses()}
+        self.log.picture("samples", self.sheet(), self.facts["steps"])
+
+    @torch.no_grad()
+    def flown(self, number: int, count: int) -> tuple[Trajectories, Tensor | None]:
+        """New trajectories of the teacher, and the class numbers (N,) they were made under.
+
+        As in training some go without a label, so that the few-step model still knows how to.
+        """
+        generator = step_generator(self.seed, "distill/flights", number)
+        schedule, place = self.teacher.denoiser.schedule, self.teacher.device
+        noise = torch.randn(count, *self.teacher.codec.latent_shape, generator=generator)
+        grid = shaken(time_grid(schedule, KNOTS, self.how.grid), torch.rand(count, generator=generator) - 0.5)
+        label, classes = None, self.teacher.conditioner.classes
+        if classes:
+            label = torch.randint(classes, (count,), generator=generator)
+            label = self.teacher.conditioner.drop(label, generator)
+        with self.accelerator.autocast():
+            denoise = self.teacher.denoise(label, count, self.how)
+            flights = fly(denoise, schedule, prior(schedule, lambda: noise.to(place)), grid)
+        return Trajectories(flights.grid, flights.z.cpu(), flights.z_hat.cpu()), label
+
+    def plan(self) -> Speed:
+        """Decide on the number of steps, if the user did not, by the time of real ones."""
+        speed = Speed(0.0, 0.0)
+        if self.settings.steps is None:
+            self.log.show("plan", 0, 1)
+            self.flown(0, self.batch)  # the first is a slow one
+            began = time.perf_counter()
+            flights, label = self.flown(0, self.batch)
+            flight = time.perf_counter() - began
+            speed = self.measured(flights, label)
+            left = self.deadline - time.monotonic() - 2 * flight * CHECKED / self.batch
+            self.settings.steps = int(left / (speed.seconds + flight / REUSE))
+            if self.settings.steps < FEWEST:
+                need = FEWEST * (speed.seconds + flight / REUSE) - left
+                raise UserError(f"the budget is too small for this model; give {math.ceil(need)} s more with --budget")
+            self.facts["measured"] = {"trajectories": self.batch / flight, **speed._asdict()}
+        self.settings.warmup = min(20, self.settings.steps // 10)
+        return speed
+
+    def measured(self, flights: Trajectories, label: Tensor | None) -> Speed:
+        """Seconds and operations of a real step, on a copy that is thrown away."""
+        parts = copy.deepcopy((self.student.denoiser, self.student.conditioner))
+        seconds = min(1.2, 0.05 * (self.deadline - time.monotonic()))
+        return measure_step(FlowMapStep(*parts), self.settings, self.feed(flights, label), seconds=seconds, **self.kit)
+
+    def feed(self, flights: Trajectories, label: Tensor | None) -> LegFeed:
+        """Parts of these trajectories."""
+        schedule = self.teacher.denoiser.schedule
+        return LegFeed(flights, label, schedule, self.batch, self.seed, str(self.teacher.device))
+
+    def trajectories(self) -> tuple[Trajectories, Tensor | None]:
+        """As many as training wants and memory holds."""
+        bytes_each = 4 * (2 * KNOTS + 1) * self.teacher.codec.latent_size
+        sets = min(math.ceil((self.settings.steps or 1) / REUSE), max(1, MEMORY // (bytes_each * self.batch)))
+        began = time.monotonic()
+        parts: list[tuple[Trajectories, Tensor | None]] = []
+        for number in range(sets):
+            parts.append(self.flown(number, self.batch))
+            eta = (time.monotonic() - began) * (sets - number - 1) / (number + 1)
+            self.log.show("trajectories", number + 1, sets, {"eta": eta})
+        labels = [label for _, label in parts if label is not None]
+        return joined([flights for flights, _ in parts]), torch.cat(labels) if labels else None
+
+    def train(self, flights: Trajectories, label: Tensor | None, flops: float) -> None:
+        """Teach the student; its average becomes its weights."""
+        step = FlowMapStep(self.student.denoiser, self.student.conditioner)
+        horizon = Horizon(self.settings.steps or 1, max(1.0, self.deadline - time.monotonic()))
+        peak = float(self.record.get("peak", 1.0))
+        trainer = Trainer(step, self.settings, horizon, flops=flops, peak=peak, **self.kit)
+        for report in trainer.run(self.feed(flights, label), lambda: None, save_every=math.inf):
+            self.log.report(report)
+        trainer.ema.apply()
+        self.facts |= {"steps": trainer.done, "amendments": horizon.amendments}
+
+    @torch.no_grad()
+    def misses(self) -> dict[str, float]:
+        """How far from the ends of new trajectories a number of jumps lands: root mean square, of unit latents."""
+        flights, label = self.flown(-1, CHECKED)
+        schedule, place = self.student.denoiser.schedule, self.student.device
+        step, denoise = self.student.rule(label, CHECKED), self.student.denoise(label, CHECKED)
+        found: dict[str, float] = {}
+        for jumps in CHECKS:
+            z = sample(denoise, schedule, flights.z[0].to(place), time_grid(schedule, jumps, self.how.grid), step)
+            found[str(jumps)] = round(float((z.cpu() - flights.z[-1]).square().mean().sqrt()), 4)
+        return found
+
+    def sheet(self) -> Any:
+        """Items of the few-step model, that a class each row would show."""
+        model, row = self.student, self.student.modality
+        items, classes = range(row.shown), model.conditioner.classes
+        labels = torch.arange(len(items)) % classes if classes else None
+        return row.sheet(model.decode(model.sample(items, labels, seed=self.seed)), model.card.mode, None)
+
+    def write(self, folder: Path, teacher: Path | None, started: float) -> None:
+        """The model, its card and its record, in which what is said of data and codec is the teacher's."""
+        self.student.save(folder)
+        record = self.record
+        kept = {key: record[key] for key in ("source", "versions", "data", "plan", "done") if key in record}
+        plan = self.settings.model_dump() | {"steps": self.facts.pop("steps")}
+        metrics = {key: value for key, value in record.get("metrics", {}).items() if key == "codec"}
+        metrics |= {"parameters": {k: count_parameters(v) for k, v in self.student.parts.items()}}
+        told = {"teacher": None if teacher is None else str(teacher), **vars(self.how), "train": plan, **self.facts}
+        seconds = round(time.monotonic() - started, 1)
+        written = {
+            "source": None,
+            **kept,
+            "sfumato": __version__,
+            "seed": self.seed,
+            "device": str(self.student.device),
+        }
+        write_json(folder / "run.json", written | {"metrics": metrics, "distilled": told, "seconds_taken": seconds})
+        write_few_step_card(folder, self.out, told, seconds)
