@@ -84,7 +84,8 @@ class Model:
             cond_dim=self.conditioner.dim,
             **{key: value for key, value in card.denoiser["net"].items() if key != "name"},
         )
-        self.denoiser = Denoiser(net, make_schedule(**card.denoiser["schedule"]), card.denoiser["predict"])
+        schedule, predict = make_schedule(**card.denoiser["schedule"]), card.denoiser["predict"]
+        self.denoiser = Denoiser(net, schedule, predict, corners=self.codec.corners)
         self.device = torch.device("cpu")
 
     @property

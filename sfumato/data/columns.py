@@ -35,6 +35,8 @@ class Column:
         decimals: Numbers lie on a grid of so many decimals (0 for integers); None where they are continuous.
         low: Smallest value of the training part.
         high: Largest value of the training part.
+        spikes: Values of a number or date that many rows of the training part share, rising.
+        other: Whether a number or date has other values than these.
         step: Grid of dates in seconds: 86400 for days, 60 for minutes, 1, 0.001, 0.000001.
         format: Of dates the strptime format; of ids the str.format of a running number.
         value: The text of a constant; None where every cell is missing.
@@ -49,6 +51,8 @@ class Column:
     decimals: int | None = None
     low: float | None = None
     high: float | None = None
+    spikes: list[float] = field(default_factory=list)
+    other: bool = True
     step: float | None = None
     format: str | None = None
     value: str | None = None

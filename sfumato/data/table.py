@@ -3,7 +3,8 @@
 import csv
 import gzip
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from io import TextIOWrapper
@@ -31,6 +32,8 @@ from .write import check_writable, umask
 FEWEST = 20  # rows from which a model can be trained at all
 HELD = ("test", "validation", "val")  # names of the held-out file beside train.csv
 PIECE = 2**16  # rows written at a time
+FEW_VALUES, REPEATED = 20, 20  # so many numbers, each in so many rows on average, are levels like those of a category
+SPIKE, SPIKE_ROWS = 0.05, 50  # a number in such a share of the rows, and in so many of them, is a level too
 
 
 @dataclass(eq=False)
@@ -268,17 +271,27 @@ def _fill(store: Values, columns: list[Column], file: TableFile, notes: list[str
 
 
 def _with_range(train: TableData, held: TableData) -> tuple[TableData, TableData]:
-    """Both parts, with the range that each number has in the training part."""
+    """Both parts, with the range and the spikes that each number has in the training part."""
     ranged, k = list(train.columns), 0
     for i, column in enumerate(train.columns):
         if column.modelled and not column.levels:
             values = train.store[:, k] if train.rows is None else train.store[train.rows, k]
             known = values[~np.isnan(values)]
             if known.size:
-                ranged[i] = replace(column, low=float(known.min()), high=float(known.max()))
+                spikes, other = _spikes(known)
+                low, high = float(known.min()), float(known.max())
+                ranged[i] = replace(column, low=low, high=high, spikes=spikes, other=other)
         k += column.modelled
     train.columns = held.columns = ranged
     return train, held
+
+
+def _spikes(known: Values) -> tuple[list[float], bool]:
+    """The values that many of the cells (N,) share, and whether there are others; all of them where they are few."""
+    value, times = np.unique(known, return_counts=True)
+    if len(value) <= FEW_VALUES and len(known) >= REPEATED * len(value):
+        return value.tolist(), False
+    return value[times >= max(SPIKE * len(known), SPIKE_ROWS)].tolist(), True
 
 
 # -- writing
@@ -340,22 +353,30 @@ def write_table(
     tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
     try:
         with atomic(path) as draft:
-            if path.suffix.lower() in (".parquet", ".pq"):
+            if is_parquet(path):
                 _write_parquet(draft, columns, values)
             else:
-                _write_text(draft, columns, values, dialect or Dialect("\t" if tabs else ","), path)
+                with text_writer(draft, path) as text:
+                    _write_lines(text, columns, values, dialect or Dialect("\t" if tabs else ","))
             draft.chmod(0o666 & ~umask())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})", code=1) from error
     return path
 
 
-def _write_text(draft: Path, columns: Sequence[Column], values: Values, dialect: Dialect, path: Path) -> None:
+def is_parquet(path: Path) -> bool:
+    """Whether a file called so holds Parquet, and not text."""
+    return path.suffix.lower() in (".parquet", ".pq")
+
+
+@contextmanager
+def text_writer(draft: Path, path: Path) -> Iterator[TextIO]:
+    """The draft of a text file, packed if `path`, what it will be called, says so."""
     with draft.open("wb") as raw:
         packed = path.suffix.lower() == ".gz"
         file = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if packed else raw
         with TextIOWrapper(file, "utf-8", newline="") as text:  # type: ignore[arg-type]
-            _write_lines(text, columns, values, dialect)
+            yield text
 
 
 def _write_lines(text: TextIO, columns: Sequence[Column], values: Values, dialect: Dialect) -> None:
@@ -367,11 +388,11 @@ def _write_lines(text: TextIO, columns: Sequence[Column], values: Values, dialec
 
 
 def _write_parquet(draft: Path, columns: Sequence[Column], values: Values) -> None:
-    arrays = [_arrow(series(column, v), column.dtype) for column, v in _paired(columns, values)]
+    arrays = [arrow_cells(series(column, v), column.dtype) for column, v in _paired(columns, values)]
     pyarrow.parquet.write_table(pa.Table.from_arrays(arrays, [column.name for column in columns]), draft)
 
 
-def _arrow(cells: pd.Series, dtype: str | None) -> pa.Array:
+def arrow_cells(cells: pd.Series, dtype: str | None) -> pa.Array:
     """Cells in the Arrow type that the source had."""
     if dtype == "null":
         return pa.nulls(len(cells))
