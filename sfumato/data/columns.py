@@ -19,6 +19,8 @@ pc: Any = pyarrow.compute  # its functions are made while it is imported: a type
 MARKERS = ("", "na", "n/a", "#n/a", "nan", "<na>", "nat", "?", "null", "none")
 INTEGER = r"^-?(0|[1-9]\d*)$"
 PADDED = r"^[+-]?0\d"
+FEW_VALUES, REPEATED = 20, 20  # so many numbers, each in so many rows on average, are levels like those of a category
+SPIKE, SPIKE_ROWS = 0.05, 50  # a number in such a share of the rows, and in so many of them, is a level too
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 
@@ -68,6 +70,14 @@ class Column:
 def modelled(columns: Sequence[Column]) -> list[Column]:
     """The columns that training sees, in their order: one for each column of the values (N, D)."""
     return [column for column in columns if column.modelled]
+
+
+def spikes(known: Values) -> tuple[list[float], bool]:
+    """The values that many of the cells (N,) share, and whether there are others; all of them where they are few."""
+    value, times = np.unique(known, return_counts=True)
+    if len(value) <= FEW_VALUES and len(known) >= REPEATED * len(value):
+        return value.tolist(), False
+    return value[times >= max(SPIKE * len(known), SPIKE_ROWS)].tolist(), True
 
 
 def blanks(cells: pa.Array) -> pa.BooleanArray:

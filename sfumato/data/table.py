@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..types import Batch
 from .base import Index, split
 from .cache import allocate, atomic
-from .columns import Column, Values, blanks, encode, modelled, series, texts
+from .columns import Column, Values, blanks, encode, modelled, series, spikes, texts
 from .files import first_few, inventory
 from .rows import DELIMITERS, TABLE, Dialect, TableFile, arrow_type, open_table
 from .tally import Tally
@@ -32,8 +32,6 @@ from .write import check_writable, umask
 FEWEST = 20  # rows from which a model can be trained at all
 HELD = ("test", "validation", "val")  # names of the held-out file beside train.csv
 PIECE = 2**16  # rows written at a time
-FEW_VALUES, REPEATED = 20, 20  # so many numbers, each in so many rows on average, are levels like those of a category
-SPIKE, SPIKE_ROWS = 0.05, 50  # a number in such a share of the rows, and in so many of them, is a level too
 
 
 @dataclass(eq=False)
@@ -278,20 +276,12 @@ def _with_range(train: TableData, held: TableData) -> tuple[TableData, TableData
             values = train.store[:, k] if train.rows is None else train.store[train.rows, k]
             known = values[~np.isnan(values)]
             if known.size:
-                spikes, other = _spikes(known)
+                shared, other = spikes(known)
                 low, high = float(known.min()), float(known.max())
-                ranged[i] = replace(column, low=low, high=high, spikes=spikes, other=other)
+                ranged[i] = replace(column, low=low, high=high, spikes=shared, other=other)
         k += column.modelled
     train.columns = held.columns = ranged
     return train, held
-
-
-def _spikes(known: Values) -> tuple[list[float], bool]:
-    """The values that many of the cells (N,) share, and whether there are others; all of them where they are few."""
-    value, times = np.unique(known, return_counts=True)
-    if len(value) <= FEW_VALUES and len(known) >= REPEATED * len(value):
-        return value.tolist(), False
-    return value[times >= max(SPIKE * len(known), SPIKE_ROWS)].tolist(), True
 
 
 # -- writing
