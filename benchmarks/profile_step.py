@@ -6,8 +6,7 @@
 The steps are those of `fit` with the same data, budget and settings, on copies that `training/planning.py` makes and
 throws away; nothing is written but the trace. Parts are timed by the clock, each without those inside it, and the
 median of the steps counts. Operators are timed by torch's profiler, which slows small ones down; their floating-point
-operations are counted by torch, backward passes included. Where the plan computes a batch in parts side by side, only
-the headline does: parts and operators are those of a batch computed whole. Keep the machine quiet meanwhile.
+operations are counted by torch, backward passes included. Keep the machine quiet meanwhile.
 """
 
 import argparse
@@ -31,9 +30,10 @@ from sfumato.errors import UserError
 from sfumato.machine import best_precision, default_device
 from sfumato.modality import find_modality, recognise
 from sfumato.training.build import feature_network, uses_features
+from sfumato.training.horizon import Horizon
 from sfumato.training.job import Job
 from sfumato.training.log import Log
-from sfumato.training.loop import Feed, Horizon, Trainer
+from sfumato.training.loop import Feed, Trainer
 from sfumato.training.measure import Speed, measure_step
 from sfumato.training.planning import LATE, decide, stage_copies
 from sfumato.training.run import make_accelerator
@@ -237,10 +237,9 @@ def report(job: Job, options: argparse.Namespace) -> Iterator[str]:
     kit: dict[str, Any] = {"seed": job.settings.seed, "accelerator": job.accelerator}
     for stage, (step, settings, feed) in stage_copies(job, network).items():
         speed = measure_step(step, settings, feed, stage=stage, first=LATE, least=options.steps, **kit)
-        parts = f"; {settings.shards} parts side by side" if (settings.shards or 1) > 1 else ""
-        yield f"## {stage}\n\n{headline(speed, settings.batch or 1, job.record['peak'])}{parts}\n"
+        yield f"## {stage}\n\n{headline(speed, settings.batch or 1, job.record['peak'])}\n"
         trainer = Trainer(step, settings, Horizon(10**9), stage=stage, **kit)
-        trainer.done, trainer.crew = LATE, None  # every term of the loss plays; the clock is for one thread
+        trainer.done = LATE  # every term of the loss plays
         trainer.inner.train()
         trace = options.trace and options.trace.with_stem(f"{options.trace.stem}-{stage}")
         found = operators(trainer, feed, trace)

@@ -95,8 +95,9 @@ class Model:
             cond_dim=self.conditioner.dim,
             **{key: value for key, value in card.denoiser["net"].items() if key != "name"},
         )
-        schedule, jumps = make_schedule(**card.denoiser["schedule"]), card.distilled is not None
-        self.denoiser = Denoiser(net, schedule, card.denoiser["predict"], jumps=jumps)
+        schedule, predict = make_schedule(**card.denoiser["schedule"]), card.denoiser["predict"]
+        jumps = card.distilled is not None
+        self.denoiser = Denoiser(net, schedule, predict, jumps=jumps, corners=self.codec.corners)
         self.device = torch.device("cpu")
 
     @property

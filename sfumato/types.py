@@ -25,6 +25,23 @@ class Latent:
     mask: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Corners:
+    """Positions of a latent (B, D) that are codes of categories: z = (e - p) / s, e a one among zeros in each group.
+
+    Args:
+        start: The first such position; all that follow are.
+        widths: Positions of each group, one for each of its levels.
+        mean: p (D - start,), the share of each level.
+        std: s (D - start,), the same throughout a group.
+    """
+
+    start: int
+    widths: tuple[int, ...]
+    mean: Tensor
+    std: Tensor
+
+
 @dataclass
 class Cond:
     """What the network is told: a vector (B, D), tokens (B, M, D) with their mask (B, M), channels to concatenate."""

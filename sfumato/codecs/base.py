@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.codecs.losses import reconstruction
-from sfumato.types import Latent
+from sfumato.types import Corners, Latent
 
 
 class Codec(nn.Module):
@@ -27,6 +27,7 @@ class Codec(nn.Module):
     decoder: nn.Module
 
     prepares = 0  # training items that `prepare` looks at
+    graded = True  # whether `draft` has a gradient that says which way data change with a latent
     draws = False  # whether several latents stand for one item, so that training draws a new one each time
 
     def __init__(self, latent_shape: tuple[int, ...]) -> None:
@@ -78,6 +79,10 @@ class Codec(nn.Module):
     def draft(self, z: Tensor) -> Tensor:
         """Data of latents z (B, *latent_shape) that are not snapped to a code: has a gradient everywhere."""
         return self.decoder(z * self.latent_std + self.latent_mean).float()
+
+    def corners(self) -> Corners | None:
+        """Which positions of a latent are levels of categories; here none."""
+        return None
 
     def untouched(self, mask: Tensor) -> Tensor:
         """The positions of a latent that stand for data outside a mask alone.

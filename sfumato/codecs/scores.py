@@ -29,8 +29,10 @@ def knots(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     held = torch.full_like(value, True, dtype=torch.bool) if few else times > max(2 * len(x) / count, REPEATED)
     x_k, u_k = value[held].repeat_interleave(2), torch.stack([below[held], above[held]], 1).flatten()
     if not few:
-        at = quantiles(count - len(x_k), len(x))
-        x_k, u_k = torch.cat([x_k, torch.quantile(x, at)]), torch.cat([u_k, at])
+        at = quantiles(count - len(x_k) - 2, len(x))
+        middle = (at * (len(x) - 1) + 0.5) / len(x)  # of the row that a value is, so that the outermost come back too
+        x_k = torch.cat([x_k, x.min()[None], torch.quantile(x, at), x.max()[None]])
+        u_k = torch.cat([u_k, u_k.new_zeros(1), middle, u_k.new_ones(1)])
         order = torch.argsort(u_k, stable=True)
         x_k, u_k = x_k[order].cummax(0).values, u_k[order]
     missing = count - len(x_k)
@@ -38,7 +40,12 @@ def knots(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def quantiles(count: int, rows: int) -> Tensor:
-    """Where an empirical distribution of `rows` values is read: half evenly spread, half dense in both tails."""
+    """Where an empirical distribution of `rows` values is read: half evenly spread, half dense in both tails.
+
+    At every value, if there are not more of them.
+    """
+    if rows <= count:
+        return torch.cat([torch.linspace(0, 1, rows, dtype=torch.float64), torch.ones(count - rows).double()])
     farthest = torch.special.ndtri(torch.tensor(1 - 0.5 / max(rows, 2), dtype=torch.float64))
     tails = torch.special.ndtr(torch.linspace(-1, 1, count // 2, dtype=torch.float64) * farthest)
     return torch.cat([torch.linspace(0, 1, count - count // 2, dtype=torch.float64), tails]).sort().values
@@ -49,7 +56,7 @@ class Scores(nn.Module):
 
     A value that occurs once has one score; one that takes a share of the rows has all scores of an interval, so that
     what diffusion sees is continuous, and every score in it means that value: exactly. Others come back but for
-    float32 rounding, the outermost ones moved inwards by half a row.
+    float32 rounding.
 
     Args:
         columns: Number of columns D.
@@ -65,7 +72,7 @@ class Scores(nn.Module):
         self.count = count
         self.register_buffer("x", torch.zeros(columns, count, dtype=torch.float64))
         self.register_buffer("u", torch.linspace(0, 1, count, dtype=torch.float64).repeat(columns, 1))
-        self.register_buffer("edge", torch.tensor(1e-6, dtype=torch.float64))
+        self.register_buffer("edge", torch.full((columns,), 1e-6, dtype=torch.float64))
 
     def fit(self, x: Tensor) -> None:
         """Learn the columns' distributions from x (N, D), float64, NaN where missing."""
@@ -73,7 +80,7 @@ class Scores(nn.Module):
             values = x[:, column]
             for buffer, found in zip((x_k, u_k), knots(values[~values.isnan()], self.count), strict=True):
                 buffer.copy_(found)
-        self.edge.fill_(0.5 / max(len(x), 2))
+        self.edge.copy_(0.5 / (~x.isnan()).sum(0).clamp_min(2))
 
     def interval(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper end (B, D) of what x (B, D) holds of (0, 1): all of it where x is missing."""

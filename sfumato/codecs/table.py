@@ -1,4 +1,4 @@
-"""Codecs for rows of a table: numbers as normal scores, categories as corners, with or without a learned code."""
+"""Codecs for rows of a table: numbers as normal scores, levels as corners, with or without a learned code."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,98 +10,138 @@ from torch import Generator, Tensor, nn
 from sfumato.codecs.base import Codec
 from sfumato.codecs.bottleneck import Plain, make_bottleneck
 from sfumato.codecs.scores import Scores
+from sfumato.errors import UserError
 from sfumato.nn.blocks import zero_init
-from sfumato.types import Latent
+from sfumato.types import Corners, Latent
 
 
-class Category(NamedTuple):
-    """A column of categories: its number, its levels (a missing cell may be the last), its features."""
+class Group(NamedTuple):
+    """What a column holds, as one of several levels: a one among zeros.
+
+    The levels are certain values, then any other value (whose score says which), then a missing cell.
+
+    Args:
+        column: Its number.
+        values: The values that are levels, rising: all of a category's; of a number's those that many rows share.
+        other: Whether there are other values.
+        missing: Whether cells may be missing.
+    """
 
     column: int
-    levels: int
+    values: tuple[float, ...]
+    other: bool
     missing: bool
 
     @property
     def width(self) -> int:
-        """Number of features: one for two levels, else one for each."""
-        return 1 if self.levels == 2 else self.levels
+        """Number of levels, each a feature."""
+        return len(self.values) + self.other + self.missing
+
+    def level(self, x: Tensor) -> Tensor:
+        """Levels (B,) of cells x (B,); -1 of a missing one where none should be."""
+        values = torch.tensor(self.values, dtype=x.dtype, device=x.device)
+        level = torch.searchsorted(values, x.nan_to_num()).clamp_max(max(0, len(values) - 1))
+        if not self.other:
+            before = (level - 1).clamp_min(0)
+            level = torch.where((x - values[before]).abs() < (x - values[level]).abs(), before, level)
+        elif len(values):
+            level = torch.where(values[level] == x, level, len(values))
+        return torch.where(x.isnan(), self.width - 1 if self.missing else -1, level)
 
     def corner(self, x: Tensor) -> Tensor:
-        """Features (B, width) of level indices x (B,): -1 or 1, or a one among zeros; zeros for what is no level."""
-        level = torch.where(x.isnan(), self.levels - 1 if self.missing else -1, x).long()
-        if self.levels == 2:
-            return torch.where(level < 0, 0.0, 2.0 * level - 1)[:, None]
-        return (level[:, None] == torch.arange(self.levels, device=x.device)).float()
+        """Features (B, width) of cells x (B,): a one among zeros; only zeros for what is no level."""
+        return (self.level(x)[:, None] == torch.arange(self.width, device=x.device)).float()
 
-    def nearest(self, f: Tensor) -> Tensor:
-        """Level indices (B,) of features or logits f (B, width); NaN where missing."""
-        level = (f[:, 0] > 0).long() if self.levels == 2 else f.argmax(1)
-        return torch.where((level == self.levels - 1) & self.missing, torch.nan, level.double())
+    def nearest(self, f: Tensor, score: Tensor) -> Tensor:
+        """Cells (B,) of features or logits f (B, width); what the score (B,) says where f says another value."""
+        rest = [torch.nan] * (self.other + self.missing)
+        values = torch.tensor([*self.values, *rest], dtype=torch.float64, device=f.device)
+        level = f.argmax(1)
+        return torch.where((level == len(self.values)) & self.other, score, values[level])
 
-    def cross_entropy(self, out: Tensor, f: Tensor) -> Tensor:
-        """In nats (B,), of logits (B, width) beside features f."""
-        if self.levels == 2:
-            return F.binary_cross_entropy_with_logits(out[:, 0], (f[:, 0] + 1) / 2, reduction="none")
-        return -(f * out.log_softmax(1)).sum(1)
+
+def group(column: int, facts: Mapping[str, Any]) -> Group | None:
+    """The levels of a column; None for numbers that are all different and never missing."""
+    values, other = facts.get("spikes", ()), facts.get("other", True)
+    if facts["levels"]:
+        values, other = range(facts["levels"]), False
+    return Group(column, tuple(map(float, values)), other, facts["missing"]) if values or facts["missing"] else None
 
 
 class Features(nn.Module):
     """Rows (B, D) of numbers, level indices and NaN where missing -> features (B, F), and back.
 
-    First the normal scores of all numbers, then a flag for each number that may be missing (+1 where it is, else -1),
-    then the corners of each category.
+    First the normal scores of numbers (noise where a cell's level says it all), then the levels of each column that has
+    some: categories, and numbers with values that many rows share or with missing cells.
 
     Args:
-        columns: For each of the D columns `levels` (0 for numbers) and `missing`, whether cells may be.
+        columns: For each of the D columns `levels` (0 for numbers), `missing`, whether cells may be, and of numbers
+            `spikes`, the values that are levels, and `other`, whether there are others.
     """
 
     def __init__(self, columns: Sequence[Mapping[str, Any]]) -> None:
         super().__init__()
-        self.numbers = [j for j, column in enumerate(columns) if not column["levels"]]
-        self.flags = [j for j in self.numbers if columns[j]["missing"]]
-        self.categories = [
-            Category(j, column["levels"] + bool(column["missing"]), bool(column["missing"]))
-            for j, column in enumerate(columns)
-            if column["levels"]
-        ]
+        found = [group(j, column) for j, column in enumerate(columns)]
+        self.count = len(columns)
+        self.groups = [levels for levels in found if levels is not None]
+        self.numbers = [j for j, levels in enumerate(found) if levels is None or levels.other]
         self.scores = Scores(len(self.numbers))
 
     @property
-    def widths(self) -> list[int]:
-        """Features of each number, each flag and each category."""
-        return [1] * (len(self.numbers) + len(self.flags)) + [category.width for category in self.categories]
+    def widths(self) -> tuple[int, ...]:
+        """Features of each group."""
+        return tuple(levels.width for levels in self.groups)
 
-    def split(self, f: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """Scores (B, n), flags (B, m) and the features of each category."""
-        scores, flags, *groups = f.split([len(self.numbers), len(self.flags), *(c.width for c in self.categories)], 1)
-        return scores, flags, groups
+    @property
+    def size(self) -> int:
+        """Number of features F."""
+        return len(self.numbers) + sum(self.widths)
+
+    def split(self, f: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Scores (B, n) and the features of each group."""
+        scores, *groups = f.split([len(self.numbers), *self.widths], 1)
+        return scores, groups
+
+    def others(self, x: Tensor) -> Tensor:
+        """The numbers (B, n) of rows x (B, D) that scores stand for; NaN where a level does."""
+        kept = x.clone()
+        for levels in self.groups:
+            if levels.other:
+                kept[levels.level(x[:, levels.column]) != len(levels.values), levels.column] = torch.nan
+        return kept[:, self.numbers]
 
     def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         """Features (B, F), float32, of rows x (B, D), float64; scores are drawn from the CPU's generator if given."""
-        missing = 2 * x[:, self.flags].isnan().float() - 1
-        corners = [category.corner(x[:, category.column]) for category in self.categories]
-        return torch.cat([self.scores(x[:, self.numbers], generator), missing, *corners], 1)
+        corners = [levels.corner(x[:, levels.column]) for levels in self.groups]
+        return torch.cat([self.scores(self.others(x), generator), *corners], 1)
 
     def inverse(self, f: Tensor) -> Tensor:
         """Rows (B, D), float64, whose features are nearest to f (B, F)."""
-        scores, flags, groups = self.split(f)
-        x = f.new_zeros(len(f), len(self.numbers) + len(self.categories), dtype=torch.float64)
+        scores, groups = self.split(f)
+        x = f.new_zeros(len(f), self.count, dtype=torch.float64)
         x[:, self.numbers] = self.scores.inverse(scores)
-        x[:, self.flags] = torch.where(flags > 0, torch.nan, x[:, self.flags])
-        for category, group in zip(self.categories, groups, strict=True):
-            x[:, category.column] = category.nearest(group)
+        for levels, features in zip(self.groups, groups, strict=True):
+            x[:, levels.column] = levels.nearest(features, x[:, levels.column])
         return x
 
     def distance(self, out: Tensor, f: Tensor) -> Tensor:
-        """How far a decoder's output is from features f, both (B, F): the mean over columns (B,).
+        """How far a decoder's output is from features f, both (B, F): the mean over scores and groups (B,).
 
-        Half the squared error of scores; for flags and categories, whose outputs are logits, the cross-entropy.
+        Half the squared error of scores; for groups, whose outputs are logits, the cross-entropy.
         """
-        (scores, flags, groups), (scores_f, flags_f, groups_f) = self.split(out), self.split(f)
+        (scores, groups), (scores_f, groups_f) = self.split(out), self.split(f)
         terms = [(scores - scores_f).square() / 2]
-        terms += [F.binary_cross_entropy_with_logits(flags, (flags_f + 1) / 2, reduction="none")]
-        terms += [c.cross_entropy(a, b)[:, None] for c, a, b in zip(self.categories, groups, groups_f, strict=True)]
+        terms += [-(b * a.log_softmax(1)).sum(1, keepdim=True) for a, b in zip(groups, groups_f, strict=True)]
         return torch.cat(terms, 1).mean(1)
+
+    def places(self, column: int) -> list[int]:
+        """The features that a column has: its score, and its levels."""
+        where = [self.numbers.index(column)] if column in self.numbers else []
+        first = len(self.numbers)
+        for levels in self.groups:
+            where += range(first, first + levels.width) if levels.column == column else ()
+            first += levels.width
+        return where
 
 
 class Perceptron(nn.Module):
@@ -130,11 +170,11 @@ class Perceptron(nn.Module):
 class TableCodec(Codec):
     """Rows of a table <-> a vector.
 
-    `identity` learns nothing: the latent is the features themselves, whitened, numbers continuous and categories
-    discrete, since decoding snaps them to the nearest corner. The others put a perceptron and a bottleneck between.
+    `identity` learns nothing: the latent is the features themselves, whitened, numbers continuous and levels discrete,
+    since decoding snaps them to the nearest corner. The others put a perceptron and a bottleneck between.
 
     Args:
-        columns: For each modelled column `name`, `levels` (0 for numbers) and `missing`.
+        columns: For each modelled column `name` and what `Features` asks for.
         bottleneck: `identity`; or `kl`, `vq`, `fsq`, `none` on a learned vector.
         latent_dim: Length of that vector.
         width: Hidden width of encoder and decoder.
@@ -149,6 +189,7 @@ class TableCodec(Codec):
     """
 
     prepares = 200_000
+    graded = False
     draws = True
 
     def __init__(
@@ -164,7 +205,7 @@ class TableCodec(Codec):
         levels: Sequence[int] | None = None,
     ) -> None:
         features = Features(columns)
-        count, whole = sum(features.widths), bottleneck == "identity"
+        count, whole = features.size, bottleneck == "identity"
         options: dict[str, Any] = {"size": codebook_size, "groups": groups} if bottleneck == "vq" else {}
         options |= {"levels": tuple(levels)} if bottleneck == "fsq" and levels else {}
         neck = Plain(count) if whole else make_bottleneck(bottleneck, latent_dim, **options)
@@ -175,7 +216,7 @@ class TableCodec(Codec):
 
     def prepare(self, x: Tensor) -> None:
         """Learn how the numbers of rows x (N, D) are distributed."""
-        self.features.scores.fit(x[:, self.features.numbers])
+        self.features.scores.fit(self.features.others(x))
 
     def codes(self, x: Tensor) -> Tensor:
         """Raw codes h (B, *latent_shape) of rows x, by the middle of what scores a value holds."""
@@ -204,12 +245,38 @@ class TableCodec(Codec):
 
     @torch.no_grad()
     def learn_statistics(self, h: Tensor | Iterable[Tensor], floor: float = 1e-3) -> None:
-        """As for every codec; but the corners of one category, if they are the latent, share a deviation.
+        """As for every codec; but the corners of one group, if they are the latent, share a deviation.
 
         Else a rare level would be as far away as it is rare.
         """
         super().learn_statistics(h, floor)
         if self.whole:
-            groups = self.latent_std.split(self.features.widths)
+            scores, groups = self.features.split(self.latent_std[None])
             shared = [group.square().mean().sqrt().expand_as(group) for group in groups]
-            self.latent_std.copy_(torch.cat(shared))
+            self.latent_std.copy_(torch.cat([scores, *shared], 1)[0])
+
+    def untouched(self, mask: Tensor) -> Tensor:
+        """The positions (B, D) that stand for cells outside a mask (B, columns); and those that say a cell is missing.
+
+        So a cell within the mask is known for one thing: not to be missing.
+
+        Raises:
+            UserError: The latent is a learned one, where each position stands for the whole row.
+        """
+        if not self.whole:
+            raise UserError("cells can be filled in by a model with codec.bottleneck=identity alone", code=1)
+        known = torch.ones(len(mask), self.latent_size, dtype=torch.bool, device=mask.device)
+        for column in range(self.features.count):
+            known[:, self.features.places(column)] = ~mask[:, column, None]
+        end = len(self.features.numbers)
+        for levels in self.features.groups:
+            end += levels.width
+            known[:, end - 1] |= levels.missing
+        return known
+
+    def corners(self) -> Corners | None:
+        """The levels, if they are the latent."""
+        start = len(self.features.numbers)
+        if not (self.whole and self.features.groups):
+            return None
+        return Corners(start, self.features.widths, self.latent_mean[start:], self.latent_std[start:])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..choice import choose
-from ..types import Cond
+from ..types import Cond, Corners
+from .corners import expected, log_chances
 from .schedule import Schedule
 
 CLOCK_LIMIT = 1.75  # log(sigma / alpha) within +-7: beyond it training sees next to nothing and a sampler starts there
@@ -71,6 +72,7 @@ class Denoiser(nn.Module):
         clock: t -> what the network is told of the time, in the shape of t; default $\log(\sigma / \alpha) / 4$.
         c_in: t -> the scale of the network's input; default $1 / \sqrt{\alpha^2 + \sigma^2}$.
         jumps: Whether the network has a second clock, which tells it where a step ends (see `flow_map`).
+        corners: What says which positions are categories, if any are: F is about their chances then, see `corners`.
 
     Raises:
         UserError: Unknown `predict`.
@@ -87,6 +89,7 @@ class Denoiser(nn.Module):
         clock: Callable[[Tensor], Tensor] | None = None,
         c_in: Callable[[Tensor], Tensor] | None = None,
         jumps: bool = False,
+        corners: Callable[[], Corners | None] = lambda: None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -96,6 +99,7 @@ class Denoiser(nn.Module):
         self.row = choose(PREDICT, "prediction", predict)
         self.clock = clock or self._clock
         self.c_in = c_in or self._c_in
+        self.corners = corners
 
     def _clock(self, t: Tensor) -> Tensor:
         return (-self.schedule.logsnr(t) / 8).clamp(-CLOCK_LIMIT, CLOCK_LIMIT)
@@ -160,4 +164,9 @@ class Denoiser(nn.Module):
             z_hat (B, ...), float32.
         """
         c_skip, c_out = self.coefficients(t, z_t.ndim)
-        return c_skip.to(z_t) * z_t + c_out.to(z_t) * self.output(z_t, t, cond, mask, s)
+        f, corners = self.output(z_t, t, cond, mask, s), self.corners()
+        z_hat = c_skip.to(z_t) * z_t + c_out.to(z_t) * f
+        if corners is None:
+            return z_hat
+        chances = log_chances(corners, f, z_t, *self.schedule(t))
+        return torch.cat([z_hat[:, : corners.start], expected(corners, chances)], 1)

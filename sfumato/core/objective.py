@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from ..choice import build
 from ..types import Cond
+from .corners import log_chances, surprise
 from .denoiser import Denoiser, trail
 from .schedule import Schedule
 
@@ -306,10 +307,20 @@ class Objective(nn.Module):
         weight = self.weight(logsnr)
         if self.distance is None:
             weight = weight * denoiser.coefficients(t, t.ndim)[1] ** 2
-            error = squared(denoiser.output(z_t, t, cond, mask), denoiser.target(z, eps, t))
+            f = denoiser.output(z_t, t, cond, mask)
+            error = self._of_categories(squared(f, denoiser.target(z, eps, t)), denoiser, f, z_t, t, z)
         else:
             error = self.distance(denoiser(z_t, t, cond, mask), z)
         return masked_mean(self._weighted(error, weight, logsnr, self.times.correction(t)), mask)
+
+    @staticmethod
+    def _of_categories(error: Tensor, denoiser: Denoiser, f: Tensor, z_t: Tensor, t: Tensor, z: Tensor) -> Tensor:
+        """Errors (B, D) with twice the cross-entropy where positions are categories: both are -2 log P then."""
+        corners = denoiser.corners()
+        if corners is None:
+            return error
+        missed = surprise(corners, log_chances(corners, f, z_t, *denoiser.schedule(t)), z)
+        return torch.cat([error[:, : corners.start], 2 * missed], 1)
 
     def _weighted(self, error: Tensor, weight: Tensor, logsnr: Tensor, correction: Tensor | None) -> Tensor:
         error = trail(weight, error) * error

@@ -5,7 +5,8 @@ from .base import Data, split
 from .builtin import BUILTINS, read_builtin
 from .cache import LatentCache, cache_root, latent_key
 from .columns import Column, modelled, on_grid
-from .conditions import condition
+from .conditions import condition, equalities, level_of
+from .fill import check_fill_target, fill_table
 from .histograms import histograms
 from .images import read_images, read_source
 from .masks import read_masks
@@ -31,14 +32,18 @@ __all__ = [
     "TableData",
     "animation",
     "cache_root",
+    "check_fill_target",
     "check_images_target",
     "check_table_target",
     "check_writable",
     "column_frame",
     "condition",
+    "equalities",
+    "fill_table",
     "histograms",
     "is_table",
     "latent_key",
+    "level_of",
     "modelled",
     "on_grid",
     "read_builtin",

@@ -26,6 +26,8 @@ pc: Any = Late("pyarrow.compute")  # a type checker sees none of its functions: 
 MARKERS = ("", "na", "n/a", "#n/a", "nan", "<na>", "nat", "?", "null", "none")
 INTEGER = r"^-?(0|[1-9]\d*)$"
 PADDED = r"^[+-]?0\d"
+FEW_VALUES, REPEATED = 20, 20  # so many numbers, each in so many rows on average, are levels like those of a category
+SPIKE, SPIKE_ROWS = 0.05, 50  # a number in such a share of the rows, and in so many of them, is a level too
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 
@@ -42,6 +44,8 @@ class Column:
         decimals: Numbers lie on a grid of so many decimals (0 for integers); None where they are continuous.
         low: Smallest value of the training part.
         high: Largest value of the training part.
+        spikes: Values of a number or date that many rows of the training part share, rising.
+        other: Whether a number or date has other values than these.
         step: Grid of dates in seconds: 86400 for days, 60 for minutes, 1, 0.001, 0.000001.
         format: Of dates the strptime format; of ids the str.format of a running number.
         value: The text of a constant; None where every cell is missing.
@@ -56,6 +60,8 @@ class Column:
     decimals: int | None = None
     low: float | None = None
     high: float | None = None
+    spikes: list[float] = field(default_factory=list)
+    other: bool = True
     step: float | None = None
     format: str | None = None
     value: str | None = None
@@ -71,6 +77,14 @@ class Column:
 def modelled(columns: Sequence[Column]) -> list[Column]:
     """The columns that training sees, in their order: one for each column of the values (N, D)."""
     return [column for column in columns if column.modelled]
+
+
+def spikes(known: Values) -> tuple[list[float], bool]:
+    """The values that many of the cells (N,) share, and whether there are others; all of them where they are few."""
+    value, times = np.unique(known, return_counts=True)
+    if len(value) <= FEW_VALUES and len(known) >= REPEATED * len(value):
+        return value.tolist(), False
+    return value[times >= max(SPIKE * len(known), SPIKE_ROWS)].tolist(), True
 
 
 def blanks(cells: pa.Array) -> pa.BooleanArray:

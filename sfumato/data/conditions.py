@@ -31,10 +31,39 @@ def condition(columns: Sequence[Column], texts: Sequence[str]) -> Accepts:
     """
     kept = modelled(columns)
     tests = [_test(kept, text) for text in texts]
-    return lambda values: np.logical_and.reduce([test(values) for test in tests])
+    return lambda values: np.logical_and.reduce([np.ones(len(values), bool), *(test(values) for test in tests)])
 
 
-def _test(columns: Sequence[Column], text: str) -> Accepts:
+def equalities(columns: Sequence[Column], texts: Sequence[str]) -> Values:
+    """What the conditions say a cell is, (D,); NaN where they say less than that."""
+    kept = modelled(columns)
+    known = np.full(len(kept), np.nan)
+    for text in texts:
+        j, sign, value = _read(kept, text)
+        if sign == "=" and value is not None:
+            known[j] = value
+    return known
+
+
+def level_of(columns: Sequence[Column], name: str) -> tuple[int, list[str]]:
+    """Place among the modelled columns, and the levels, of a column that rows are to be balanced by.
+
+    Raises:
+        UserError: There is no such column, or it has no levels.
+    """
+    kept = modelled(columns)
+    names = [column.name for column in kept]
+    if name not in names:
+        raise UserError(f"--balance {name}: no column {name!r}; {nearest(name, names)}")
+    j = names.index(name)
+    if not kept[j].levels:
+        advice = "name it in --categorical when fitting, if these are classes"
+        raise UserError(f"--balance {name}: holds numbers; {advice}")
+    return j, kept[j].levels
+
+
+def _read(columns: Sequence[Column], text: str) -> tuple[int, str, float | None]:
+    """Which column, which sign, and what the cells are compared with: None for missing."""
     match = CONDITION.fullmatch(text)
     if match is None:
         raise UserError(f"--where {text}: write COLUMN=VALUE, or another of {' '.join(COMPARE)}")
@@ -42,11 +71,17 @@ def _test(columns: Sequence[Column], text: str) -> Accepts:
     names = [column.name for column in columns]
     if name not in names:
         raise UserError(f"--where {text}: no column {name!r}; {nearest(name, names)}")
-    j, compare = names.index(name), COMPARE[sign]
+    j = names.index(name)
     if sign in ("=", "!=") and wanted.lower() in MARKERS and wanted not in columns[j].levels:
+        return j, sign, None
+    return j, sign, _value(columns[j], sign, wanted, text)
+
+
+def _test(columns: Sequence[Column], text: str) -> Accepts:
+    j, sign, value = _read(columns, text)
+    if value is None:
         return lambda values: np.isnan(values[:, j]) == (sign == "=")
-    value = _value(columns[j], sign, wanted, text)
-    return lambda values: compare(values[:, j], value) & ~np.isnan(values[:, j])
+    return lambda values: COMPARE[sign](values[:, j], value) & ~np.isnan(values[:, j])
 
 
 def _value(column: Column, sign: str, wanted: str, text: str) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from io import TextIOWrapper
@@ -21,7 +22,7 @@ from ..errors import UserError
 from ..types import Batch
 from .base import Index, split
 from .cache import allocate, atomic
-from .columns import Column, Values, blanks, encode, modelled, series, texts
+from .columns import Column, Values, blanks, encode, modelled, series, spikes, texts
 from .files import first_few, inventory
 from .late import Late
 from .rows import DELIMITERS, TABLE, Dialect, TableFile, arrow_type, open_table
@@ -275,14 +276,16 @@ def _fill(store: Values, columns: list[Column], file: TableFile, notes: list[str
 
 
 def _with_range(train: TableData, held: TableData) -> tuple[TableData, TableData]:
-    """Both parts, with the range that each number has in the training part."""
+    """Both parts, with the range and the spikes that each number has in the training part."""
     ranged, k = list(train.columns), 0
     for i, column in enumerate(train.columns):
         if column.modelled and not column.levels:
             values = train.store[:, k] if train.rows is None else train.store[train.rows, k]
             known = values[~np.isnan(values)]
             if known.size:
-                ranged[i] = replace(column, low=float(known.min()), high=float(known.max()))
+                shared, other = spikes(known)
+                low, high = float(known.min()), float(known.max())
+                ranged[i] = replace(column, low=low, high=high, spikes=shared, other=other)
         k += column.modelled
     train.columns = held.columns = ranged
     return train, held
@@ -347,22 +350,30 @@ def write_table(
     tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
     try:
         with atomic(path) as draft:
-            if path.suffix.lower() in (".parquet", ".pq"):
+            if is_parquet(path):
                 _write_parquet(draft, columns, values)
             else:
-                _write_text(draft, columns, values, dialect or Dialect("\t" if tabs else ","), path)
+                with text_writer(draft, path) as text:
+                    _write_lines(text, columns, values, dialect or Dialect("\t" if tabs else ","))
             draft.chmod(0o666 & ~umask())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})", code=1) from error
     return path
 
 
-def _write_text(draft: Path, columns: Sequence[Column], values: Values, dialect: Dialect, path: Path) -> None:
+def is_parquet(path: Path) -> bool:
+    """Whether a file called so holds Parquet, and not text."""
+    return path.suffix.lower() in (".parquet", ".pq")
+
+
+@contextmanager
+def text_writer(draft: Path, path: Path) -> Iterator[TextIO]:
+    """The draft of a text file, packed if `path`, what it will be called, says so."""
     with draft.open("wb") as raw:
         packed = path.suffix.lower() == ".gz"
         file = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if packed else raw
         with TextIOWrapper(file, "utf-8", newline="") as text:  # type: ignore[arg-type]
-            _write_lines(text, columns, values, dialect)
+            yield text
 
 
 def _write_lines(text: TextIO, columns: Sequence[Column], values: Values, dialect: Dialect) -> None:
@@ -374,11 +385,11 @@ def _write_lines(text: TextIO, columns: Sequence[Column], values: Values, dialec
 
 
 def _write_parquet(draft: Path, columns: Sequence[Column], values: Values) -> None:
-    arrays = [_arrow(series(column, v), column.dtype) for column, v in _paired(columns, values)]
+    arrays = [arrow_cells(series(column, v), column.dtype) for column, v in _paired(columns, values)]
     parquet.write_table(pa.Table.from_arrays(arrays, [column.name for column in columns]), draft)
 
 
-def _arrow(cells: pd.Series, dtype: str | None) -> pa.Array:
+def arrow_cells(cells: pd.Series, dtype: str | None) -> pa.Array:
     """Cells in the Arrow type that the source had."""
     if dtype == "null":
         return pa.nulls(len(cells))

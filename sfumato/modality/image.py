@@ -1,7 +1,7 @@
 """Images: how they are planned for, read, measured, written and shown."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from sfumato.data.write import to_pixels
 from sfumato.errors import UserError
 from sfumato.metrics import Extractor, reconstruction_report
 from sfumato.modality.judge import ImageJudge
-from sfumato.modality.row import Facts, Modality
+from sfumato.modality.row import Facts, Kinds, Modality
 from sfumato.nn.classifier import SMALLEST
 
 CODEC_ITEMS = 200_000  # images that the codec sees at least, however wide it is
@@ -125,8 +125,10 @@ def made(items: Tensor, labels: Tensor | None, mode: str, label_names: list[str]
     return Data(to_pixels(items, mode), mode, None, None if labels is None else labels.numpy(), label_names)
 
 
-def no_condition(texts: Sequence[str], mode: str) -> Callable[[Tensor], Tensor]:
+def no_kinds(texts: Sequence[str], balance: str | None, mode: str) -> Kinds:
     """Images have no columns."""
+    if balance is not None:
+        raise UserError("--balance is for tables; a model with classes goes evenly through them")
     raise UserError(f"--where {texts[0]}: is for tables; of images ask for a class with --label")
 
 
@@ -146,8 +148,10 @@ def compare(x: Tensor, x_hat: Tensor, mode: str, features: Extractor | None) -> 
     return reconstruction_report(x, x_hat, features)
 
 
-def masks(place: Path, source: str, parts: Sequence[Data], settings: DataSettings) -> Tensor:
+def masks(place: Path | None, source: str, parts: Sequence[Data], settings: DataSettings) -> Tensor:
     """Where images are to be painted anew (N, H, W)."""
+    if place is None:
+        raise UserError("--mask is needed: an image that is white where to repaint, or a folder of such")
     return read_masks(place, source, parts, resolution=settings.resolution)
 
 
@@ -181,7 +185,7 @@ IMAGE: Modality[Data] = Modality(
     codec_options=codec_options,
     judge=ImageJudge,
     compare=compare,
-    condition=no_condition,
+    kinds=no_kinds,
     check_fit=check_fit,
     check_target=check_images_target,
     write=write,

@@ -37,6 +37,21 @@ class Facts:
     rate: float
 
 
+@dataclass(frozen=True)
+class Kinds:
+    """The kinds of items that are asked for.
+
+    Args:
+        names: What each is called.
+        sort: Items (N, ...) -> the kind of each (N,), -1 where it is none of them.
+        known: What is known of an item of each kind (kinds, ...), NaN where nothing is.
+    """
+
+    names: list[str]
+    sort: Callable[[Tensor], Tensor]
+    known: Tensor
+
+
 class Judge(Protocol[D_contra]):
     """What measures samples against one source."""
 
@@ -66,14 +81,16 @@ class Modality(Generic[D]):
         codec_options: (settings of the codec, shape, mode) -> those arguments.
         judge: (training part, device, progress) -> who measures samples.
         compare: (x, x̂, mode, features or None) -> how close reconstructions are.
-        condition: (what the user typed after --where, mode) -> which of items (N, ...) fulfil it, (N,).
+        kinds: (what the user typed after --where, and after --balance if anything, mode) -> what is asked for.
         check_fit: (name, shape, mode, source, data) -> refuses data of another kind than `name` makes.
         check_target: (where, overwrite) -> refuses a place that items cannot be written to.
         write: (where, items (N, ...), a row of facts per item, mode, overwrite) -> the files.
         sheet: (items (N, ...), mode, columns or None) -> a picture to look at.
         pairs: (x, x̂, mode) -> a picture of originals beside their reconstructions.
-        masks: (mask file or folder, source, its parts, data settings) -> (N, *axes of an item) bool, true where an item
-            is to be made anew. None: items have no parts that could be.
+        masks: (mask file or folder if there is one, source, its parts, data settings) -> (N, *axes of an item) bool,
+            true where an item is to be made anew. None: items have no parts that could be.
+        fill: (where, source, mode, overwrite) -> what writes the source once more, with items (N, ...) for what is
+            missing in it; refuses a place where that cannot be. None: items are written as new ones are.
         animation: File -> what writes items (N, ...) into it, one after the other. None: they cannot be shown so.
         shown: Items that a sheet takes while training.
     """
@@ -89,12 +106,13 @@ class Modality(Generic[D]):
     codec_options: Callable[[CodecSettings, tuple[int, ...], Any], dict[str, Any]]
     judge: Callable[[D, str | None, Progress | None], Judge[D]]
     compare: Callable[[Tensor, Tensor, Any, Extractor | None], dict[str, float]]
-    condition: Callable[[Sequence[str], Any], Callable[[Tensor], Tensor]]
+    kinds: Callable[[Sequence[str], str | None, Any], Kinds]
     check_fit: Callable[[str, tuple[int, ...], Any, object, D], None]
     check_target: Callable[[Path, bool], None]
     write: Callable[[Path, Tensor, list[dict[str, Any]], Any, bool], None]
     sheet: Callable[[Tensor, Any, int | None], Any]
     pairs: Callable[[Tensor, Tensor, Any], Any]
     shown: int
-    masks: Callable[[Path, str, Sequence[D], DataSettings], Tensor] | None = None
+    masks: Callable[[Path | None, str, Sequence[D], DataSettings], Tensor] | None = None
+    fill: Callable[[Path, str, Any, bool], Callable[[Tensor], None]] | None = None
     animation: Callable[[Path], Callable[[Tensor], None]] | None = None

@@ -23,10 +23,14 @@ from sfumato.data import (
     Column,
     Dialect,
     TableData,
+    check_fill_target,
     check_table_target,
     condition,
+    equalities,
+    fill_table,
     histograms,
     is_table,
+    level_of,
     modelled,
     on_grid,
     read_rows,
@@ -37,7 +41,7 @@ from sfumato.data import (
 )
 from sfumato.errors import UserError
 from sfumato.metrics import Extractor, table_report
-from sfumato.modality.row import Facts, Modality, Progress
+from sfumato.modality.row import Facts, Kinds, Modality, Progress
 
 COPIED = 0.6  # a copy AUC above it, and the samples look copied: training rows are told from held-out ones by them
 NUMBERS = 16  # of a learned latent, at least
@@ -75,7 +79,14 @@ def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
 def codec_options(codec: CodecSettings, shape: tuple[int, ...], mode: Any) -> dict[str, Any]:
     """Arguments of `TableCodec`."""
     columns = [
-        {"name": c.name, "levels": len(c.levels), "missing": c.missing is not None} for c in modelled(columns_of(mode))
+        {
+            "name": c.name,
+            "levels": len(c.levels),
+            "missing": c.missing is not None,
+            "spikes": c.spikes,
+            "other": c.other,
+        }
+        for c in modelled(columns_of(mode))
     ]
     return {
         "columns": columns,
@@ -112,11 +123,22 @@ def made(items: Tensor, labels: Tensor | None, mode: Any, label_names: list[str]
     return TableData(on_grid(columns, items.numpy().astype(np.float64)), columns, Dialect(**mode["dialect"]))
 
 
-def fulfils(texts: Sequence[str], mode: Any) -> Callable[[Tensor], Tensor]:
-    """Which rows fulfil the conditions, as they would be written."""
+def kinds(texts: Sequence[str], balance: str | None, mode: Any) -> Kinds:
+    """Rows that fulfil the conditions as they would be written: one kind, or one for each level of a column."""
     columns = columns_of(mode)
-    accepts = condition(columns, texts)
-    return lambda items: torch.from_numpy(accepts(on_grid(columns, items.numpy().astype(np.float64))))
+    accepts, known = condition(columns, texts), equalities(columns, texts)
+    place, levels = (0, list[str]()) if balance is None else level_of(columns, balance)
+
+    def sort(items: Tensor) -> Tensor:
+        values = on_grid(columns, items.numpy().astype(np.float64))
+        kind = np.nan_to_num(values[:, place], nan=-1) if levels else np.zeros(len(values))
+        return torch.from_numpy(np.where(accepts(values), kind, -1).astype(np.int64))
+
+    if not levels:
+        return Kinds([" ".join(texts)], sort, torch.from_numpy(known)[None])
+    each = np.tile(known, (len(levels), 1))
+    each[:, place] = np.arange(len(levels))
+    return Kinds([f"{balance}={level}" for level in levels], sort, torch.from_numpy(each))
 
 
 def check_fit(name: str, shape: tuple[int, ...], mode: Any, source: object, data: TableData) -> None:
@@ -180,6 +202,23 @@ def write(out: Path, items: Tensor, rows: list[dict[str, Any]], mode: Any, overw
     )
 
 
+def masks(place: Path | None, source: str, parts: Sequence[TableData], settings: DataSettings) -> Tensor:
+    """The empty cells (N, D)."""
+    if place is not None:
+        raise UserError("--mask is for images: of a table the empty cells are filled in")
+    empty = np.concatenate([np.isnan(part.values) for part in parts])
+    if not empty.any():
+        raise UserError(f"{source}: no cell is empty; leave empty what is to be filled in", code=1)
+    return torch.from_numpy(empty)
+
+
+def fill(out: Path, source: str, mode: Any, overwrite: bool) -> Callable[[Tensor], None]:
+    """What writes the source's rows with their empty cells filled in, all others as they stand there."""
+    files = table_files(Path(source).expanduser())
+    check_fill_target(out, files, overwrite)
+    return lambda items: fill_table(out, files, columns_of(mode), items.numpy().astype(np.float64), overwrite)
+
+
 def sheet(items: Tensor, mode: Any, columns: int | None) -> Any:
     """How each column is distributed."""
     return histograms(modelled(columns_of(mode)), [items.numpy()], columns)
@@ -202,11 +241,13 @@ TABLE: Modality[TableData] = Modality(
     codec_options=codec_options,
     judge=TableJudge,
     compare=compare,
-    condition=fulfils,
+    kinds=kinds,
     check_fit=check_fit,
     check_target=check_table_target,
     write=write,
     sheet=sheet,
     pairs=pairs,
     shown=2000,
+    masks=masks,
+    fill=fill,
 )

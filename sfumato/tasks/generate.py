@@ -1,6 +1,6 @@
 """New items from a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 
 SHOWN = 100  # items on a sheet
-ROUND, MOST_TRIED = 500, 50  # rows drawn at once under a condition, at least; and how many in all, as multiples
 
 
 @dataclass
@@ -38,6 +37,7 @@ def generate(
     sheet: Path | None = None,
     label: str | None = None,
     where: Sequence[str] = (),
+    balance: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
@@ -57,7 +57,9 @@ def generate(
         out: Folder to write them to: the items, and metadata.jsonl.
         sheet: Picture file that shows the first 100 of them side by side.
         label: Class of all items (default: every class in turn).
-        where: What each row must fulfil, such as income=>50K or age>=30; rows are drawn until enough do.
+        where: What each row must fulfil, such as income=>50K or age>=30; rows are drawn until enough do. If hardly any
+            does, they are made around the cells that = says.
+        balance: Column of a table of whose categories there should be as many rows each.
         steps: Steps of the sampler (default: what fit chose).
         guidance: Weight of the condition; 1 is off (default: what fit chose).
         sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc, abm2 or sde; jump for few-step models (default: what fit
@@ -72,13 +74,16 @@ def generate(
         The items and their facts.
 
     Raises:
-        UserError: No such model, label or sampler; the folder is not empty or cannot be written.
+        UserError: No such model, label, sampler or column; a condition that hardly any row fulfils; the folder is not
+            empty or cannot be written.
     """
     import time
 
     import torch
 
     from sfumato.tasks.common import Collected, check_counts, gathered, is_main, open_model, save_picture, shard, tell
+    from sfumato.tasks.inpaint import around
+    from sfumato.tasks.kinds import of_kinds
 
     start = time.perf_counter()
     check_counts(n=n, steps=steps, batch=batch)
@@ -87,21 +92,24 @@ def generate(
     if out is not None:
         loaded.modality.check_target(Path(out), overwrite)
     fixed = None if label is None else loaded.class_number(label)
-    accepts = loaded.modality.condition(where, loaded.card.mode) if where else None
+    kinds = loaded.modality.kinds(where, balance, loaded.card.mode) if where or balance is not None else None
 
-    def draw(numbers: Sequence[int]) -> "Tensor":
-        """The items of these numbers, shared out between processes."""
+    def draw(numbers: Sequence[int], known: "Tensor | None" = None) -> "Tensor":
+        """The items of these numbers, shared out between processes; with the cells that are known, if any are."""
         mine = [numbers[i] for i in shard(len(numbers))]
         labels = loaded.labels_for(mine, seed) if fixed is None else torch.full((len(mine),), fixed)
         parts = Collected(len(mine), loaded.card.shape)
         for first in range(0, len(mine), batch):
             some = slice(first, first + batch)
-            z = loaded.sample(mine[some], None if labels is None else labels[some], seed=seed, how=how)
-            parts.append(loaded.decode(z))
+            if known is None:
+                z = loaded.sample(mine[some], None if labels is None else labels[some], seed=seed, how=how)
+                parts.append(loaded.decode(z))
+            else:
+                parts.append(around(loaded, mine[some], known, how, seed))
             tell(progress, "generate", min(first + batch, len(mine)), len(mine))
         return gathered(parts.items, len(numbers))
 
-    numbers, items = (range(n), draw(range(n))) if accepts is None else _accepted(n, draw, accepts)
+    numbers, items = (range(n), draw(range(n))) if kinds is None else of_kinds(n, kinds, draw)
     rows = _rows(loaded, numbers, seed, fixed, how)
     if out is not None and is_main():
         loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)
@@ -133,34 +141,6 @@ def sampling(model: "Model", steps: int | None, guidance: float | None, sampler:
         raise UserError(f"--guidance {guidance}: {built_in}; take its teacher, or distill it with another --guidance")
     given = {"steps": steps, "guidance": guidance, "sampler": sampler}
     return replace(model.sampling, **{key: value for key, value in given.items() if value is not None})
-
-
-def _accepted(
-    n: int, draw: "Callable[[Sequence[int]], Tensor]", accepts: "Callable[[Tensor], Tensor]"
-) -> "tuple[list[int], Tensor]":
-    """The first n items that are accepted, and their numbers.
-
-    Raises:
-        UserError: Hardly any is, or none.
-    """
-    import torch
-
-    from sfumato.errors import UserError
-
-    numbers: list[int] = []
-    parts: list[Tensor] = []
-    tried, size = 0, max(n, ROUND)
-    while len(numbers) < n:
-        if tried >= MOST_TRIED * max(n, ROUND):
-            raise UserError(
-                f"--where: only {len(numbers)} of {tried} rows fulfil it; ask for fewer, or for less", code=1
-            )
-        items = draw(range(tried, tried + size))
-        found = accepts(items).nonzero().flatten()
-        parts.append(items[found])
-        numbers += [tried + int(i) for i in found]
-        tried += size
-    return numbers[:n], torch.cat(parts)[:n]
 
 
 def _rows(

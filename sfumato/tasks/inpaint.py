@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sfumato.model import Model, Sampling
     from sfumato.tasks.common import Progress
 
+RESAMPLE = 3
 STD_MIN = 0.02  # no codec is trusted to be closer to the data than that, in the range [-1, 1]
 
 
@@ -22,44 +23,45 @@ def inpaint(
     model: "Path | str | Model",
     source: str | Path,
     *,
-    mask: Path | str,
+    mask: Path | str | None = None,
     invert_mask: bool = False,
     out: Path | None = None,
     sheet: Path | None = None,
     label: str | None = None,
-    method: Literal["gradient", "repaint"] = "gradient",
+    method: Literal["gradient", "repaint"] | None = None,
     steps: int = 25,
-    resample: int = 3,
+    resample: int = RESAMPLE,
     guidance: float | None = None,
     skip_bad: bool = False,
     overrides: Sequence[str] = (),
     seed: int = 0,
-    batch: int = 32,
+    batch: int | None = None,
     overwrite: bool = False,
     device: str | None = None,
     progress: "Progress | None" = None,
 ) -> Result:
-    """Repaint the white part of a mask; the black part comes back as it was, to the bit.
+    """Repaint the white part of a mask, or fill in the empty cells of a table; all else comes back as it was.
 
     A mask may reach the border or leave only a middle part: then the surroundings are painted.
 
     Args:
         model: Folder of the model.
         source: A built-in set, a folder, a file or hf://owner/name.
-        mask: A picture of the images' size, white where to repaint; or a folder of such, called like the images.
+        mask: A picture of the images' size, white where to repaint; or a folder of such, called like the images. A
+            table has none.
         invert_mask: Repaint the black part instead.
-        out: Folder to write them to: the items, and metadata.jsonl.
+        out: Folder to write them to: the items, and metadata.jsonl; of a table a file.
         sheet: Picture file that shows some originals, each beside what became of it (default: OUT-sheet.png).
         label: Class of all items (default: as the source says; none where it does not).
         method: How the kept part is heeded: by the gradient through the decoder (every kept pixel counts), or by
-            putting back the latent positions of which no pixel is repainted.
+            putting back the latent positions of which no pixel is repainted (default: gradient, of tables repaint).
         steps: Steps of the sampler.
         resample: How often each step is taken, with noise put back in between: more fits new and old together.
         guidance: Weight of the condition; 1 is off (default: what fit chose).
         skip_bad: Leave out files that cannot be read.
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the noise.
-        batch: Items computed at once.
+        batch: Items computed at once (default: 32, of tables 1000).
         overwrite: Replace what is in the output folder.
         device: Where to compute, such as cpu or cuda.
         progress: Called with the stage, how much of it is done, and how much there is.
@@ -77,25 +79,34 @@ def inpaint(
     import time
 
     from sfumato.choice import choose
+    from sfumato.errors import UserError
     from sfumato.tasks.common import check_counts, open_model
     from sfumato.tasks.inputs import changed, check_places, class_numbers, deliver, offered, read_inputs
 
     begun = time.perf_counter()
     check_counts(steps=steps, resample=resample, batch=batch)
-    fill = choose(METHODS, "method", method)
+    if mask is None and invert_mask:
+        raise UserError("--invert-mask needs --mask")
     loaded = open_model(model, device)
+    method = method or ("gradient" if loaded.codec.graded else "repaint")
+    fill = choose(METHODS, "method", method)
+    if method == "gradient" and not loaded.codec.graded:
+        raise UserError("--method gradient: not for a model whose items are no smooth function; leave it out")
     how = sampling(loaded, steps, guidance, "ddpm")
     sheet = check_places(loaded, out, sheet, overwrite)
+    write = None
+    if out is not None and loaded.modality.fill is not None:
+        write = loaded.modality.fill(Path(out), str(source), loaded.card.mode, overwrite)
     read_masks = offered(loaded, loaded.modality.masks, "inpaint")
     inputs = read_inputs(model, loaded, source, overrides, skip_bad)
-    masks = read_masks(Path(mask), inputs.source, inputs.parts, inputs.settings)
+    masks = read_masks(None if mask is None else Path(mask), inputs.source, inputs.parts, inputs.settings)
     masks = ~masks if invert_mask else masks
     change = fill(loaded, masks, class_numbers(loaded, label, inputs), how, resample, seed)
-    items = changed(loaded, inputs, change, batch, "inpaint", progress)
+    items = changed(loaded, inputs, change, batch or (32 if loaded.codec.graded else 1000), "inpaint", progress)
     facts: dict[str, Any] = {"method": method, "steps": steps, "resample": resample}
     facts |= {"guidance": how.guidance, "seed": seed}
     rows = [row | facts for row in inputs.rows()]
-    deliver(loaded, inputs, items, rows, out, sheet, overwrite)
+    deliver(loaded, inputs, items, rows, out, sheet, overwrite, write)
     facts["repainted"] = float(masks.float().mean())
     return Result(items, rows, time.perf_counter() - begun, facts)
 
@@ -117,18 +128,18 @@ class _Gradient:
         from sfumato.core import Again, prior, sample, time_grid
 
         schedule, draw = self.model.denoiser.schedule, self.model.noise(items, self.seed)
-        mask = self.masks[items].unsqueeze(1)  # (B, 1, *axes)
+        mask = self.masks[items]  # (B, *axes), without the channels
         free = self.model.denoise(None if self.labels is None else self.labels[items], len(items), self.how)
         denoise, step = self.constrained(free, x, mask)
         grid = time_grid(schedule, self.how.steps)  # the grid fit chose is for another sampler
         z = sample(denoise, schedule, prior(schedule, draw), grid, Again(step, self.resample), draw)
-        return torch.where(mask, self.model.decode(z), x)
+        return torch.where(covering(mask, x), self.model.decode(z), x)
 
     def constrained(self, denoise: "Denoise", x: "Tensor", mask: "Tensor") -> "tuple[Denoise, Step]":
-        """The denoiser and the step that heed x (B, ...) where the mask (B, 1, ...) is false."""
+        """The denoiser and the step that heed x (B, ...) where the mask (B, *axes) is false."""
         from sfumato.core import SAMPLERS, consistent
 
-        place, kept = self.model.device, ~mask
+        place, kept = self.model.device, ~covering(mask, x)
         missed = ((self.model.reconstruct(x) - x) * kept).flatten(1).square().sum(1)
         std = (missed / kept.expand_as(x).flatten(1).sum(1).clamp_min(1)).sqrt().clamp_min(STD_MIN)
         schedule, draft = self.model.denoiser.schedule, self.model.codec.draft
@@ -142,8 +153,23 @@ class _Repaint(_Gradient):
     def constrained(self, denoise: "Denoise", x: "Tensor", mask: "Tensor") -> "tuple[Denoise, Step]":
         from sfumato.core import SAMPLERS, Known
 
-        known = self.model.codec.untouched(mask.squeeze(1)).to(self.model.device)
-        return denoise, Known(SAMPLERS[self.how.sampler], self.model.encode(x).to(self.model.device), known)
+        known = self.model.codec.untouched(mask).to(self.model.device)
+        z = self.model.encode(x.nan_to_num())  # what is missing is not among the known
+        return denoise, Known(SAMPLERS[self.how.sampler], z.to(self.model.device), known)
+
+
+def around(model: "Model", items: "Sequence[int]", known: "Tensor", how: "Sampling", seed: int) -> "Tensor":
+    """New items (B, ...) of these numbers that all agree with what is known (NaN where nothing is)."""
+    from dataclasses import replace
+
+    free = known.isnan()[None].expand(max(items) + 1, *known.shape)
+    change = _Repaint(model, free, None, replace(how, sampler="ddpm"), RESAMPLE, seed)
+    return change(list(items), known[None].expand(len(items), *known.shape))
+
+
+def covering(mask: "Tensor", x: "Tensor") -> "Tensor":
+    """A mask (B, *axes) as it covers items x (B, C, *axes), or x (B, *axes)."""
+    return mask if mask.ndim == x.ndim else mask.unsqueeze(1)
 
 
 METHODS = {"gradient": _Gradient, "repaint": _Repaint}

@@ -156,11 +156,17 @@ def deliver(
     out: Path | None,
     sheet: Path | None,
     overwrite: bool,
+    write: Callable[[Tensor], None] | None = None,
 ) -> None:
-    """Write items (N, ...) with their facts, and a sheet of pairs: some originals, each beside what became of it."""
+    """Write items (N, ...) with their facts, and a sheet of pairs: some originals, each beside what became of it.
+
+    `write` is what writes the items, if not what writes new ones.
+    """
     if not is_main():
         return
-    if out is not None:
+    if out is not None and write is not None:
+        write(items)
+    elif out is not None:
         model.modality.write(out, items, rows, model.card.mode, overwrite)
     if sheet is not None:
         shown = list(range(0, len(inputs), -(-len(inputs) // SHOWN)))

@@ -58,7 +58,7 @@ def interpolate(
         label_b: Class of B.
         path: Through noise along the flow, or through the latent space directly, where only the codec sees to it that
             things between look like data.
-        steps: Steps of the sampler (default: what fit chose; where a file is inverted, 50 of heun).
+        steps: Steps of the sampler (default: what fit chose; 50 of heun where a file is inverted).
         guidance: Weight of the condition; 1 is off (default: what fit chose).
         overrides: Fix how a file is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the noise of new items.
@@ -94,7 +94,8 @@ def interpolate(
     sheet = check_places(loaded, out, sheet, overwrite)
     begin, end = (_end(model, loaded, *given, overrides, seed) for given in ((a, label_a), (b, label_b)))
     inverted = path == "flow" and (begin.x is not None or end.x is not None)
-    how = sampling(loaded, steps or (INVERT_STEPS if inverted else None), guidance, "heun" if inverted else None)
+    sampler = "heun" if inverted or loaded.denoiser.jumps else None  # a jump is bound to one condition
+    how = sampling(loaded, steps or (INVERT_STEPS if inverted else None), guidance, sampler)
     shares = torch.linspace(0, 1, n)
     items = _items(loaded, way(loaded, begin, end, how, seed), shares, batch, progress)
     facts = {"path": path, "steps": how.steps, "guidance": how.guidance, "seed": seed}

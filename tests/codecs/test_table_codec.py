@@ -15,7 +15,7 @@ COLUMNS = [
     {"name": "height", "levels": 0, "missing": False},
     {"name": "kind", "levels": 5, "missing": True},
     {"name": "age", "levels": 0, "missing": False},
-    {"name": "gain", "levels": 0, "missing": True},
+    {"name": "gain", "levels": 0, "missing": True, "spikes": [0.0], "other": True},
     {"name": "married", "levels": 2, "missing": False},
 ]
 BOTTLENECKS = ("identity", "kl", "vq", "fsq", "none")
@@ -96,8 +96,9 @@ def test_latents_have_zero_mean_and_unit_variance(bottleneck: str):
         codec.learn_statistics(codec.codes(x))
         z = codec.encode(x).z
     assert z.shape == (ROWS, codec.latent_size) and z.mean(0).abs().max() < 1e-3
-    groups = z.split(codec.features.widths if bottleneck == "identity" else [codec.latent_size], 1)
-    for group in groups:  # the corners of a category share their deviation
+    scores, groups = codec.features.split(z) if bottleneck == "identity" else (z[:, :0], [z])
+    assert (scores[:, :2].var(0) - 1).abs().max() < 0.02 if bottleneck == "identity" else True
+    for group in groups:  # the corners of a group share their deviation
         torch.testing.assert_close(group.var(0).mean(), torch.tensor(1.0), rtol=0.02, atol=0)
 
 
@@ -131,6 +132,42 @@ def test_the_loss_reaches_encoder_and_decoder():
     stirred(codec.encoder), stirred(codec.decoder)
     loss = CodecStep(codec, None)(Batch(rows(32), torch.arange(32)), "codec", 0, torch.Generator())["loss"]
     assert names_reached(loss, {"encoder": codec.encoder, "decoder": codec.decoder}) == {"encoder", "decoder"}
+
+
+def test_numbers_that_are_few_are_levels_and_others_go_to_the_nearest():
+    column = {"name": "size", "levels": 0, "missing": True, "spikes": [1.0, 2.0, 4.0], "other": False}
+    codec = TableCodec([column, COLUMNS[4]])
+    x = torch.tensor([[1.0, 0], [2, 1], [4, 0], [torch.nan, 1]], dtype=torch.float64)
+    codec.prepare(x)
+    codec.learn_statistics(codec.codes(x))
+    assert codec.latent_shape == (4 + 2,) and codec.features.numbers == []
+    assert same(x, codec.decode(codec.encode(x))).all()
+    odd = torch.tensor([[-3.0, 0], [2.9, 0], [3.1, 0], [99, 0]], dtype=torch.float64)
+    assert codec.decode(codec.encode(odd))[:, 0].tolist() == [1, 2, 4, 4]
+
+
+def test_a_spike_comes_back_whatever_its_score_and_others_by_theirs():
+    codec = make_codec("identity")
+    codec.learn_statistics(codec.codes(rows()))
+    x = torch.tensor([[170.0, 0, 30, 0, 1], [170, 0, 30, 5e3, 1], [170, 0, 30, torch.nan, 1]], dtype=torch.float64)
+    z = codec.encode(x).z
+    score = codec.features.numbers.index(3)
+    moved = z.clone()
+    moved[:, score] += 1
+    back, other = codec.decode(z)[:, 3], codec.decode(moved)[:, 3]
+    assert back[0] == other[0] == 0 and back[2].isnan() and other[2].isnan()
+    assert back[1] == pytest.approx(5e3, rel=1e-3) and other[1] > back[1]
+
+
+def test_corners_are_where_levels_are():
+    codec, x = make_codec("identity"), rows(200)
+    codec.learn_statistics(codec.codes(rows()))
+    corners, z = codec.corners(), codec.draw(x, torch.Generator().manual_seed(0))
+    assert corners is not None and corners.start == 3 and corners.widths == (6, 3, 2)
+    levels = z[:, corners.start :] * corners.std + corners.mean
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+    assert all((part.round().sum(1) == 1).all() for part in levels.split(corners.widths, 1))
+    assert make_codec("kl").corners() is None and TableCodec(COLUMNS[:1]).corners() is None
 
 
 def test_a_table_of_categories_alone():

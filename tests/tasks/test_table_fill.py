@@ -1,0 +1,181 @@
+"""Missing cells filled in, categories in equal shares, rows of a rare kind."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sfumato.data import write_table
+from sfumato.errors import UserError
+from sfumato.model import load
+from sfumato.tasks.generate import generate
+from sfumato.tasks.inpaint import inpaint
+from tests.training.common import small_fit
+
+TINY = ("denoiser.width=64", "denoiser.depth=2", "train.denoiser.batch=128", "sample.steps=6")
+HEADER = ["id", "size", "weight", "kind", "rare", "note"]
+QUICK = {"steps": 6, "resample": 2}
+
+
+def things(count: int = 600, seed: int = 0) -> list[list[str]]:
+    """Sizes of 1, 2 or 3 that say the kind; weights around ten times the size; a level of one row in a hundred."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        size = rng.integers(1, 4)
+        weight = "" if rng.random() < 0.05 else f"{10 * size + rng.normal():.2f}"
+        rare = "yes" if i % 100 == 50 else "no"
+        rows.append([f"t{i:04d}", str(size), weight, "abc"[size - 1], rare, "as it is"])
+    return rows
+
+
+def write(path: Path, rows: list[list[str]], delimiter: str = ",") -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter, lineterminator="\n").writerows([HEADER, *rows])
+    return path
+
+
+def cells(path: Path, delimiter: str = ",") -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file, delimiter=delimiter))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("things")
+    small_fit(write(folder / "things.csv", things()), folder / "run", *TINY, steps=250, categorical="size,kind,rare")
+    return folder / "run"
+
+
+def with_holes(rows: list[list[str]]) -> list[list[str]]:
+    """Every third row without its kind, every third without size and weight, written in odd ways."""
+    rows = [list(row) for row in rows]
+    for i, row in enumerate(rows):
+        if i % 3 == 0:
+            row[3] = ""
+        elif i % 3 == 1:
+            row[1], row[2] = "?", " NA "
+    return rows
+
+
+def test_missing_cells_are_filled_in_and_given_ones_keep_their_text(run: Path, tmp_path: Path):
+    rows = things(90, seed=1)
+    rows[2][2], rows[5][3] = "10.50", "zzz"  # a number in another spelling, a level the model does not know
+    holes = with_holes(rows)
+    result = inpaint(run, write(tmp_path / "in.csv", holes), out=tmp_path / "out.csv", **QUICK)
+    header, *filled = cells(tmp_path / "out.csv")
+    assert header == HEADER and len(filled) == 90 and result.facts["method"] == "repaint"
+    for before, after in zip(holes, filled, strict=True):
+        for old, new in zip(before, after, strict=True):
+            assert new == old if old.strip() not in ("", "?", "NA") else new.strip() not in ("", "?", "NA")
+    right = np.mean([after[3] == row[3] for row, after in zip(rows[::3], filled[::3], strict=True)])
+    assert right > 0.6  # a third by chance
+    near = [abs(float(row[2] or 20) - 10 * int(row[1])) < 6 for row in filled[1::3]]
+    assert np.mean(near) > 0.5
+
+
+def test_filling_in_does_not_depend_on_the_batch(run: Path, tmp_path: Path):
+    source = write(tmp_path / "in.csv", with_holes(things(30, seed=2)))
+    one, two = (inpaint(run, source, batch=batch, **QUICK).items for batch in (7, 30))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(one, inpaint(run, source, seed=1, **QUICK).items)
+
+
+def test_other_dialects_and_parquet_stay_what_they_are(run: Path, tmp_path: Path):
+    rows = with_holes(things(40, seed=3))
+    inpaint(run, write(tmp_path / "in.csv", rows, ";"), out=tmp_path / "out.csv", **QUICK)
+    assert [row[0] for row in cells(tmp_path / "out.csv", ";")[1:]] == [row[0] for row in rows]
+    frame = pd.DataFrame(things(40, seed=3), columns=HEADER)
+    frame["weight"] = pd.to_numeric(frame["weight"])
+    frame["size"] = frame["size"].astype("int32")
+    frame.loc[::2, "weight"] = np.nan
+    frame.to_parquet(tmp_path / "in.parquet", index=False)
+    inpaint(run, tmp_path / "in.parquet", out=tmp_path / "out.parquet", **QUICK)
+    back = pd.read_parquet(tmp_path / "out.parquet")
+    assert back["weight"].notna().all() and list(back.dtypes) == list(frame.dtypes)
+    given = frame["weight"].notna()
+    pd.testing.assert_frame_equal(back[given], frame[given])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask": "mask.png"}, "--mask is for images"),
+        ({"invert_mask": True}, "--invert-mask needs --mask"),
+        ({"method": "gradient"}, "--method gradient"),
+        ({"out": "out.parquet"}, "name it like in.csv"),
+        ({"out": "in.csv"}, "exists"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(run: Path, tmp_path: Path, settings: dict[str, str], message: str):
+    source = write(tmp_path / "in.csv", with_holes(things(20)))
+    settings = {key: tmp_path / value if key == "out" else value for key, value in settings.items()}
+    with pytest.raises(UserError, match=message) as told:
+        inpaint(run, source, **QUICK, **settings)
+    assert "\n" not in str(told.value)
+
+
+def test_a_table_without_holes_needs_no_filling_in(run: Path, tmp_path: Path):
+    rows = [row for row in things(30) if row[2]]
+    with pytest.raises(UserError, match="no cell is empty"):
+        inpaint(run, write(tmp_path / "in.csv", rows), **QUICK)
+
+
+def test_a_learned_latent_cannot_be_filled_in(tmp_path: Path):
+    source = write(tmp_path / "in.csv", things(100))
+    learned = (*TINY, "codec.bottleneck=kl", "codec.latent_dim=4", "train.codec.batch=16")
+    small_fit(source, tmp_path / "run", *learned, categorical="size,kind,rare")
+    with pytest.raises(UserError, match=r"codec\.bottleneck=identity"):
+        inpaint(tmp_path / "run", write(tmp_path / "holes.csv", with_holes(things(20))), **QUICK)
+
+
+def test_categories_in_equal_shares(run: Path, tmp_path: Path):
+    result = generate(run, n=31, balance="kind", out=tmp_path / "made.csv")
+    made = [row[3] for row in cells(tmp_path / "made.csv")[1:]]
+    assert sorted(made.count(kind) for kind in "abc") == [10, 10, 11] and made != sorted(made)
+    numbers = [row["item"] for row in result.rows]
+    assert numbers == sorted(set(numbers))
+    everything = generate(run, n=numbers[-1] + 1).items
+    torch.testing.assert_close(result.items, everything[numbers], equal_nan=True)
+
+
+def test_balance_goes_with_conditions_and_rare_levels(run: Path):
+    model = load(run, "cpu")
+    names = [column["name"] for column in model.card.mode["columns"] if column["kind"] not in ("id", "constant")]
+    result = generate(model, n=40, balance="rare", where=("weight>0",))
+    assert result.items[:, names.index("rare")].sum() == 20 and (result.items[:, names.index("weight")] > 0).all()
+
+
+def test_a_rare_kind_is_made_around_what_is_known(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sfumato.tasks.kinds.MOST_TRIED", 1)
+    result = generate(run, n=200, where=("rare=yes", "kind=b"), out=tmp_path / "made.csv")
+    rows = cells(tmp_path / "made.csv")[1:]
+    assert len(rows) == 200 and {(row[4], row[3]) for row in rows} == {("yes", "b")}
+    assert len({row["item"] for row in result.rows}) == 200
+    assert np.mean([row[1] == "2" for row in rows]) > 0.42  # the other columns follow; a third by chance
+
+
+@pytest.mark.parametrize(("balance", "message"), [("knd", "did you mean 'kind'"), ("weight", "holds numbers")])
+def test_what_cannot_be_balanced(run: Path, balance: str, message: str):
+    with pytest.raises(UserError, match=message):
+        generate(run, n=2, balance=balance)
+
+
+def test_constants_and_ids_of_a_filled_table_stay(run: Path, tmp_path: Path):
+    rows = with_holes(things(20, seed=5))
+    rows[0][5], rows[1][0] = "another", "named"
+    inpaint(run, write(tmp_path / "in.csv", rows), out=tmp_path / "out.csv", **QUICK)
+    assert [(row[0], row[5]) for row in cells(tmp_path / "out.csv")[1:]] == [(row[0], row[5]) for row in rows]
+
+
+def test_written_like_any_table(tmp_path: Path):
+    """`write_table` goes through the same writer of text."""
+    from sfumato.data import read_table
+
+    data, _ = read_table(write(tmp_path / "a.csv", things(60)), categorical=("size",))
+    write_table(tmp_path / "b.csv.gz", data.columns, data.store)
+    again, _ = read_table(tmp_path / "b.csv.gz", categorical=("size",))
+    assert np.array_equal(again.store, data.store, equal_nan=True)
