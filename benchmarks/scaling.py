@@ -80,7 +80,8 @@ def planned_job(train: Any, held: Any, folder: Path, spec: Spec) -> Any:
 def probe_step(spec: Spec) -> dict[str, float]:
     """Seconds and operations of a training step."""
     from sfumato.training.build import feature_network, uses_features
-    from sfumato.training.planning import fastest, stage_copies
+    from sfumato.training.measure import measure_step
+    from sfumato.training.planning import stage_copies
 
     data = synthetic(max(64, 2 * spec["batch"]), spec["side"], 3)
     spec = spec | {"settings": [*spec["settings"], f"train.{spec['stage']}.batch={spec['batch']}"]}
@@ -88,8 +89,7 @@ def probe_step(spec: Spec) -> dict[str, float]:
     network = feature_network(job, steps=0) if uses_features(job.settings) and spec["stage"] == "codec" else None
     copy = stage_copies(job, network)[spec["stage"]]
     kit = {"stage": spec["stage"], "seed": 0, "accelerator": job.accelerator}
-    speed, _ = fastest(*copy, seconds=spec["seconds"], least=3, **kit)  # whole, or in parts side by side
-    return speed._asdict()
+    return measure_step(*copy, seconds=spec["seconds"], least=3, **kit)._asdict()
 
 
 def probe_images(spec: Spec) -> dict[str, float]:

@@ -11,16 +11,8 @@ from .histograms import histograms
 from .images import read_images, read_source
 from .masks import read_masks
 from .rows import Dialect
-from .table import (
-    TableData,
-    check_table_target,
-    column_frame,
-    is_table,
-    read_rows,
-    read_table,
-    table_files,
-    write_table,
-)
+from .table import TableData, is_table, read_rows, read_table, table_files
+from .table_write import check_table_target, column_frame, write_table
 from .write import check_images_target, check_writable, replaced_folder, sample_sheet, swapped_folder, write_images
 
 __all__ = [

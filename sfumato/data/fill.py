@@ -14,7 +14,7 @@ from .cache import atomic
 from .columns import Column, Values, blanks, encode, modelled, pc, series, texts
 from .late import Late
 from .rows import Dialect, TableFile, open_table, plain
-from .table import arrow_cells, check_table_target, is_parquet, text_writer
+from .table_write import arrow_cells, check_table_target, is_parquet, text_writer
 
 if TYPE_CHECKING:
     import pyarrow as pa

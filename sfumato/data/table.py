@@ -1,17 +1,13 @@
-"""Tables: from a file to TableData, and from values back to a file."""
+"""Tables: from a file to TableData."""
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,13 +17,12 @@ from ..choice import nearest
 from ..errors import UserError
 from ..types import Batch
 from .base import Index, split
-from .cache import allocate, atomic
-from .columns import Column, Values, blanks, encode, modelled, series, spikes, texts
+from .cache import allocate
+from .columns import Column, Values, blanks, encode, modelled, spikes
 from .files import first_few, inventory
 from .late import Late
-from .rows import DELIMITERS, TABLE, Dialect, TableFile, arrow_type, open_table
+from .rows import DELIMITERS, TABLE, Dialect, TableFile, open_table
 from .tally import Tally
-from .write import check_writable, umask
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +33,7 @@ else:
 
 FEWEST = 20  # rows from which a model can be trained at all
 HELD = ("test", "validation", "val")  # names of the held-out file beside train.csv
-PIECE = 2**16  # rows written at a time
+PIECE = 2**16  # rows read at a time
 
 
 @dataclass(eq=False)
@@ -292,110 +287,3 @@ def _with_range(train: TableData, held: TableData) -> tuple[TableData, TableData
 
 
 # -- writing
-
-
-def column_frame(columns: Sequence[Column], values: Values) -> pd.DataFrame:
-    """A data frame with all columns of the source, in their order and types.
-
-    Ids are numbered anew, constants filled in, missing cells are pandas' own (NaN, NaT, <NA>).
-
-    Args:
-        columns: All columns.
-        values: The modelled ones (N, D), NaN where missing; numbers are put on their grid, levels are clipped.
-    """
-    return pd.concat({c.name: series(c, v) for c, v in _paired(columns, values)}, axis=1)
-
-
-def _paired(columns: Sequence[Column], values: Values) -> list[tuple[Column, Values]]:
-    """Each column with its values (N,); an empty column for those that are not modelled."""
-    assert values.ndim == 2 and values.shape[1] == len(modelled(columns)), values.shape
-    taken = iter(values.T)
-    nothing = np.full(len(values), np.nan)
-    return [(column, next(taken) if column.modelled else nothing) for column in columns]
-
-
-def check_table_target(path: Path, overwrite: bool) -> None:
-    """Raise when no table may be written there."""
-    if not TABLE.search(path.name):
-        raise UserError(f"{path}: not the name of a table; want .csv, .tsv or .parquet")
-    if path.exists() and not (overwrite and path.is_file()):
-        raise UserError(f"{path}: exists; pass --overwrite or name another file")
-    check_writable(path)
-
-
-def write_table(
-    path: str | Path,
-    columns: Sequence[Column],
-    values: Values,
-    *,
-    dialect: Dialect | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """One table, whole or not at all; `read_table` and `read_rows` read it back.
-
-    Args:
-        path: A .csv, .tsv (also .gz) or .parquet.
-        columns: All columns of the source.
-        values: The modelled ones (N, D), NaN where missing.
-        dialect: Of a text file; default commas, tabs for .tsv.
-        overwrite: Whether a file may be replaced.
-
-    Raises:
-        UserError: The file is there already or cannot be written, or a value is infinite.
-    """
-    path = Path(path)
-    check_table_target(path, overwrite)
-    if np.isinf(values).any():
-        raise UserError(f"{path}: the table holds infinite numbers: nothing written", code=1)
-    tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
-    try:
-        with atomic(path) as draft:
-            if is_parquet(path):
-                _write_parquet(draft, columns, values)
-            else:
-                with text_writer(draft, path) as text:
-                    _write_lines(text, columns, values, dialect or Dialect("\t" if tabs else ","))
-            draft.chmod(0o666 & ~umask())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})", code=1) from error
-    return path
-
-
-def is_parquet(path: Path) -> bool:
-    """Whether a file called so holds Parquet, and not text."""
-    return path.suffix.lower() in (".parquet", ".pq")
-
-
-@contextmanager
-def text_writer(draft: Path, path: Path) -> Iterator[TextIO]:
-    """The draft of a text file, packed if `path`, what it will be called, says so."""
-    with draft.open("wb") as raw:
-        packed = path.suffix.lower() == ".gz"
-        file = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if packed else raw
-        with TextIOWrapper(file, "utf-8", newline="") as text:  # type: ignore[arg-type]
-            yield text
-
-
-def _write_lines(text: TextIO, columns: Sequence[Column], values: Values, dialect: Dialect) -> None:
-    writer = csv.writer(text, delimiter=dialect.delimiter, lineterminator="\n")
-    writer.writerow([column.name for column in columns])
-    for start in range(0, len(values), PIECE):
-        pairs = _paired(columns, values[start : start + PIECE])
-        writer.writerows(zip(*(texts(column, v, dialect.decimal, start) for column, v in pairs), strict=True))
-
-
-def _write_parquet(draft: Path, columns: Sequence[Column], values: Values) -> None:
-    arrays = [arrow_cells(series(column, v), column.dtype) for column, v in _paired(columns, values)]
-    parquet.write_table(pa.Table.from_arrays(arrays, [column.name for column in columns]), draft)
-
-
-def arrow_cells(cells: pd.Series, dtype: str | None) -> pa.Array:
-    """Cells in the Arrow type that the source had."""
-    if dtype == "null":
-        return pa.nulls(len(cells))
-    found = pa.Array.from_pandas(cells)
-    if dtype is None:
-        return found
-    kind = arrow_type(dtype)
-    packed = pa.types.is_dictionary(kind)
-    return found.cast(kind.value_type).dictionary_encode().cast(kind) if packed else found.cast(kind)
