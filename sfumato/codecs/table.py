@@ -245,14 +245,15 @@ class TableCodec(Codec):
 
     @torch.no_grad()
     def learn_statistics(self, h: Tensor | Iterable[Tensor], floor: float = 1e-3) -> None:
-        """As for every codec; but the corners of one group, if they are the latent, share a deviation.
+        """As for every codec; but the levels of a group, if they are the latent, have unit variance together.
 
-        Else a rare level would be as far away as it is rare.
+        Alone they would be as far apart as they are rare, or many: then all but the last of the noise would leave no
+        doubt which one it is, and the network would be asked about it at few times only.
         """
         super().learn_statistics(h, floor)
         if self.whole:
             scores, groups = self.features.split(self.latent_std[None])
-            shared = [group.square().mean().sqrt().expand_as(group) for group in groups]
+            shared = [group.square().sum().sqrt().expand_as(group) for group in groups]
             self.latent_std.copy_(torch.cat([scores, *shared], 1)[0])
 
     def untouched(self, mask: Tensor) -> Tensor:

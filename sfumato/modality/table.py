@@ -53,7 +53,11 @@ def columns_of(mode: Any) -> list[Column]:
 
 
 def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
-    """Features as they are for a latent, a perceptron on them, large batches."""
+    """Features as they are for a latent and a perceptron on them, whose steps matter more than its size.
+
+    In five minutes of one core on 32,561 rows, 512 x 6 and batches of 256 did better than of 1,024 (see the log), and
+    steps better than width: 1,536 x 6 has 400 of them in ten minutes.
+    """
     batch = min(1024, max(8, 2 ** int(math.log2(max(8, facts.count // 8)))))
     codec = CodecSettings(
         bottleneck="identity",
@@ -71,9 +75,10 @@ def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
         codebook_size=512,
         groups=max(NUMBERS, 2 * facts.shape[0]) // 2,
     )
-    train = TrainSettings(codec=StageSettings(batch=batch), denoiser=StageSettings(batch=batch))
-    sample = SampleSettings(sampler="heun", steps=40, grid="uniform", precision="fp32")
-    return Settings(codec=codec, denoiser=DenoiserSettings(net="mlp"), train=train, sample=sample)
+    train = TrainSettings(codec=StageSettings(batch=batch), denoiser=StageSettings(batch=min(256, batch)))
+    sample = SampleSettings(sampler="abm2", steps=20, grid="ends", precision="fp32")
+    denoiser = DenoiserSettings(net="mlp", width=512, depth=6)
+    return Settings(codec=codec, denoiser=denoiser, train=train, sample=sample)
 
 
 def codec_options(codec: CodecSettings, shape: tuple[int, ...], mode: Any) -> dict[str, Any]:
