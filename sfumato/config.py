@@ -121,6 +121,9 @@ class StageSettings(Section):
     """How one stage is trained."""
 
     steps: int | None = Field(default=None, ge=1, description="optimizer steps")
+    passes: int | None = Field(
+        default=None, ge=1, description="times that a budget lets the training items be gone through, at most"
+    )
     batch: int | None = Field(default=None, ge=1, description="items per step")
     lr: float | None = Field(default=None, gt=0, description="peak learning rate")
     optimizer: Literal["adamw", "muon"] | None = Field(default=None, description="optimizer of the weights")

@@ -24,11 +24,13 @@ class Horizon:
         seconds: Wall clock the stage may take; infinite where steps were asked for, and in a session that did not
             make the plan. Only with a finite one is the horizon amended.
         amendments: (step at which it was decided, new number of steps), replayed on resume.
+        most: Steps that no amendment goes beyond.
     """
 
     steps: int
     seconds: float = math.inf
     amendments: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    most: float = math.inf
     _clock: list[float] = field(default_factory=lambda: [0.0], init=False, repr=False)  # seconds after each step
     _next: float = field(default=NEARER, init=False, repr=False)  # share of the stage left at which to look again
 
@@ -65,7 +67,7 @@ class Horizon:
         left = max(0.0, self.seconds - elapsed)
         since = min(bisect_left(self._clock, elapsed - 2 * left), len(self._clock) - 2)
         pace = max((elapsed - self._clock[since]) / (len(self._clock) - 1 - since), 1e-9)
-        return step + round(left / pace), pace
+        return int(min(step + round(left / pace), max(self.most, step))), pace
 
     def level(self, step: int, decay: float) -> float:
         """The learning rate at `step` relative to its peak: 1, and linearly to 0 over the last share of the steps.

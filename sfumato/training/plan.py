@@ -76,6 +76,11 @@ def plan_stage(given: StageSettings, stage: str, facts: Facts) -> StageSettings:
     return filled(given, (codec if stage == "codec" else denoiser).model_copy(update={"weight_decay": 0.0}))
 
 
+def most_steps(stage: StageSettings, count: int) -> float:
+    """Steps that go as often through `count` items as the stage may, if that is limited."""
+    return math.inf if stage.passes is None else max(1, stage.passes * count // (stage.batch or 1))
+
+
 def plan_sample(given: SampleSettings, precision: str) -> SampleSettings:
     """How samples are drawn; the guidance that is left open is chosen by measurement at the end."""
     planned = {"sampler": "abm2", "steps": 10, "grid": "ends", "precision": precision}

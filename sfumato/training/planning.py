@@ -26,6 +26,7 @@ from sfumato.training.plan import (
     WARMUP,
     blank_codec,
     make_plan,
+    most_steps,
 )
 from sfumato.training.steps import TrainStep
 
@@ -127,7 +128,7 @@ def divide_time(job: Job, budget: float, share: float) -> None:
     shares = {"codec": share * left, "denoiser": (1 - share) * left}
     for name, stage in (("codec", codec), ("denoiser", denoiser)):
         if name in speeds and stage.steps is None:  # what the user fixed, the clock does not amend
-            stage.steps = max(1, int(shares[name] / speeds[name].seconds))
+            stage.steps = int(min(max(1, shares[name] / speeds[name].seconds), most_steps(stage, len(job.train))))
             job.record["seconds"][name] = shares[name]
     job.record["measured"] = {name: speed._asdict() for name, speed in speeds.items()}
 

@@ -35,6 +35,7 @@ from sfumato.training.feeds import DataFeed
 from sfumato.training.horizon import Horizon
 from sfumato.training.job import Job
 from sfumato.training.loop import Feed, Trainer, held_interrupts
+from sfumato.training.plan import most_steps
 from sfumato.training.state import State, save_state
 from sfumato.training.steps import TrainStep
 from sfumato.types import at_once
@@ -98,11 +99,11 @@ def make_trainer(job: Job, step: TrainStep, settings: StageSettings, stage: str,
     left = job.seconds_left()
     fixed = math.isinf(left) or math.isinf(planned)  # the latter where the user gave the number of steps
     clock = math.inf if fixed else planned if stage == "codec" else max(left, 1.0)
-    horizon = Horizon(settings.steps or 1, clock)
+    horizon = Horizon(settings.steps or 1, clock, most=most_steps(settings, len(job.train)))
     if not job.fresh:  # until there is a checkpoint of this stage, which has its own
         horizon.amendments = [(a, b) for a, b in job.record.get("amendments", {}).get(stage, [])]
     if stage == "denoiser" and not fixed:  # what the first stage left over or took too much of
-        horizon.amendments.append((0, max(1, round(horizon.steps * clock / planned))))
+        horizon.amendments.append((0, int(min(horizon.most, max(1, round(horizon.steps * clock / planned))))))
         job.record.setdefault("amendments", {})[stage] = horizon.amendments
         job.write()
     trainer = Trainer(

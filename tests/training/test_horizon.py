@@ -137,3 +137,11 @@ def test_the_rate_neither_jumps_nor_rises(at: float, factor: float):
     _, levels = simulate(Horizon(2_000, seconds=100.0), changing(at, factor))
     steps = [b - a for a, b in pairwise(levels)]
     assert max(steps) <= 1e-12 and min(steps) > -0.05
+
+
+def test_no_amendment_goes_beyond_the_most():
+    """A machine that turns out three times as fast ends early, and does not go through the items more often."""
+    seconds, levels = simulate(Horizon(100, seconds=100.0, most=150), lambda clock: 1 / 3)
+    assert len(levels) == 150 and seconds == pytest.approx(50)
+    assert levels[-1] < 0.05
+    assert simulate(Horizon(100, seconds=100.0, most=150), lambda clock: 2.0)[0] == pytest.approx(100, abs=3)

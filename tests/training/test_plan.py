@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from sfumato.config import Settings, apply_overrides
+from sfumato.config import Settings, StageSettings, apply_overrides
 from sfumato.errors import UserError
 from sfumato.modality import Facts
 from sfumato.modality.image import IMAGE, latent_grid
 from sfumato.training import planning
 from sfumato.training.measure import Speed
-from sfumato.training.plan import make_plan
+from sfumato.training.plan import make_plan, most_steps
 from tests.training.common import record, small_fit
 
 MNIST, CIFAR, FLOWERS = (1, 28, 28), (3, 32, 32), (3, 128, 128)
@@ -92,11 +92,17 @@ def open_settings(section: Any, prefix: str = "") -> set[str]:
     )
 
 
+def test_items_are_gone_through_so_often_at_most():
+    stage = StageSettings(batch=64, passes=10)
+    assert most_steps(stage, 1_000) == 156 and most_steps(stage, 3) == 1
+    assert most_steps(StageSettings(batch=64), 1_000) == math.inf
+
+
 def test_everything_but_the_steps_is_decided():
     left = open_settings(planned())
     assert {key for key in left if key.startswith(("train.", "codec.", "denoiser."))} == {
         "train.codec.steps", "train.denoiser.steps", "codec.perceptual_steps", "codec.levels",
-        "train.codec.warmup", "train.denoiser.warmup", "train.encoded",
+        "train.codec.warmup", "train.denoiser.warmup", "train.encoded", "train.codec.passes", "train.denoiser.passes",
         "denoiser.schedule_settings", "denoiser.weight_settings", "denoiser.times_settings",
     }  # fmt: skip
 
