@@ -1,13 +1,14 @@
 """From files to batches, and from samples to files."""
 
 from .animate import animation
-from .base import Data, split
+from .base import Data, Joined, split
 from .builtin import BUILTINS, read_builtin
 from .cache import LatentCache, cache_root, latent_key
 from .columns import Column, modelled, on_grid
 from .conditions import condition
 from .histograms import histograms
 from .images import read_images, read_source
+from .labels import renumbered
 from .masks import read_masks
 from .rows import Dialect
 from .table import (
@@ -27,6 +28,7 @@ __all__ = [
     "Column",
     "Data",
     "Dialect",
+    "Joined",
     "LatentCache",
     "TableData",
     "animation",
@@ -47,6 +49,7 @@ __all__ = [
     "read_rows",
     "read_source",
     "read_table",
+    "renumbered",
     "replaced_folder",
     "sample_sheet",
     "split",

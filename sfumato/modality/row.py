@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sfumato.codecs import Codec
 from sfumato.config import CodecSettings, DataSettings, Settings
-from sfumato.metrics import Extractor
+from sfumato.metrics import Copies, Extractor
 
 Progress = Callable[[str, int, int], None]
 D = TypeVar("D")  # the data set: what `len`, `batch`, `subset` and the rest are asked of
@@ -49,6 +49,32 @@ class Judge(Protocol[D_contra]):
         ...
 
 
+class Sorter(Protocol):
+    """What tells whether made items belong into a labelled set beside given ones.
+
+    Attributes:
+        names: The classes.
+        labels: Class number of each given item (N,), `UNKNOWN` where it has none.
+        asked: Whether the model makes items of a class it is asked for; otherwise they are taken as they come.
+        copies: What tells copies among points.
+    """
+
+    names: Sequence[str]
+    labels: Tensor
+    asked: bool
+
+    @property
+    def copies(self) -> Copies: ...
+
+    def shown(self, items: Tensor) -> Tensor:
+        """The class that each item (N, ...) shows, `UNKNOWN` where none is plausible: (N,)."""
+        ...
+
+    def points(self, items: Tensor) -> Tensor:
+        """Items (N, ...) as points (N, D) whose distances mean something."""
+        ...
+
+
 @dataclass(frozen=True)
 class Modality(Generic[D]):
     """One row.
@@ -68,16 +94,16 @@ class Modality(Generic[D]):
         compare: (x, x̂, mode, features or None) -> how close reconstructions are.
         condition: (what the user typed after --where, mode) -> which of items (N, ...) fulfil it, (N,).
         check_fit: (name, shape, mode, source, data) -> refuses data of another kind than `name` makes.
-        condition: (what the user typed after --where, mode) -> which of items (N, ...) fulfil it, (N,).
-        condition: Callable[[Sequence[str], Any], Callable[[Tensor], Tensor]]
-    check_fit: Callable[[str, tuple[int, ...], Any, object, D], None]
-    check_target: (where, overwrite) -> refuses a place that items cannot be written to.
+        check_target: (where, overwrite) -> refuses a place that items cannot be written to.
         write: (where, items (N, ...), a row of facts per item, mode, overwrite) -> the files.
         sheet: (items (N, ...), mode, columns or None) -> a picture to look at.
         pairs: (x, x̂, mode) -> a picture of originals beside their reconstructions.
         masks: (mask file or folder, source, its parts, data settings) -> (N, *axes of an item) bool, true where an item
             is to be made anew. None: items have no parts that could be.
         animation: File -> what writes items (N, ...) into it, one after the other. None: they cannot be shown so.
+        sorter: (given items, whose labels are class numbers of the model, if they have labels; items without labels; the
+            model's classes; column of the classes or None; device; progress) -> who sorts made items into classes. None:
+            items have no classes.
         shown: Items that a sheet takes while training.
     """
 
@@ -101,3 +127,4 @@ class Modality(Generic[D]):
     shown: int
     masks: Callable[[Path, str, Sequence[D], DataSettings], Tensor] | None = None
     animation: Callable[[Path], Callable[[Tensor], None]] | None = None
+    sorter: Callable[[D, Sequence[D], Sequence[str], str | None, str | None, Progress | None], Sorter] | None = None
