@@ -120,7 +120,8 @@ class Joined:
         self.parts = list(parts)
         self.starts = np.cumsum([0, *map(len, parts)])
         unsaid = [np.full(len(part), UNKNOWN) if part.labels is None else part.labels for part in parts]
-        self.labels: NDArray[np.int64] = np.concatenate(unsaid)
+        self.numbers = np.concatenate(unsaid)
+        self.labels: NDArray[np.int64] | None = self.numbers
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -128,7 +129,7 @@ class Joined:
     @property
     def fingerprint(self) -> str:
         """sha256 of the parts' fingerprints and the labels."""
-        said = "".join(part.fingerprint for part in self.parts).encode() + self.labels.tobytes()
+        said = "".join(part.fingerprint for part in self.parts).encode() + self.numbers.tobytes()
         return hashlib.sha256(said).hexdigest()
 
     def batch(self, index: Index) -> Batch:
@@ -139,7 +140,7 @@ class Joined:
         for k in np.unique(owner):
             mine = owner == k
             data[torch.from_numpy(mine)] = self.parts[k].batch(where[mine] - self.starts[k]).data
-        return Batch(data, torch.from_numpy(where), torch.from_numpy(self.labels[where]))
+        return Batch(data, torch.from_numpy(where), torch.from_numpy(self.numbers[where]))
 
 
 Parts = tuple[Data, Data | None]  # to train on, and held out by the source itself if it does

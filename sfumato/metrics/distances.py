@@ -130,7 +130,7 @@ def neighbours(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def closest(a: Tensor, b: Tensor, k: int) -> Tensor:
-    """Distances of each vector of `a` (N, D) to its k nearest in `b` (M, D), rising: (N, min(k, M)), exact to copies."""
+    """Rising distances of each vector of `a` (N, D) to its k nearest in `b` (M, D): (N, min(k, M)), 0 for copies."""
     found: list[Tensor] = []
     for rows, square in _blocks(a, b):
         which = square.topk(min(k, len(b)), dim=1, largest=False).indices

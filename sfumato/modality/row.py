@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -59,11 +60,16 @@ class Sorter(Protocol):
         copies: What tells copies among points.
     """
 
-    names: Sequence[str]
-    labels: Tensor
-    asked: bool
+    @property
+    def names(self) -> Sequence[str]: ...
 
     @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def asked(self) -> bool: ...
+
+    @cached_property
     def copies(self) -> Copies: ...
 
     def shown(self, items: Tensor) -> Tensor:
@@ -101,9 +107,8 @@ class Modality(Generic[D]):
         masks: (mask file or folder, source, its parts, data settings) -> (N, *axes of an item) bool, true where an item
             is to be made anew. None: items have no parts that could be.
         animation: File -> what writes items (N, ...) into it, one after the other. None: they cannot be shown so.
-        sorter: (given items, whose labels are class numbers of the model, if they have labels; items without labels; the
-            model's classes; column of the classes or None; device; progress) -> who sorts made items into classes. None:
-            items have no classes.
+        sorter: (given items, whose labels are class numbers of the model; items without labels; the model's classes;
+            column of the classes or None; device; progress) -> who sorts made items into classes. None: there are none.
         shown: Items that a sheet takes while training.
     """
 

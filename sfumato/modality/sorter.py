@@ -1,4 +1,4 @@
-"""What tells whether made images belong into a labelled set: a classifier of the given ones, and distances in pixels."""
+"""What tells whether made images belong into a labelled set: a classifier of given ones, and distances in pixels."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -12,7 +12,7 @@ from sfumato.errors import UserError
 from sfumato.machine import best_precision, default_device
 from sfumato.metrics import Copies, cached_network, pick
 from sfumato.metrics.copies import CHECKED
-from sfumato.metrics.images import image_points, thumbnails
+from sfumato.metrics.images import thumbnails
 from sfumato.modality.judge import judge_cache
 from sfumato.modality.row import Progress
 from sfumato.nn.classifier import SMALLEST, Classifier, predict
@@ -20,6 +20,7 @@ from sfumato.nn.semi import fit_semi, partly_labelled
 
 STEPS, SEMI_STEPS = 500, 2_000  # of the classifier, where all images are labelled, and where some are not
 WIDTH = 24  # channels of its stem
+CHUNK = 1_000  # images that are compared at once
 SEED = 54321  # of its weights: not those of the network that `fit` labels by
 
 
@@ -54,13 +55,13 @@ class ImageSorter:
         if not names:
             raise UserError("the model knows no classes: train one on labelled images")
         self.given, self.names, self.all = given, list(names), Joined([given, *others])
-        self.labels = torch.from_numpy(self.all.labels[: len(given)])
+        self.labels = torch.from_numpy(self.all.numbers[: len(given)])
         self.device, self.progress = device or default_device(), progress
 
     @cached_property
     def network(self) -> Classifier:
         """The classifier, trained once and kept."""
-        partly, classes = partly_labelled(self.all.labels), len(self.names)
+        partly, classes = partly_labelled(self.all.numbers), len(self.names)
         steps = SEMI_STEPS if partly else STEPS
         key = key_of("sorter", 1, self.all.fingerprint, classes, steps, WIDTH, SEED)[:24]
         cache = judge_cache()
@@ -96,6 +97,6 @@ class ImageSorter:
         """What tells copies of given images, with a label or without, and of made ones."""
 
         def real() -> Iterator[Tensor]:
-            return image_points(self.all)
+            return (self.points(self.all.batch(index).data) for index in torch.arange(len(self.all)).split(CHUNK))
 
-        return Copies(real, torch.cat(list(image_points(self.all, pick(len(self.all), CHECKED)))))
+        return Copies(real, self.points(self.all.batch(pick(len(self.all), CHECKED)).data))

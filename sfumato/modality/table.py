@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sfumato.choice import nearest
 from sfumato.codecs import TableCodec
 from sfumato.config import (
     CodecSettings,
@@ -37,7 +38,6 @@ from sfumato.data import (
     table_files,
     write_table,
 )
-from sfumato.choice import nearest
 from sfumato.errors import UserError
 from sfumato.metrics import Copies, Extractor, measured_space, pick, plausible, table_report
 from sfumato.metrics.copies import CHECKED

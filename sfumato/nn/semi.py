@@ -44,10 +44,10 @@ def disturbed(x: Tensor, generator: torch.Generator) -> Tensor:
     count, _, height, width = x.shape
     x = moved(x, reach(x), generator)
     x = x + torch.randn(count, 1, 1, 1, generator=generator).mul(BRIGHT).expm1() * (x + 1)
-    centre = torch.rand(2, count, 1, generator=generator)
     rows, columns = (
-        ((torch.arange(side) + 0.5) / side - at).abs() < CUT / 2 for side, at in zip((height, width), centre, strict=True)
-    )
+        ((torch.arange(side) + 0.5) / side - torch.rand(count, 1, generator=generator)).abs() < CUT / 2
+        for side in (height, width)
+    )  # (B, H), (B, W)
     hole = (rows[:, :, None] & columns[:, None, :])[:, None]  # (B, 1, H, W)
     return torch.where(hole, x.mean((1, 2, 3), keepdim=True), x).clamp(-1, 1)
 
@@ -80,7 +80,8 @@ class Guesses:
 
     def __post_init__(self) -> None:
         self.seen = self.prior.clone()
-        self.mean, self.variance = 0.5, 0.1
+        sure = self.target.max(1).values
+        self.mean, self.variance = float(sure.mean()), float(sure.var(unbiased=False))
 
     def __call__(self, index: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Class numbers (B,) and weights (B,) of images `index` (B,), where the average sees logits (B, K)."""
@@ -139,7 +140,7 @@ class _Pupil:
 
     @torch.no_grad()
     def look(self) -> None:
-        """Take new targets: what the average sees, what is alike in its eyes, and the targets before, all three joined."""
+        """Take new targets: what the average sees, what is alike in its eyes, and the targets before, joined."""
         parts: list[Tensor] = []
         for index in self.index.split(CHUNK):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):

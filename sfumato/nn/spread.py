@@ -24,7 +24,7 @@ def plain_features(x: Tensor) -> Tensor:
     References:
         Dalal and Triggs 2005, Histograms of Oriented Gradients for Human Detection.
     """
-    size = tuple(min(SIDE, side) for side in x.shape[-2:])
+    size = min(SIDE, x.shape[-2]), min(SIDE, x.shape[-1])
     x = F.adaptive_avg_pool2d(x, size)
     grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")[:, 0]
     right, down = (

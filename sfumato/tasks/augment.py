@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from sfumato.tasks.generate import Result
 
 if TYPE_CHECKING:
-    from sfumato.tasks.common import Progress
     from sfumato.model import Model
+    from sfumato.tasks.common import Progress
 
 LEAST = 1_000  # items of each class, unless told otherwise
 SHOWN = 100  # made items on a sheet

@@ -59,7 +59,7 @@ class Inputs:
         """The model's class number of each item (N,); None where there are no labels, or the model knows none."""
         if not model.conditioner.classes or self.parts[0].labels is None:
             return None
-        return torch.from_numpy(np.concatenate([known_classes(model, data) for data in self.parts]))
+        return torch.tensor(np.concatenate([known_classes(model, data) for data in self.parts]))
 
 
 def known_classes(model: Model, data: Data) -> NDArray[np.int64]:

@@ -34,7 +34,7 @@ class Given:
     @property
     def counts(self) -> list[int]:
         """How many there are of each class."""
-        return _counted(self.sorter.labels, len(self.sorter.names)).tolist()
+        return [int(count) for count in _counted(self.sorter.labels, len(self.sorter.names))]
 
 
 def read_given(
@@ -63,7 +63,7 @@ def read_given(
     others = [] if unlabelled is None else [replace(read(unlabelled), labels=None)]
     sorter = make_sorter(data, others, card.label_names, target, str(loaded.device), progress)
     known = (sorter.labels != UNKNOWN).nonzero().flatten()
-    if len(sorter.labels[known].unique()) < 2:
+    if len({int(k) for k in sorter.labels[known]}) < 2:
         found = "one class only" if len(known) else "no labels"
         raise UserError(f"{source}: has {found}; items of two classes or more are needed", code=1)
     loose = sum(map(len, others)) + len(data) - len(known)
@@ -118,8 +118,7 @@ class Made:
     def rows(self, sorter: Sorter, facts: dict[str, Any]) -> list[dict[str, Any]]:
         """A row of facts for each item."""
         values = label_values(sorter.names)
-        labels = self.labels.tolist()
-        return [{"label": values[k], "item": i, **facts} for k, i in zip(labels, self.numbers, strict=True)]
+        return [{"label": values[int(k)], "item": i, **facts} for k, i in zip(self.labels, self.numbers, strict=True)]
 
     def facts(self, sorter: Sorter) -> dict[str, Any]:
         """What there is to say of all of them."""
@@ -157,14 +156,14 @@ def fill(make: Maker, counts: Sequence[int], wanted: int, progress: Progress | N
         made.tried += size
         short = short - _counted(labels[chosen[~twin]], len(counts))
         tell(progress, "augment", total - int(short.sum()), total)
-    made.short = short.tolist()
+    made.short = [int(count) for count in short]
     return made
 
 
 def _cycled(needed: Tensor) -> Tensor:
     """Class numbers of which `needed` (K,) are of each class, at most `LARGEST` in all, going through the classes."""
     share = min(1.0, LARGEST / int(needed.sum()))
-    counts = [math.ceil(count * share) for count in needed.tolist()]
+    counts = [math.ceil(int(count) * share) for count in needed]
     ranked = sorted((rank, k) for k, count in enumerate(counts) for rank in range(count))
     return torch.tensor([k for _, k in ranked])
 

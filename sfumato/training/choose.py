@@ -9,6 +9,7 @@ from sfumato.metrics import frechet
 from sfumato.model import Model
 from sfumato.nn.classifier import Classifier
 from sfumato.training.job import Job
+from sfumato.types import UNKNOWN
 
 WEIGHTS = (1.0, 1.1, 1.2, 1.3, 1.5, 2.0)
 ITEMS = 1_000
@@ -33,11 +34,14 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
         The weight, and what each one tried reached: `fd` (on the feature network's features) and `accuracy`.
     """
     count = affordable(job)
-    if not job.classes or network is None or job.held.labels is None or count < FEWEST:
+    if not job.classes or network is None or count < FEWEST or job.held.labels is None:
+        return model.sampling.guidance, {}
+    known = torch.from_numpy(job.held.labels != UNKNOWN).nonzero().flatten()
+    if not len(known):
         return model.sampling.guidance, {}
     index = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(0))[:REAL]
     real = torch.cat([network.features(job.train.batch(part).data.to(job.device)) for part in index.split(1000)])
-    held = job.held.batch(torch.arange(min(len(job.held), REAL)))
+    held = job.held.batch(known[:REAL])
     assert held.label is not None
     wanted = accuracy(network, network.features(held.data.to(job.device)), held.label)
     labels = model.labels_for(range(count), job.settings.seed)

@@ -2,6 +2,7 @@
 
 import platform
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,16 @@ from sfumato.errors import UserError
 from sfumato.machine import measure_peak
 from sfumato.modality import Facts
 from sfumato.nn.classifier import Classifier
-from sfumato.training.build import codec_step, denoiser_step, feature_network, latent_feed, new_model, uses_features
+from sfumato.nn.semi import MOST
+from sfumato.training.build import (
+    codec_step,
+    denoiser_step,
+    feature_network,
+    guesses_labels,
+    latent_feed,
+    needs_network,
+    new_model,
+)
 from sfumato.training.feeds import DataFeed
 from sfumato.training.job import Job
 from sfumato.training.loop import Feed, Horizon, Trainer
@@ -20,8 +30,11 @@ from sfumato.training.measure import Speed, measure_step
 from sfumato.training.plan import (
     ADVERSARIAL_START,
     EFFICIENCY,
+    FEATURE_SHARE,
     FEATURE_STEPS,
     FEWEST_OF_SHARD,
+    GUESS_SHARE,
+    GUESS_STEPS,
     NOMINAL_RATE,
     WARMUP,
     blank_codec,
@@ -30,6 +43,7 @@ from sfumato.training.plan import (
 from sfumato.training.steps import TrainStep
 
 LATE = 99  # a step of a hundred at which every term of the loss plays
+COMPARED = 2_000  # images that comparing is measured on
 WITHOUT_BUDGET = 600.0  # seconds that sizes are planned for where steps are given
 
 
@@ -90,7 +104,7 @@ def divide_steps(job: Job, steps: int, share: float) -> None:
 def rehearse(job: Job) -> None:
     """Take one step of each stage, to be thrown away: a plan that cannot be run fails here."""
     with torch.random.fork_rng(devices=[]):
-        network = feature_network(job, steps=0) if uses_features(job.settings) else None
+        network = feature_network(job, steps=0) if needs_network(job) else None
         for stage, (step, settings, feed) in stage_copies(job, network).items():
             kit: dict[str, Any] = {"stage": stage, "seed": job.settings.seed, "accelerator": job.accelerator}
             trainer = Trainer(step, settings, Horizon(LATE + 1), **kit)
@@ -106,11 +120,13 @@ def divide_time(job: Job, budget: float, share: float) -> None:
     """
     codec, denoiser = job.settings.train.codec, job.settings.train.denoiser
     speeds = measure_stages(job)
-    features, coding = speeds.pop("features"), speeds.get("codec", Speed(0.0, 0.0))
+    features, beside = speeds.pop("features").seconds, speeds.pop("beside").seconds
+    coding = speeds.get("codec", Speed(0.0, 0.0))
     if job.settings.codec.perceptual_steps is None:
-        affordable = int(0.08 * budget / max(features.seconds, 1e-6))
-        job.settings.codec.perceptual_steps = max(20, min(FEATURE_STEPS, affordable))
-    fixed = job.settings.codec.perceptual_steps * features.seconds
+        part, most = (GUESS_SHARE, GUESS_STEPS) if guesses_labels(job) else (FEATURE_SHARE, FEATURE_STEPS)
+        affordable = int((part * budget - beside) / max(features, 1e-6))
+        job.settings.codec.perceptual_steps = max(20, min(most, affordable))
+    fixed = job.settings.codec.perceptual_steps * features + beside
     fixed += len(job.train) / (codec.batch or 1) * coding.seconds / 5  # encoding everything once
     job.record["seconds"] = {}
     left = job.seconds_left() - fixed
@@ -148,13 +164,34 @@ def fastest(step: TrainStep, settings: StageSettings, feed: Feed, **kit: Any) ->
     return speeds[best], best
 
 
+def measure_network(job: Job) -> tuple[Classifier | None, dict[str, Speed]]:
+    """The small network, hardly trained; seconds of its steps (`features`), and those `beside` them.
+
+    The latter go into comparing every image with every other where labels have to be guessed: measured on a few.
+    """
+
+    def timed(of: Job, steps: int) -> tuple[Classifier, float]:
+        began = time.perf_counter()
+        return feature_network(of, steps), time.perf_counter() - began
+
+    if not needs_network(job):
+        return None, {"features": Speed(0.0, 0.0), "beside": Speed(0.0, 0.0)}
+    if not guesses_labels(job):
+        network, seconds = timed(job, 6)
+        return network, {"features": Speed(seconds / 8, 0.0), "beside": Speed(0.0, 0.0)}  # the first step is a slow one
+    order = torch.from_numpy(job.train.labels).argsort(descending=True)  # labelled ones first
+    some = torch.cat([order[: COMPARED // 4], order[-3 * COMPARED // 4 :]]).unique()
+    few = replace(job, train=job.train.subset(some))
+    looks, (network, seconds) = timed(few, 0)[1], timed(few, 6)
+    scale = min(len(job.train), MOST) / len(some)
+    return network, {"features": Speed(max(0.0, seconds - looks) / 5, 0.0), "beside": Speed(looks * scale**2, 0.0)}
+
+
 def measure_stages(job: Job) -> dict[str, Speed]:
     """Seconds and operations of a real step of each stage, on copies that are thrown away."""
     settings = job.settings
     with torch.random.fork_rng(devices=[]):
-        began = time.perf_counter()
-        network = feature_network(job, steps=6) if uses_features(settings) else None
-        speeds = {"features": Speed((time.perf_counter() - began) / 8, 0.0)}  # the first step is a slow one
+        network, speeds = measure_network(job)
         kit: dict[str, Any] = {"seed": settings.seed, "accelerator": job.accelerator}
         for stage, copy in stage_copies(job, network).items():
             speeds[stage], copy[1].shards = fastest(*copy, stage=stage, **kit)

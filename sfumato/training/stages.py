@@ -21,8 +21,9 @@ from sfumato.training.build import (
     keep_network,
     kept_network,
     latent_feed,
+    needs_network,
     new_model,
-    uses_features,
+    training_labels,
 )
 from sfumato.training.card import write_card
 from sfumato.training.choose import choose_guidance
@@ -48,7 +49,7 @@ def train_stages(job: Job, state: State | None) -> Model:
     """
     torch.manual_seed(job.settings.seed)
     model = new_model(job)
-    network = features(job) if uses_features(job.settings) else None
+    network = features(job) if needs_network(job) else None
     if job.done("codec"):
         load_part(job.folder / "codec", model.codec)
     elif model.codec.learns:
@@ -58,7 +59,7 @@ def train_stages(job: Job, state: State | None) -> Model:
     if not job.done("codec"):
         save_part(job.folder / "codec", model.codec, model.card.codec)
         job.finish("codec", **measure_codec(job, model, network))
-    train_denoiser(job, model, z, state)
+    train_denoiser(job, model, z, training_labels(job, network), state)
     model.eval()
     if job.settings.sample.guidance is None:
         job.log.show("choose", 0, 1)
@@ -73,7 +74,7 @@ def train_stages(job: Job, state: State | None) -> Model:
 
 
 def features(job: Job) -> Classifier:
-    """The feature network: trained now, or kept by an earlier session."""
+    """The small network of the training data: trained now, or kept by an earlier session."""
     path = job.folder / "checkpoint-features" / "model.safetensors"
     network = kept_network(path, job)
     if network is None:
@@ -184,11 +185,10 @@ def measure_codec(job: Job, model: Model, network: Classifier | None) -> dict[st
     return {"codec": {k: round(v, 4) for k, v in report.items()}}
 
 
-def train_denoiser(job: Job, model: Model, z: Tensor, state: State | None) -> None:
-    """Second stage."""
+def train_denoiser(job: Job, model: Model, z: Tensor, label: Tensor | None, state: State | None) -> None:
+    """Second stage, on latents z (N, *latent_shape) under their labels (N,)."""
     settings = job.settings.train.denoiser
     trainer = make_trainer(job, denoiser_step(model, job.settings).to(job.device), settings, "denoiser", state)
-    label = torch.from_numpy(job.train.labels) if job.classes and job.train.labels is not None else None
     feed = latent_feed(job, model, z, label)
     items = range(job.modality.shown)
 
