@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sfumato.errors import UserError
     from sfumato.modality import register
     from sfumato.model import Model, load
+    from sfumato.tasks.augment import augment
     from sfumato.tasks.edit import edit
     from sfumato.tasks.evaluate import evaluate
     from sfumato.tasks.generate import generate
@@ -27,6 +28,7 @@ __all__ = [
     "Settings",
     "UserError",
     "__version__",
+    "augment",
     "distill",
     "edit",
     "evaluate",
@@ -44,6 +46,7 @@ _HOMES = {
     "Model": "model",
     "Settings": "config",
     "UserError": "errors",
+    "augment": "tasks.augment",
     "distill": "training",
     "edit": "tasks.edit",
     "evaluate": "tasks.evaluate",

@@ -87,7 +87,9 @@ class CodecSettings(Section):
         default=None, ge=0, description="weight of the discriminator; 0 leaves it out"
     )
     perceptual_steps: int | None = Field(
-        default=None, ge=1, description="training steps of the small network whose features are compared"
+        default=None,
+        ge=1,
+        description="training steps of the small network whose features are compared, and which guesses open labels",
     )
     reconstruction: Literal["l1", "l2"] | None = Field(default=None, description="distance between pixels")
     codebook_size: int | None = Field(default=None, ge=2, description="codes of a vq bottleneck")

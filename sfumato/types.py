@@ -6,10 +6,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+UNKNOWN = -1  # class number of an item whose label is not known
+
 
 @dataclass
 class Batch:
-    """Items on their way into training: data (B, ...), their index in the data set (B,), and what is known of them."""
+    """Items on their way into training: data (B, ...), their index in the data set (B,), and what is known of them.
+
+    Labels are class numbers, `UNKNOWN` where an item has none.
+    """
 
     data: Tensor
     index: Tensor

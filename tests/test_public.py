@@ -16,7 +16,10 @@ import pytest
 import sfumato
 
 SNAPSHOT = Path(__file__).with_name("public.txt")
-COMMANDS = ("fit", "distill", "generate", "reconstruct", "edit", "inpaint", "interpolate", "evaluate", "info", "doctor")
+COMMANDS = (
+    *("fit", "distill", "generate", "reconstruct", "edit", "inpaint", "interpolate", "augment"),
+    *("evaluate", "info", "doctor"),
+)
 HEAVY = ("torch", "pandas", "numpy", "rich", "sklearn", "accelerate", "PIL")
 
 

@@ -23,6 +23,7 @@ from sfumato.apps.fields import REQUIRED, Field, read_fields, summary
 from sfumato.apps.progress import ProgressLine
 from sfumato.apps.table import result_lines
 from sfumato.errors import UserError
+from sfumato.tasks.augment import augment
 from sfumato.tasks.edit import edit
 from sfumato.tasks.evaluate import evaluate
 from sfumato.tasks.generate import generate
@@ -187,6 +188,7 @@ command(app, reconstruct, report=_written, required=("out",))
 command(app, edit, report=_written, required=("out",))
 command(app, inpaint, report=_written, required=("out",))
 command(app, interpolate, report=_written, required=("out",))
+command(app, augment, report=_written, required=("out",))
 command(app, evaluate, report=_told)
 command(app, info, report=_told)
 command(app, doctor, report=_told)

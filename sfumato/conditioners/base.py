@@ -10,7 +10,8 @@ from sfumato.types import Cond
 class Conditioner(nn.Module):
     """Raw conditions to `Cond`.
 
-    `dim` is the length of `Cond.vector`, 0 where there is none; `classes` the number of labels it knows.
+    `dim` is the length of `Cond.vector`, 0 where there is none; `classes` the number of labels it knows. An `UNKNOWN`
+    label is the null condition.
     """
 
     dim: int = 0
@@ -52,6 +53,7 @@ class ClassLabels(Conditioner):
     def forward(self, label: Tensor | None, count: int) -> Cond:
         if label is None:
             label = torch.full((count,), self.classes)
+        label = torch.where(label < 0, self.classes, label)
         return Cond(vector=self.table(label.to(self.table.weight.device)))  # (B, dim)
 
     def drop(self, label: Tensor | None, generator: Generator) -> Tensor | None:

@@ -1,7 +1,7 @@
 """From files to batches, and from samples to files."""
 
 from .animate import animation
-from .base import Data, split
+from .base import Data, Joined, split
 from .builtin import BUILTINS, read_builtin
 from .cache import LatentCache, cache_root, latent_key
 from .columns import Column, modelled, on_grid
@@ -9,6 +9,7 @@ from .conditions import condition, equalities, level_of
 from .fill import check_fill_target, fill_table
 from .histograms import histograms
 from .images import read_images, read_source
+from .labels import renumbered
 from .masks import read_masks
 from .rows import Dialect
 from .table import TableData, is_table, read_rows, read_table, table_files
@@ -20,6 +21,7 @@ __all__ = [
     "Column",
     "Data",
     "Dialect",
+    "Joined",
     "LatentCache",
     "TableData",
     "animation",
@@ -44,6 +46,7 @@ __all__ = [
     "read_rows",
     "read_source",
     "read_table",
+    "renumbered",
     "replaced_folder",
     "sample_sheet",
     "split",

@@ -15,7 +15,7 @@ from ..errors import UserError
 from .base import Data, Parts
 from .cache import allocate, load_array
 from .files import first_few
-from .labels import encode_labels
+from .labels import encode_labels, renumbered
 
 IDX = re.compile(r"(-|\.)idx\d(-ubyte)?(\.gz)?$|-ubyte(\.gz)?$", re.IGNORECASE)
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -93,7 +93,7 @@ def same_classes(train: Data, held: Data | None, where: object) -> Parts:
     unknown = [name for name in held.label_names if name not in number]
     if unknown:
         raise UserError(f"{where}: held-out classes the training part lacks: {first_few(unknown)}", code=1)
-    held.labels = np.array([number[name] for name in held.label_names], np.int64)[held.labels]
+    held.labels = renumbered(held.labels, [number[name] for name in held.label_names])
     held.label_names = train.label_names
     return train, held
 

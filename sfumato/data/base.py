@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..types import Batch
+from ..types import UNKNOWN, Batch
 
 CHANNELS = {"L": 1, "I;16": 1, "RGB": 3, "RGBA": 4}
 Index = Sequence[int] | NDArray[np.integer] | Tensor
@@ -25,7 +25,7 @@ class Data:
         store: All pixels (M, H, W, C), uint8, or uint16 for mode "I;16"; shared between subsets.
         mode: "L", "RGB", "RGBA" or "I;16".
         rows: Which rows of `store` are the items (N,); default all of them.
-        labels: Class numbers (N,) int64, or None.
+        labels: Class numbers (N,) int64, `UNKNOWN` where an item has none; or None.
         label_names: Name of each class number.
         captions: One text per item, or None.
         names: File name (or other origin) per item, or None.
@@ -107,6 +107,40 @@ class Data:
         # The parent's hash and the rows say it all: the shared pixels need not be read again.
         part.__dict__["fingerprint"] = hashlib.sha256(self.fingerprint.encode() + where.tobytes()).hexdigest()
         return part
+
+
+class Joined:
+    """Several sets of images of one shape as one; the labels of those that have none are `UNKNOWN`.
+
+    Args:
+        parts: The sets, whose items follow one another.
+    """
+
+    def __init__(self, parts: Sequence[Data]) -> None:
+        self.parts = list(parts)
+        self.starts = np.cumsum([0, *map(len, parts)])
+        unsaid = [np.full(len(part), UNKNOWN) if part.labels is None else part.labels for part in parts]
+        self.numbers = np.concatenate(unsaid)
+        self.labels: NDArray[np.int64] | None = self.numbers
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the parts' fingerprints and the labels."""
+        said = "".join(part.fingerprint for part in self.parts).encode() + self.numbers.tobytes()
+        return hashlib.sha256(said).hexdigest()
+
+    def batch(self, index: Index) -> Batch:
+        """The items `index` (B,), as `Data.batch` gives them."""
+        where = np.asarray(index, dtype=np.int64).reshape(-1)
+        owner = np.searchsorted(self.starts, where, "right") - 1
+        data = torch.empty(len(where), *self.parts[0].shape).contiguous(memory_format=torch.channels_last)
+        for k in np.unique(owner):
+            mine = owner == k
+            data[torch.from_numpy(mine)] = self.parts[k].batch(where[mine] - self.starts[k]).data
+        return Batch(data, torch.from_numpy(where), torch.from_numpy(self.numbers[where]))
 
 
 Parts = tuple[Data, Data | None]  # to train on, and held out by the source itself if it does

@@ -56,7 +56,7 @@ def _labels(
     """Labels by what is said most clearly: --label-from, then metadata, then folders."""
     if options.label_from:
         return labels_from_names(names, options.label_from)
-    said = metadata_labels(names, rows, files.root) if rows is not None else None
+    said = metadata_labels(names, rows, notes) if rows is not None else None
     return said or folder_labels(names, parted, notes)
 
 

@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from ..types import UNKNOWN
 from .files import Files, first_few
 
 Row = dict[str, object]
 METADATA = ("metadata.jsonl", "metadata.csv")
 HELD = ("test", "validation", "val", "valid")
 TEXT_KEYS = ("text", "prompt", "caption")
+UNLABELLED = ("unlabelled", "unlabeled")  # folder of images whose class is not known
 
 
 def _rows_of(name: str, text: str, where: str) -> list[Row]:
@@ -82,8 +84,11 @@ def split_parts(images: Sequence[str], notes: list[str]) -> tuple[list[str], lis
     ]
 
 
-def folder_labels(images: Sequence[str], parted: bool, notes: list[str]) -> list[str] | None:
-    """Class of each image: its first folder below the ones that all share, and below train/ and test/ if `parted`."""
+def folder_labels(images: Sequence[str], parted: bool, notes: list[str]) -> list[str | None] | None:
+    """Class of each image: its first folder below the ones that all share, and below train/ and test/ if `parted`.
+
+    None for those in a folder called unlabelled/.
+    """
     folders = [PurePosixPath(name).parent.parts[1 if parted else 0 :] for name in images]
     shared = 0
     while all(len(parts) > shared and parts[shared] == folders[0][shared] for parts in folders):
@@ -94,7 +99,7 @@ def folder_labels(images: Sequence[str], parted: bool, notes: list[str]) -> list
     if not all(labels):
         notes.append(f"{labels.count('')} images lie in no class folder: the folders are not taken as classes")
         return None
-    return labels
+    return [None if label.lower() in UNLABELLED else label for label in labels]
 
 
 def labels_from_names(images: Sequence[str], pattern: str) -> list[str]:
@@ -111,26 +116,40 @@ def labels_from_names(images: Sequence[str], pattern: str) -> list[str]:
     return [label for label in labels if label]
 
 
-def metadata_labels(images: Sequence[str], rows: dict[str, Row], root: object) -> list[object] | None:
-    """The column `label`; None where no row has one."""
+def metadata_labels(images: Sequence[str], rows: dict[str, Row], notes: list[str]) -> list[object] | None:
+    """The column `label`, None where a row leaves it open; None where no row has one."""
     labels = [rows[name].get("label") for name in images]
-    missing = [name for name, label in zip(images, labels, strict=True) if label in (None, "")]
+    missing = [name for name, label in zip(images, labels, strict=True) if is_blank(label)]
     if len(missing) == len(images):
         return None
     if missing:
-        count = f"{len(missing)} of {len(images)} images have no label in the metadata"
-        raise UserError(f"{root}: {count}: {first_few(missing)}; give all of them one, or none", code=1)
+        notes.append(f"{len(missing)} of {len(images)} images have no label in the metadata: {first_few(missing)}")
     return labels
 
 
+def is_blank(label: object) -> bool:
+    """Whether a label is left open: none, an empty text, or not a number."""
+    return label is None or label == "" or label != label
+
+
 def encode_labels(labels: Sequence[object]) -> tuple[NDArray[np.int64], list[str]]:
-    """Class numbers (N,) and names: whole numbers in their order, anything else in the order of its text."""
+    """Class numbers (N,) and names: whole numbers in their order, anything else in the order of its text.
+
+    Labels that are left open are `UNKNOWN`.
+    """
+    blank = [is_blank(label) for label in labels]
     texts = [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in labels]
-    names = sorted(set(texts))
+    names = sorted({text for text, empty in zip(texts, blank, strict=True) if not empty})
     if all(re.fullmatch(r"-?\d+", name) for name in names):
         names.sort(key=lambda name: (int(name), name))
     number = {name: k for k, name in enumerate(names)}
-    return np.array([number[text] for text in texts], np.int64), names
+    numbers = [UNKNOWN if empty else number[text] for text, empty in zip(texts, blank, strict=True)]
+    return np.array(numbers, np.int64), names
+
+
+def renumbered(labels: NDArray[np.int64], numbers: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Labels (N,) whose class k is called numbers[k] now; unknown ones stay so."""
+    return np.append(np.asarray(numbers, np.int64), UNKNOWN)[labels]  # UNKNOWN, as an index, is the last
 
 
 def read_captions(

@@ -1,5 +1,6 @@
 """Numbers about samples, each beside what real held-out data scores."""
 
+from sfumato.metrics.copies import Copies
 from sfumato.metrics.distances import (
     Moments,
     density_coverage,
@@ -22,13 +23,17 @@ from sfumato.metrics.features import (
     extract,
     find_inception,
     inception_extractor,
+    pick,
     reference,
 )
 from sfumato.metrics.images import Report, Samples, image_report, label_accuracy, reconstruction_report
+from sfumato.metrics.plausible import plausible
+from sfumato.metrics.points import measured_space
 from sfumato.metrics.table import c2st, downstream, table_report
 from sfumato.metrics.trees import find_trees
 
 __all__ = [
+    "Copies",
     "Extractor",
     "Images",
     "Moments",
@@ -49,9 +54,12 @@ __all__ = [
     "inception_extractor",
     "kernel_distance",
     "label_accuracy",
+    "measured_space",
     "memorisation",
     "moments",
     "nearest",
+    "pick",
+    "plausible",
     "precision_recall",
     "psnr",
     "reconstruction_report",

@@ -129,6 +129,15 @@ def neighbours(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return torch.cat(found), torch.cat(which)
 
 
+def closest(a: Tensor, b: Tensor, k: int) -> Tensor:
+    """Rising distances of each vector of `a` (N, D) to its k nearest in `b` (M, D): (N, min(k, M)), 0 for copies."""
+    found: list[Tensor] = []
+    for rows, square in _blocks(a, b):
+        which = square.topk(min(k, len(b)), dim=1, largest=False).indices
+        found.append((rows[:, None] - b[which]).norm(dim=2).sort(1).values)  # taken anew: the product rounds
+    return torch.cat(found)
+
+
 def nearest(a: Tensor, b: Tensor) -> Tensor:
     """Distance of each vector of `a` (N, D) to its nearest in `b` (M, D): (N,), exactly 0 for copies."""
     return neighbours(a, b)[0]

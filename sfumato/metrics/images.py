@@ -21,7 +21,7 @@ from sfumato.metrics.distances import (
     ssim,
 )
 from sfumato.metrics.features import CHUNK, KEPT, Extractor, Images, extract, image_parts, pick, reference
-from sfumato.types import Batch, at_once
+from sfumato.types import UNKNOWN, Batch, at_once
 
 Report = dict[str, float | int | str]
 Logits = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> (B, classes)
@@ -83,25 +83,30 @@ def _distances(
     return report
 
 
-def _thumbnails(data: Images, index: Tensor | None = None) -> Iterator[Tensor]:
-    """Images as vectors (b, C * h * w), averaged down to at most 32 pixels a side."""
-    for x in image_parts(data, index):
-        height, width = (min(PIXELS, side) for side in x.shape[-2:])
-        yield F.adaptive_avg_pool2d(x, (height, width)).flatten(1)
+def thumbnails(x: Tensor) -> Tensor:
+    """Images (B, C, H, W) as vectors (B, C * h * w), averaged down to at most 32 pixels a side."""
+    height, width = (min(PIXELS, side) for side in x.shape[-2:])
+    return F.adaptive_avg_pool2d(x, (height, width)).flatten(1)
+
+
+def image_points(data: Images, index: Tensor | None = None) -> Iterator[Tensor]:
+    """The thumbnails (b, D) of a data set, or of some of its items, a bounded number at a time."""
+    return map(thumbnails, image_parts(data, index))
 
 
 def _novelty(fake: Images, train: Images, held: Images, seed: int) -> dict[str, float]:
-    ours, theirs = (torch.cat(list(_thumbnails(v, pick(len(v), CHECKED, seed)))) for v in (fake, held))
-    return memorisation(ours, _thumbnails(train), theirs)
+    ours, theirs = (torch.cat(list(image_points(v, pick(len(v), CHECKED, seed)))) for v in (fake, held))
+    return memorisation(ours, image_points(train), theirs)
 
 
 def label_accuracy(logits: Logits, data: Images) -> float:
-    """Share of images in which the classifier sees their own label."""
+    """Share of images in which the classifier sees their own label, among those that have one (NaN: none has)."""
     if data.labels is None:
         raise UserError("label accuracy: the images have no labels")
     with torch.no_grad():
         seen = torch.cat([logits(x).argmax(1).cpu() for x in image_parts(data)])
-    return float((seen.numpy() == data.labels).mean())
+    known = data.labels != UNKNOWN
+    return float((seen.numpy() == data.labels)[known].mean()) if known.any() else float("nan")
 
 
 def image_report(

@@ -30,7 +30,7 @@ def _some(rows: Rows, count: int, seed: int) -> Rows:
     return rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:count])]
 
 
-def _tree_features(rows: Rows, columns: Sequence[Column], trees: Trees) -> Rows:
+def tree_features(rows: Rows, columns: Sequence[Column], trees: Trees) -> Rows:
     """Rows (N, D) with a missing category as a level of its own; the rarest levels as one, if there are too many."""
     plain = rows.copy()
     for k, column in enumerate(columns):
@@ -102,7 +102,7 @@ def c2st(
         model = trees.classes(categorical, seed).fit(x, labels)
         return lambda asked: model.predict_proba(asked)[:, 1]
 
-    return _detect(_tree_features(both, columns, trees), y, fit, seed)
+    return _detect(tree_features(both, columns, trees), y, fit, seed)
 
 
 def downstream(
@@ -125,7 +125,7 @@ def downstream(
         Esteban et al. 2017, Real-valued Medical Time Series Generation, section 4.4 (TSTR), arXiv:1706.02633.
     """
     trees, rest = trees or find_trees(), [k for k in range(len(columns)) if k != target]
-    parts = [_tree_features(rows[~np.isnan(rows[:, target])], columns, trees) for rows in (train, test)]
+    parts = [tree_features(rows[~np.isnan(rows[:, target])], columns, trees) for rows in (train, test)]
     (x, y), (asked, truth) = ((part[:, rest], part[:, target]) for part in parts)
     categorical = [bool(columns[k].levels) for k in rest]
     classes, numbered = np.unique(y, return_inverse=True)

@@ -4,10 +4,10 @@ from typing import Any
 
 from sfumato.choice import choose
 from sfumato.modality.image import IMAGE
-from sfumato.modality.row import Facts, Judge, Modality
+from sfumato.modality.row import Facts, Judge, Modality, Sorter
 from sfumato.modality.table import TABLE
 
-__all__ = ["MODALITIES", "Facts", "Judge", "Modality", "find_modality", "recognise", "register"]
+__all__ = ["MODALITIES", "Facts", "Judge", "Modality", "Sorter", "find_modality", "recognise", "register"]
 
 # asked in this order whether they recognise a source; the row of images takes whatever is left
 MODALITIES: dict[str, Modality[Any]] = {row.name: row for row in (TABLE, IMAGE)}

@@ -25,6 +25,7 @@ from sfumato.errors import UserError
 from sfumato.metrics import Extractor, reconstruction_report
 from sfumato.modality.judge import ImageJudge
 from sfumato.modality.row import Facts, Kinds, Modality
+from sfumato.modality.sorter import ImageSorter
 from sfumato.nn.classifier import SMALLEST
 
 CODEC_ITEMS = 200_000  # images that the codec sees at least, however wide it is
@@ -194,4 +195,5 @@ IMAGE: Modality[Data] = Modality(
     shown=64,
     masks=masks,
     animation=animation,
+    sorter=ImageSorter,
 )

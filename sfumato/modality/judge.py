@@ -32,6 +32,16 @@ SEED = 12345  # of its weights and order: it is not the network that the codec w
 COPIES, NOVELTY = 0.2, 0.7  # more copies than this, or less novelty, and the samples look copied
 
 
+def judge_cache() -> Path | None:
+    """Where trained networks are kept between calls; None where nothing can be written."""
+    folder = cache_root() / "metrics"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder
+
+
 class ImageJudge:
     """Networks of one size and length of training, which know the training part alone.
 
@@ -53,12 +63,7 @@ class ImageJudge:
     @cached_property
     def cache(self) -> Path | None:
         """Where networks and statistics are kept between evaluations; None where nothing can be written."""
-        folder = cache_root() / "metrics"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return None
-        return folder
+        return judge_cache()
 
     @cached_property
     def network(self) -> Classifier:

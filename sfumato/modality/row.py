@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from sfumato.codecs import Codec
 from sfumato.config import CodecSettings, DataSettings, Settings
-from sfumato.metrics import Extractor
+from sfumato.metrics import Copies, Extractor
 
 Progress = Callable[[str, int, int], None]
 D = TypeVar("D")  # the data set: what `len`, `batch`, `subset` and the rest are asked of
@@ -64,6 +65,37 @@ class Judge(Protocol[D_contra]):
         ...
 
 
+class Sorter(Protocol):
+    """What tells whether made items belong into a labelled set beside given ones.
+
+    Attributes:
+        names: The classes.
+        labels: Class number of each given item (N,), `UNKNOWN` where it has none.
+        asked: Whether the model makes items of a class it is asked for; otherwise they are taken as they come.
+        copies: What tells copies among points.
+    """
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def asked(self) -> bool: ...
+
+    @cached_property
+    def copies(self) -> Copies: ...
+
+    def shown(self, items: Tensor) -> Tensor:
+        """The class that each item (N, ...) shows, `UNKNOWN` where none is plausible: (N,)."""
+        ...
+
+    def points(self, items: Tensor) -> Tensor:
+        """Items (N, ...) as points (N, D) whose distances mean something."""
+        ...
+
+
 @dataclass(frozen=True)
 class Modality(Generic[D]):
     """One row.
@@ -92,6 +124,8 @@ class Modality(Generic[D]):
         fill: (where, source, mode, overwrite) -> what writes the source once more, with items (N, ...) for what is
             missing in it; refuses a place where that cannot be. None: items are written as new ones are.
         animation: File -> what writes items (N, ...) into it, one after the other. None: they cannot be shown so.
+        sorter: (given items, whose labels are class numbers of the model; items without labels; the model's classes;
+            column of the classes or None; device; progress) -> who sorts made items into classes. None: there are none.
         shown: Items that a sheet takes while training.
     """
 
@@ -116,3 +150,4 @@ class Modality(Generic[D]):
     masks: Callable[[Path | None, str, Sequence[D], DataSettings], Tensor] | None = None
     fill: Callable[[Path, str, Any, bool], Callable[[Tensor], None]] | None = None
     animation: Callable[[Path], Callable[[Tensor], None]] | None = None
+    sorter: Callable[[D, Sequence[D], Sequence[str], str | None, str | None, Progress | None], Sorter] | None = None

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from sfumato.choice import nearest
 from sfumato.codecs import TableCodec
 from sfumato.config import (
     CodecSettings,
@@ -40,8 +43,10 @@ from sfumato.data import (
     write_table,
 )
 from sfumato.errors import UserError
-from sfumato.metrics import Extractor, table_report
+from sfumato.metrics import Copies, Extractor, measured_space, pick, plausible, table_report
+from sfumato.metrics.copies import CHECKED
 from sfumato.modality.row import Facts, Kinds, Modality, Progress
+from sfumato.types import UNKNOWN
 
 COPIED = 0.6  # a copy AUC above it, and the samples look copied: training rows are told from held-out ones by them
 NUMBERS = 16  # of a learned latent, at least
@@ -200,6 +205,79 @@ class TableJudge:
         return compare(x, x_hat, self.train.mode, None)
 
 
+class TableSorter:
+    """Sorts made rows by their target column: those that trees of the given rows find implausible belong nowhere.
+
+    Args:
+        given: The rows.
+        others: None: a table's classes are a column.
+        names: The model's classes: none.
+        target: The column of the classes; default the last one that is learned.
+        device: Not needed.
+        progress: Who shows how far it is.
+    """
+
+    asked = False
+
+    def __init__(
+        self,
+        given: TableData,
+        others: Sequence[TableData],
+        names: Sequence[str],
+        target: str | None = None,
+        device: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if others:
+            raise UserError("--unlabelled: is for images; leave open the target of a table's rows instead")
+        self.columns, self.values, self.progress = modelled(given.columns), given.values, progress
+        columns = [column.name for column in self.columns]
+        name = columns[-1] if target is None else target
+        if name not in columns:
+            raise UserError(f"--target {name}: no such column in the model; {nearest(name, columns)}")
+        self.target = columns.index(name)
+        self.names = self.columns[self.target].levels
+        if not self.names:
+            advice = "name one of categories with --target, or train with --categorical"
+            raise UserError(f"--target {name}: the column holds numbers, not classes; {advice}")
+        self.labels = self.classes(self.values)
+
+    def classes(self, rows: NDArray[np.float64]) -> Tensor:
+        """The class number of each row (N, D): (N,)."""
+        cells = rows[:, self.target]
+        return torch.from_numpy(np.where(np.isnan(cells), UNKNOWN, cells).astype(np.int64))
+
+    @cached_property
+    def plausible(self) -> Callable[[NDArray[np.float64]], NDArray[np.bool_]]:
+        """Which rows show their class."""
+        if self.progress is not None:
+            self.progress("sort", 0, 1)
+        found = plausible(self.values, self.columns, self.target)
+        if self.progress is not None:
+            self.progress("sort", 1, 1)
+        return found
+
+    def shown(self, items: Tensor) -> Tensor:
+        """The class of each row (N, D), `UNKNOWN` where it is not plausible: (N,)."""
+        rows = on_grid(self.columns, items.numpy().astype(np.float64))
+        return torch.where(torch.from_numpy(self.plausible(rows)), self.classes(rows), UNKNOWN)
+
+    @cached_property
+    def space(self) -> Callable[[NDArray[np.float64]], Tensor]:
+        """Rows as points."""
+        return measured_space(self.values, self.columns, by_range=False, weight=0.5**0.5)
+
+    def points(self, items: Tensor) -> Tensor:
+        """Rows (N, D) as points (N, P)."""
+        return self.space(on_grid(self.columns, items.numpy().astype(np.float64)))
+
+    @cached_property
+    def copies(self) -> Copies:
+        """What tells copies of given rows and of made ones."""
+        real = self.space(self.values)
+        return Copies(lambda: [real], real[pick(len(real), CHECKED)])
+
+
 def write(out: Path, items: Tensor, rows: list[dict[str, Any]], mode: Any, overwrite: bool) -> None:
     """One file with the columns, types, order and missing values of the original."""
     write_table(
@@ -255,4 +333,5 @@ TABLE: Modality[TableData] = Modality(
     shown=2000,
     masks=masks,
     fill=fill,
+    sorter=TableSorter,
 )

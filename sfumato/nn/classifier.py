@@ -122,7 +122,7 @@ def dihedral(x: Tensor, which: Tensor) -> Tensor:
     return x
 
 
-def _indices(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+def endless(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Full batches (batch,) from one permutation after another, for ever."""
     left = torch.empty(0, dtype=torch.long)
     while True:
@@ -145,7 +145,7 @@ class _Lessons:
     def __init__(self, data: Images, classes: int, batch: int, seed: int, device: torch.device, steps: int = 0) -> None:
         self.data, self.device = data, device
         self.generator = torch.Generator().manual_seed(seed)
-        self.order = _indices(len(data), batch, self.generator)
+        self.order = endless(len(data), batch, self.generator)
         self.shape = tuple(data.batch(torch.arange(1)).data.shape[1:])
         # images seen a few times only need no variation (measured on Fashion-MNIST: one pass is 1 % better without)
         self.shift = max(1, min(self.shape[1:]) // 28) if steps * batch > 3 * len(data) else 0
@@ -164,7 +164,7 @@ class _Lessons:
         return x.to(self.device, memory_format=torch.channels_last), target.to(self.device)
 
 
-def _fresh(shape: tuple[int, ...], classes: int, width: int, seed: int, device: torch.device) -> Classifier:
+def fresh(shape: tuple[int, ...], classes: int, width: int, seed: int, device: torch.device) -> Classifier:
     """A new network whose weights depend on the seed alone; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -223,7 +223,7 @@ def fit_classifier(
         Gidaris et al. 2018, Unsupervised Representation Learning by Predicting Image Rotations, arXiv:1803.07728.
     """
     lessons = _Lessons(data, classes, batch, seed, torch.device(device), steps)
-    net = _fresh(lessons.shape, lessons.classes, width, seed, lessons.device)
+    net = fresh(lessons.shape, lessons.classes, width, seed, lessons.device)
     _train(net, lessons, steps, rate, bf16)
     return net.eval().requires_grad_(False)
 
@@ -240,7 +240,7 @@ def steps_within(
 ) -> int:
     """How many steps of `fit_classifier` fit into so many seconds, by timing eight on a copy that is thrown away."""
     lessons = _Lessons(data, classes, batch, 0, torch.device(device))
-    net = _fresh(lessons.shape, lessons.classes, width, 0, lessons.device)
+    net = fresh(lessons.shape, lessons.classes, width, 0, lessons.device)
     _train(net, lessons, 3, 1e-3, bf16)
     start = time.perf_counter()
     _train(net, lessons, 8, 1e-3, bf16)

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.config import DataSettings
-from sfumato.data import Data
+from sfumato.data import Data, renumbered
 from sfumato.errors import UserError
 from sfumato.model import Model
 from sfumato.tasks.common import (
@@ -24,6 +26,7 @@ from sfumato.tasks.common import (
     tell,
     title,
 )
+from sfumato.types import UNKNOWN
 
 SHOWN = 32  # pairs on a sheet
 T = TypeVar("T")
@@ -57,9 +60,16 @@ class Inputs:
         """The model's class number of each item (N,); None where there are no labels, or the model knows none."""
         if not model.conditioner.classes or self.parts[0].labels is None:
             return None
-        names = [data.label_names[int(k)] for data in self.parts if data.labels is not None for k in data.labels]
-        numbers = {name: model.class_number(name) for name in dict.fromkeys(names)}
-        return torch.tensor([numbers[name] for name in names])
+        return torch.tensor(np.concatenate([known_classes(model, data) for data in self.parts]))
+
+
+def known_classes(model: Model, data: Data) -> NDArray[np.int64]:
+    """The model's class number of each item (N,) that has a label; a class that the model does not know raises."""
+    if data.labels is None:
+        return np.full(len(data), UNKNOWN)
+    there = set(data.labels.tolist())
+    numbers = [model.class_number(name) if k in there else UNKNOWN for k, name in enumerate(data.label_names)]
+    return renumbered(data.labels, numbers)
 
 
 def rows_of(data: Data, index: Sequence[int]) -> list[dict[str, Any]]:
@@ -69,7 +79,7 @@ def rows_of(data: Data, index: Sequence[int]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {}
         if data.names is not None:
             row["source"] = data.names[i]
-        if data.labels is not None:
+        if data.labels is not None and data.labels[i] != UNKNOWN:
             row["label"] = values[int(data.labels[i])]
         if data.captions is not None:
             row["text"] = data.captions[i]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.config import DataSettings
-from sfumato.data import Data
+from sfumato.data import Data, renumbered
 from sfumato.errors import UserError
 from sfumato.metrics.features import pick
 from sfumato.modality import Modality
@@ -43,7 +43,7 @@ def relabelled(data: Data, known: Data) -> Data:
     notes = data.notes
     if numbers is None and labels is not None and known.classes:
         notes = [*notes, "the samples have labels that the source has not: no accuracy"]
-    labels = None if numbers is None or labels is None else numbers[labels]
+    labels = None if numbers is None or labels is None else renumbered(labels, numbers)
     return replace(data, labels=labels, label_names=known.label_names, notes=notes)
 
 

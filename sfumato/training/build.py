@@ -13,15 +13,19 @@ from sfumato.data import Data
 from sfumato.errors import UserError
 from sfumato.modality import Modality
 from sfumato.model import Card, Model
-from sfumato.nn.classifier import SMALLEST, Classifier, fit_classifier
+from sfumato.nn.classifier import SMALLEST, Classifier
+from sfumato.nn.semi import fit_semi, partly_labelled
 from sfumato.training.feeds import DataFeed, LatentFeed
 from sfumato.training.job import Job
 from sfumato.training.loop import Feed
 from sfumato.training.plan import ADVERSARIAL_START
 from sfumato.training.steps import CodecStep, DiffusionStep
+from sfumato.types import UNKNOWN
 
 USUAL_GUIDANCE = 1.25  # until it is chosen by measurement
 FEATURE_WIDTH = 16  # channels of the feature network's stem
+SURE = 0.5  # how sure the network must be of a label that it guesses
+LOOKED_AT = 1_000  # images at once
 
 
 def build_card(settings: Settings, data: Data, modality: Modality[Any], classes: int) -> Card:
@@ -72,21 +76,49 @@ def uses_features(settings: Settings) -> bool:
     return bool(weight) and (kind == "features" or (kind == "auto" and load_vgg() is None))
 
 
+def needs_network(job: Job) -> bool:
+    """Whether a small network of the training data is needed: for its features, or to guess labels left open."""
+    return uses_features(job.settings) or guesses_labels(job)
+
+
+def guesses_labels(job: Job) -> bool:
+    """Whether some training items have a label and others, that a network can look at, have none."""
+    return bool(job.classes) and partly_labelled(job.train.labels) and min(job.train.shape[1:]) >= SMALLEST
+
+
 def feature_network(job: Job, steps: int) -> Classifier:
-    """A small classifier of the training data (of its orientation where there are no labels), for features."""
+    """A small classifier of the training data (of its orientation where there are no labels)."""
     data, bf16 = job.train, job.precision == "bf16"
     if min(data.shape[1:]) < SMALLEST:
         raise UserError(
             f"codec.perceptual={job.settings.codec.perceptual} needs images of {SMALLEST} pixels; set it to none"
         )
-    return fit_classifier(
+    return fit_semi(
         data, job.classes, steps=steps, width=FEATURE_WIDTH, seed=job.settings.seed, device=job.device, bf16=bf16
     )
 
 
+@torch.no_grad()
+def training_labels(job: Job, network: Classifier | None, data: Data) -> Tensor | None:
+    """Class numbers (N,) of training items under which the denoiser learns: those left open are what the network sees.
+
+    Where it is less than `SURE`, they stay `UNKNOWN`: such items teach the model what all classes share.
+    """
+    if not job.classes or data.labels is None:
+        return None
+    label = torch.from_numpy(data.labels).clone()
+    if network is None or not guesses_labels(job):
+        return label
+    for index in (label == UNKNOWN).nonzero().flatten().split(LOOKED_AT):
+        chance = network(data.batch(index).data.to(job.device)).softmax(1).cpu()
+        sure, seen = chance.max(1)
+        label[index] = torch.where(sure >= SURE, seen, UNKNOWN)
+    return label
+
+
 def perceptual_term(settings: Settings, network: Classifier | None) -> nn.Module | None:
     """The perceptual distance: LPIPS or VGG where its weights are at hand, the feature network, or none."""
-    if network is not None:
+    if network is not None and uses_features(settings):
         return Perceptual(network.pyramid)
     if not settings.codec.perceptual_weight or settings.codec.perceptual == "none":
         return None

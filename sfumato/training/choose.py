@@ -11,7 +11,7 @@ from sfumato.metrics import frechet
 from sfumato.model import Model
 from sfumato.nn.classifier import Classifier
 from sfumato.training.job import Job
-from sfumato.types import at_once
+from sfumato.types import UNKNOWN, at_once
 
 WEIGHTS = (1.0, 1.1, 1.2, 1.3, 1.5, 2.0)
 ITEMS = 1_000
@@ -34,10 +34,13 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
         The weight, and what each one tried reached: `fd` (on the feature network's features) and `accuracy`.
     """
     count = affordable(job, model)
-    if not job.classes or network is None or job.held.labels is None or count < FEWEST:
+    if not job.classes or network is None or count < FEWEST or job.held.labels is None:
+        return model.sampling.guidance, {}
+    known = torch.from_numpy(job.held.labels != UNKNOWN).nonzero().flatten()[:REAL]
+    if not len(known):
         return model.sampling.guidance, {}
     index = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(0))[:REAL]
-    real, known = seen(job, network, job.train, index), torch.arange(min(len(job.held), REAL))
+    real = seen(job, network, job.train, index)
     wanted = accuracy(network, seen(job, network, job.held, known), torch.from_numpy(job.held.labels)[known])
     labels = model.labels_for(range(count), job.settings.seed)
     assert labels is not None

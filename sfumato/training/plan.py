@@ -23,7 +23,8 @@ NOMINAL_RATE = 150e9  # operations a second, where steps are given: the plan mus
 EFFICIENCY = 0.45  # share of the matrix peak that a training step reaches
 ADVERSARIAL_START = 0.5  # share of the codec's steps before the adversarial loss begins
 WARMUP = 100  # steps of linear warm-up, at most a tenth of the stage
-FEATURE_STEPS = 400  # training steps of the feature network
+FEATURE_STEPS, FEATURE_SHARE = 400, 0.08  # most steps of the feature network, and most of the budget it takes
+GUESS_STEPS, GUESS_SHARE = 2_400, 0.2  # the same where it has to guess labels that are left open
 MLP_LIMIT = 256
 
 S = TypeVar("S", bound=Section)

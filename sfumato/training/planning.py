@@ -2,6 +2,7 @@
 
 import platform
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,16 @@ from sfumato.errors import UserError
 from sfumato.machine import measure_peak
 from sfumato.modality import Facts
 from sfumato.nn.classifier import Classifier
-from sfumato.training.build import codec_step, denoiser_step, feature_network, latent_feed, new_model, uses_features
+from sfumato.nn.semi import MOST
+from sfumato.training.build import (
+    codec_step,
+    denoiser_step,
+    feature_network,
+    guesses_labels,
+    latent_feed,
+    needs_network,
+    new_model,
+)
 from sfumato.training.feeds import DataFeed
 from sfumato.training.horizon import Horizon
 from sfumato.training.job import Job
@@ -21,7 +31,10 @@ from sfumato.training.measure import Speed, count_operations, measure_step
 from sfumato.training.plan import (
     ADVERSARIAL_START,
     EFFICIENCY,
+    FEATURE_SHARE,
     FEATURE_STEPS,
+    GUESS_SHARE,
+    GUESS_STEPS,
     NOMINAL_RATE,
     WARMUP,
     blank_codec,
@@ -33,6 +46,7 @@ from sfumato.training.steps import TrainStep
 LATE = 99  # a step of a hundred at which every term of the loss plays
 ENCODING_SHARE = 0.15  # of the budget; of more items than can be encoded in it, so many are drawn
 FEWEST_ENCODED = 5_000
+COMPARED = 2_000  # images that comparing is measured on
 WITHOUT_BUDGET = 600.0  # seconds that sizes are planned for where steps are given
 
 
@@ -93,7 +107,7 @@ def divide_steps(job: Job, steps: int, share: float) -> None:
 def rehearse(job: Job) -> None:
     """Take one step of each stage, to be thrown away: a plan that cannot be run fails here."""
     with torch.random.fork_rng(devices=[]):
-        network = feature_network(job, steps=0) if uses_features(job.settings) else None
+        network = feature_network(job, steps=0) if needs_network(job) else None
         for stage, (step, settings, feed) in stage_copies(job, network).items():
             kit: dict[str, Any] = {"stage": stage, "seed": job.settings.seed, "accelerator": job.accelerator}
             trainer = Trainer(step, settings, Horizon(LATE + 1), **kit)
@@ -110,11 +124,13 @@ def divide_time(job: Job, budget: float, share: float) -> None:
     """
     codec, denoiser = job.settings.train.codec, job.settings.train.denoiser
     speeds = measure_stages(job)
-    features, coding = speeds.pop("features"), speeds.get("codec", Speed(0.0, 0.0))
+    features, beside = speeds.pop("features").seconds, speeds.pop("beside").seconds
+    coding = speeds.get("codec", Speed(0.0, 0.0))
     if job.settings.codec.perceptual_steps is None:
-        affordable = int(0.08 * budget / max(features.seconds, 1e-6))
-        job.settings.codec.perceptual_steps = max(20, min(FEATURE_STEPS, affordable))
-    fixed = job.settings.codec.perceptual_steps * features.seconds
+        part, most = (GUESS_SHARE, GUESS_STEPS) if guesses_labels(job) else (FEATURE_SHARE, FEATURE_STEPS)
+        affordable = int((part * budget - beside) / max(features, 1e-6))
+        job.settings.codec.perceptual_steps = max(20, min(most, affordable))
+    fixed = job.settings.codec.perceptual_steps * features + beside
     encoding = coding.seconds / 5 / (codec.batch or 1)  # an item, once: without the way back, and no decoder
     if job.settings.train.encoded is None:
         affordable = int(ENCODING_SHARE * budget / max(encoding, 1e-12))
@@ -147,19 +163,35 @@ def stage_copies(job: Job, network: Classifier | None) -> dict[str, tuple[TrainS
     return copies | {"denoiser": (denoiser_step(model, settings).to(job.device), train.denoiser, latents)}
 
 
-def time_features(job: Job, steps: int) -> float:
-    """Seconds of a step of the feature network, when the first one of the process, which is a slow one, is over."""
-    began = time.perf_counter()
-    feature_network(job, steps)
-    return (time.perf_counter() - began) / steps
+def measure_network(job: Job) -> tuple[Classifier | None, dict[str, Speed]]:
+    """The small network, hardly trained; seconds of its steps (`features`), and those `beside` them.
+
+    The latter go into comparing every image with every other where labels have to be guessed: measured on a few.
+    """
+
+    def timed(of: Job, steps: int) -> tuple[Classifier, float]:
+        began = time.perf_counter()
+        return feature_network(of, steps), time.perf_counter() - began
+
+    if not needs_network(job):
+        return None, {"features": Speed(0.0, 0.0), "beside": Speed(0.0, 0.0)}
+    if not guesses_labels(job):
+        timed(job, 1)  # the first step of the process is a slow one
+        network, seconds = timed(job, 5)
+        return network, {"features": Speed(seconds / 5, 0.0), "beside": Speed(0.0, 0.0)}
+    order = torch.from_numpy(job.train.labels).argsort(descending=True)  # labelled ones first
+    some = torch.cat([order[: COMPARED // 4], order[-3 * COMPARED // 4 :]]).unique()
+    few = replace(job, train=job.train.subset(some))
+    looks, (network, seconds) = timed(few, 0)[1], timed(few, 6)
+    scale = min(len(job.train), MOST) / len(some)
+    return network, {"features": Speed(max(0.0, seconds - looks) / 5, 0.0), "beside": Speed(looks * scale**2, 0.0)}
 
 
 def measure_stages(job: Job) -> dict[str, Speed]:
     """Seconds and operations of a real step of each stage, on copies that are thrown away."""
     settings = job.settings
     with torch.random.fork_rng(devices=[]):
-        network = feature_network(job, steps=1) if uses_features(settings) else None
-        speeds = {"features": Speed(time_features(job, steps=5) if network is not None else 0.0, 0.0)}
+        network, speeds = measure_network(job)
         kit: dict[str, Any] = {"seed": settings.seed, "accelerator": job.accelerator}
         for stage, copy in stage_copies(job, network).items():
             speeds[stage] = measure_step(*copy, stage=stage, **kit)

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.config import StageSettings
@@ -26,8 +24,9 @@ from sfumato.training.build import (
     keep_network,
     kept_network,
     latent_feed,
+    needs_network,
     new_model,
-    uses_features,
+    training_labels,
 )
 from sfumato.training.card import write_card
 from sfumato.training.choose import choose_guidance
@@ -56,7 +55,7 @@ def train_stages(job: Job, state: State | None) -> Model:
     """
     torch.manual_seed(job.settings.seed)
     model = new_model(job)
-    network = features(job) if uses_features(job.settings) else None
+    network = features(job) if needs_network(job) else None
     if job.done("codec"):
         load_part(job.folder / "codec", model.codec)
     elif model.codec.learns:
@@ -67,7 +66,7 @@ def train_stages(job: Job, state: State | None) -> Model:
     if not job.done("codec"):
         save_part(job.folder / "codec", model.codec, model.card.codec)
         job.finish("codec", **measure_codec(job, model, network))
-    train_denoiser(job, model, z, data.labels, state)
+    train_denoiser(job, model, z, training_labels(job, network, data), state)
     model.eval()
     if job.settings.sample.guidance is None:
         job.log.show("choose", 0, 1)
@@ -82,7 +81,7 @@ def train_stages(job: Job, state: State | None) -> Model:
 
 
 def features(job: Job) -> Classifier:
-    """The feature network: trained now, or kept by an earlier session."""
+    """The small network of the training data: trained now, or kept by an earlier session."""
     path = job.folder / "checkpoint-features" / "model.safetensors"
     network = kept_network(path, job)
     if network is None:
@@ -223,11 +222,10 @@ def measure_codec(job: Job, model: Model, network: Classifier | None) -> dict[st
     return {"codec": {k: round(v, 4) for k, v in report.items()}}
 
 
-def train_denoiser(job: Job, model: Model, z: Tensor, labels: NDArray[np.int64] | None, state: State | None) -> None:
-    """Second stage, on latents z (N, *latent_shape) and their labels (N,)."""
+def train_denoiser(job: Job, model: Model, z: Tensor, label: Tensor | None, state: State | None) -> None:
+    """Second stage, on latents z (N, *latent_shape) under their labels (N,)."""
     settings = job.settings.train.denoiser
     trainer = make_trainer(job, denoiser_step(model, job.settings).to(job.device), settings, "denoiser", state)
-    label = torch.from_numpy(labels) if job.classes and labels is not None else None
     feed = latent_feed(job, model, z, label)
     items = range(job.modality.shown)
 

@@ -1,6 +1,7 @@
 """A table through every task: fit, generate, reconstruct, evaluate, info, from the same rows of the same core."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data import read_table
+from sfumato.data import Column, read_table
 from sfumato.errors import UserError
+from sfumato.metrics import plausible
+from sfumato.modality.table import TableSorter
 from sfumato.model import Model, load
+from sfumato.tasks.augment import augment
 from sfumato.tasks.evaluate import evaluate
 from sfumato.tasks.generate import generate
 from sfumato.tasks.info import info
@@ -171,3 +175,47 @@ def test_rows_that_fulfil_a_condition(table_run: Path, tmp_path: Path):
 def test_conditions_that_cannot_be_fulfilled(where: str, message: str, table_run: Path):
     with pytest.raises(UserError, match=message):
         generate(table_run, n=2, where=(where,))
+
+
+def test_rare_classes_are_filled_up(table_run: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shown: list[torch.Tensor] = []
+    monkeypatch.setattr(TableSorter, "plausible", lambda self, rows: shown.append(rows) or rows[:, 1] >= 0)
+    result = augment(table_run, table, target="kind", n=100, out=tmp_path / "even.csv")
+    header, *rows = cells(tmp_path / "even.csv")
+    given = cells(table)[1:]
+    kind = HEADER.index("kind")
+    counts = Counter(row[kind] for row in rows)
+    most = Counter(row[kind] for row in given)["a"]
+    assert header == HEADER and counts == {"a": most, "b": 100, "c": 100} and result.facts["given"] == 240
+    assert [row[1:] for row in rows[:240]] == [row[1:] for row in given]  # names are numbered anew
+    assert result.facts["refused"]["label"] == 0 and result.facts["tried"] > result.facts["made"] and shown
+
+
+def test_rows_that_are_not_plausible_in_their_class_are_refused():
+    columns = [Column("x", "number"), Column("kind", "category", levels=["low", "high", "rare"])]
+    rng = np.random.default_rng(0)
+    real = np.concatenate([np.c_[rng.normal(4 * k, 1, 300), np.full(300, k)] for k in (0.0, 1.0)] + [[[2.0, 2.0]]])
+    shows = plausible(real, columns, 1)
+    asked = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 1.0], [4.0, 1.0], [0.0, 2.0]])
+    assert shows(asked).tolist() == [True, False, False, True, True]  # too few are there to say what is rare
+    assert 0.9 < shows(real[:600]).mean() <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "kin"}, "--target kin: no such column in the model; did you mean 'kind'"),
+        ({"target": "height"}, "--target height: the column holds numbers, not classes"),
+        ({"target": "kind", "unlabelled": "other.csv"}, "--unlabelled: is for images"),
+    ],
+)
+def test_a_table_without_classes_is_not_augmented(settings: dict, message: str, table_run: Path, table: Path):
+    if "unlabelled" in settings:
+        settings = {**settings, "unlabelled": table}
+    with pytest.raises(UserError, match=message):
+        augment(table_run, table, **settings)
+
+
+def test_images_for_a_model_of_tables(table_run: Path):
+    with pytest.raises(UserError):
+        augment(table_run, "digits")

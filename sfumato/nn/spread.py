@@ -1,0 +1,97 @@
+"""Labels handed on from few images to all others, along a graph of which images are alike."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import sparse
+from torch import Tensor
+
+NEIGHBOURS = 10  # of each image in the graph
+POWER = 3  # of the likeness of two neighbours
+REACH = 0.99  # share that an image takes from its neighbours in a round
+ROUNDS = 60
+SIDE = 28  # pixels a side that features are taken at, at most
+NUMBERS = 64  # of each kind of feature that are kept
+ANGLES = 8  # directions that gradients are counted in
+CELLS = 7  # of gradients along a side
+
+
+def plain_features(x: Tensor) -> Tensor:
+    """What untrained eyes see in images (N, C, H, W): their pixels, and directions of their gradients: (N, C·h·w + …).
+
+    References:
+        Dalal and Triggs 2005, Histograms of Oriented Gradients for Human Detection.
+    """
+    size = min(SIDE, x.shape[-2]), min(SIDE, x.shape[-1])
+    x = F.adaptive_avg_pool2d(x, size)
+    grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")[:, 0]
+    right, down = (
+        grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2],
+        grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1],
+    )
+    angle = torch.atan2(down, right).remainder(math.pi) * (ANGLES / math.pi)  # (N, h, w)
+    length = torch.hypot(right, down)
+    centres = torch.arange(ANGLES)[:, None, None]
+    apart = (angle[:, None] - centres).abs()
+    share = (1 - torch.minimum(apart, ANGLES - apart)).clamp(min=0)  # each falls to the two directions next to it
+    cells = [max(1, side // CELLS) for side in size]
+    counted = F.avg_pool2d(share * length[:, None], [min(2 * c, s) for c, s in zip(cells, size, strict=True)], cells)
+    counted = counted / (counted.norm(dim=1, keepdim=True) + 0.05)
+    return torch.cat([shortened(x.flatten(1)), shortened(counted.flatten(1))], 1)
+
+
+def shortened(x: Tensor, numbers: int = NUMBERS, most: int = 8_000) -> Tensor:
+    """Vectors (N, D) on their `numbers` main axes (of the first `most`), so that the first has unit deviation."""
+    x = x - x.mean(0)
+    axes = torch.linalg.svd(x[:most], full_matrices=False)[2][:numbers]
+    x = x @ axes.T
+    return x / x[:, 0].std().clamp(min=1e-6)
+
+
+def alike(features: Tensor, chunk: int = 1_000) -> sparse.csr_array:
+    """A graph of images by features (N, D): sparse (N, N), symmetric and normalised, S = D^-1/2 W D^-1/2."""
+    unit, k = F.normalize(features, dim=1), min(NEIGHBOURS, len(features) - 1)
+    index, weight = torch.empty(len(unit), k, dtype=torch.long), torch.empty(len(unit), k)
+    for first in range(0, len(unit), chunk):
+        part = unit[first : first + chunk] @ unit.T
+        own = torch.arange(len(part))
+        part[own, own + first] = -1
+        weight[first : first + chunk], index[first : first + chunk] = part.topk(k, dim=1)
+    rows = np.repeat(np.arange(len(unit)), k)
+    weights = weight.clamp(min=1e-3).double().pow(POWER).flatten().numpy()
+    graph = sparse.csr_array((weights, (rows, index.flatten().numpy())), (len(unit), len(unit)))
+    graph = graph.maximum(graph.T)
+    scale = sparse.diags_array(graph.sum(1) ** -0.5)
+    return (scale @ graph @ scale).tocsr()
+
+
+def spread(features: Tensor, known: Tensor, label: Tensor, prior: Tensor) -> Tensor:
+    """How likely each image is of each class (N, K), from those whose class is known.
+
+    Args:
+        features: What images are compared by (N, D).
+        known: Which images have a label (M,).
+        label: Their class numbers (M,).
+        prior: Share of each class (K,).
+
+    References:
+        Zhou et al. 2004, Learning with Local and Global Consistency, eq. 4; classes are balanced as in Iscen et al.
+        2019, Label Propagation for Deep Semi-supervised Learning, arXiv:1904.04717.
+    """
+    graph = alike(features)
+    start = np.zeros((len(features), len(prior)))
+    start[known, label] = 1
+    z = start
+    for _ in range(ROUNDS):
+        z = REACH * (graph @ z) + (1 - REACH) * start
+    return balanced(torch.from_numpy(z + 1e-9 * z.max()).float(), prior)
+
+
+def balanced(chance: Tensor, prior: Tensor, rounds: int = 20) -> Tensor:
+    """Chances (N, K) scaled so that each row sums to 1 and the classes have the shares `prior` (K,)."""
+    for _ in range(rounds):
+        chance = chance * (prior / chance.mean(0).clamp(min=1e-12))
+        chance = chance / chance.sum(1, keepdim=True).clamp(min=1e-12)
+    return chance

@@ -1,0 +1,193 @@
+"""What `augment` is made of: the given items and who sorts, making until every class is full, and what was refused."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.data import Data
+from sfumato.errors import UserError
+from sfumato.modality import Sorter
+from sfumato.model import Model, Sampling
+from sfumato.tasks.common import Progress, gathered, label_values, shard, source_settings, tell, title
+from sfumato.tasks.inputs import known_classes, offered, rows_of
+from sfumato.types import UNKNOWN
+
+ROUND, LARGEST = 200, 4_000  # items tried at once
+MOST_TRIED = 50  # for each item that is needed
+
+
+@dataclass
+class Given:
+    """The given items that have a label (N, ...), a row of facts for each, and who sorts made ones beside them."""
+
+    items: Tensor
+    rows: list[dict[str, Any]]
+    sorter: Sorter
+    facts: dict[str, Any]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many there are of each class."""
+        return [int(count) for count in _counted(self.sorter.labels, len(self.sorter.names))]
+
+
+def read_given(
+    model: Path | str | Model,
+    loaded: Model,
+    source: str | Path,
+    unlabelled: Path | str | None,
+    target: str | None,
+    overrides: Sequence[str],
+    skip_bad: bool,
+    progress: Progress | None,
+) -> Given:
+    """Read what is given, and check that classes can be made of it."""
+    row, card = loaded.modality, loaded.card
+    make_sorter = offered(loaded, row.sorter, "augment")
+    settings = source_settings(model, overrides, skip_bad, labels=True)
+
+    def read(place: str | Path) -> Data:
+        data = row.parts(str(place), settings, card.mode)[0]
+        row.check_fit(title(model), card.shape, card.mode, place, data)
+        return data
+
+    data = read(source)
+    if data.labels is not None and card.label_names:
+        data = replace(data, labels=known_classes(loaded, data), label_names=card.label_names)
+    others = [] if unlabelled is None else [replace(read(unlabelled), labels=None)]
+    sorter = make_sorter(data, others, card.label_names, target, str(loaded.device), progress)
+    known = (sorter.labels != UNKNOWN).nonzero().flatten()
+    if len({int(k) for k in sorter.labels[known]}) < 2:
+        found = "one class only" if len(known) else "no labels"
+        raise UserError(f"{source}: has {found}; items of two classes or more are needed", code=1)
+    loose = sum(map(len, others)) + len(data) - len(known)
+    values = label_values(sorter.names)
+    said = rows_of(data, [int(i) for i in known])
+    rows = [row | {"label": values[int(k)]} for row, k in zip(said, sorter.labels[known], strict=True)]
+    facts = ({"unlabelled": loose} if loose else {}) | ({"notes": data.notes} if data.notes else {})
+    return Given(data.batch(known).data, rows, sorter, facts)
+
+
+@dataclass
+class Maker:
+    """Makes items of a model: item i has the noise of its number, whatever is asked of it."""
+
+    model: Model
+    sorter: Sorter
+    how: Sampling
+    seed: int
+    batch: int
+
+    def __call__(self, numbers: Sequence[int], asked: Tensor | None) -> Tensor:
+        """The items (N, ...) of these numbers, of the classes (N,) asked for, shared out between processes."""
+        mine = shard(len(numbers))
+        parts = [torch.empty(0, *self.model.card.shape)]  # a process may have no items
+        for first in range(0, len(mine), self.batch):
+            some = mine[first : first + self.batch]
+            label = None if asked is None else asked[some]
+            z = self.model.sample([numbers[i] for i in some], label, seed=self.seed, how=self.how)
+            parts.append(self.model.decode(z))
+        return gathered(torch.cat(parts), len(numbers))
+
+
+@dataclass
+class Made:
+    """Items (N, ...) that were good enough, their classes (N,) and numbers; how many were tried, and refused for what.
+
+    `short` says how many are still missing of a class.
+    """
+
+    items: Tensor
+    labels: Tensor
+    numbers: list[int] = field(default_factory=list[int])
+    tried: int = 0
+    refused: Counter[str] = field(default_factory=Counter[str])
+    short: list[int] = field(default_factory=list[int])
+
+    def add(self, items: Tensor, labels: Tensor, numbers: Sequence[int], chosen: Tensor) -> None:
+        """Take in the chosen (K,) of some items (N, ...)."""
+        self.items = torch.cat([self.items.to(items), items[chosen]])
+        self.labels = torch.cat([self.labels, labels[chosen]])
+        self.numbers += [numbers[int(i)] for i in chosen]
+
+    def rows(self, sorter: Sorter, facts: dict[str, Any]) -> list[dict[str, Any]]:
+        """A row of facts for each item."""
+        values = label_values(sorter.names)
+        return [{"label": values[int(k)], "item": i, **facts} for k, i in zip(self.labels, self.numbers, strict=True)]
+
+    def facts(self, sorter: Sorter) -> dict[str, Any]:
+        """What there is to say of all of them."""
+        short = {name: count for name, count in zip(sorter.names, self.short, strict=True) if count}
+        counts = {"made": len(self.items), "tried": self.tried, "refused": dict(self.refused)}
+        return counts | ({"short": short} if short else {})
+
+
+def fill(make: Maker, counts: Sequence[int], wanted: int, progress: Progress | None) -> Made:
+    """Make items until each class that is there has `wanted`, with the given ones, or too many have been tried.
+
+    Args:
+        make: Who makes and who sorts.
+        counts: Given items of each class (K,).
+        wanted: Items of a class in the end.
+        progress: Who shows how far it is.
+    """
+    short = torch.tensor([max(0, wanted - count) if count else 0 for count in counts])
+    total = int(short.sum())
+    found, tried = torch.zeros(len(counts)), torch.zeros(len(counts))  # of each class: good ones, and tried for it
+    made = Made(torch.empty(0, *make.model.card.shape), torch.empty(0, dtype=torch.long))
+    while short.any() and made.tried < MOST_TRIED * max(total, ROUND):
+        needed = (short / ((found + 1) / (tried + 1))).ceil().long()
+        asked = _cycled(needed) if make.sorter.asked else None
+        size = int(needed.max().clamp(ROUND, LARGEST)) if asked is None else len(asked)
+        numbers = range(made.tried, made.tried + size)
+        items = make(numbers, asked)
+        labels = _sorted(make.sorter, items, asked, short, made.refused)
+        found += _counted(labels, len(counts))
+        tried += size if asked is None else _counted(asked, len(counts))
+        chosen = _first(labels, short)
+        twin = make.sorter.copies.of_made(make.sorter.points(items[chosen]))
+        made.refused["double"] += int(twin.sum())
+        made.add(items, labels, numbers, chosen[~twin])
+        made.tried += size
+        short = short - _counted(labels[chosen[~twin]], len(counts))
+        tell(progress, "augment", total - int(short.sum()), total)
+    made.short = [int(count) for count in short]
+    return made
+
+
+def _cycled(needed: Tensor) -> Tensor:
+    """Class numbers of which `needed` (K,) are of each class, at most `LARGEST` in all, going through the classes."""
+    share = min(1.0, LARGEST / int(needed.sum()))
+    counts = [math.ceil(int(count) * share) for count in needed]
+    ranked = sorted((rank, k) for k, count in enumerate(counts) for rank in range(count))
+    return torch.tensor([k for _, k in ranked])
+
+
+def _sorted(sorter: Sorter, items: Tensor, asked: Tensor | None, short: Tensor, refused: Counter[str]) -> Tensor:
+    """The class of each item (N,); `UNKNOWN` of those that are refused, or of a class that is full."""
+    labels = sorter.shown(items)
+    good = labels != UNKNOWN if asked is None else labels == asked
+    refused["label"] += int((~good).sum())
+    good &= short[labels] > 0
+    index = good.nonzero().flatten()
+    copied = sorter.copies.of_real(sorter.points(items[index]))
+    refused["copy"] += int(copied.sum())
+    good[index[copied]] = False
+    return torch.where(good, labels, UNKNOWN)
+
+
+def _counted(labels: Tensor, classes: int) -> Tensor:
+    """How many items there are of each class (K,)."""
+    return torch.bincount(labels[labels != UNKNOWN], minlength=classes)
+
+
+def _first(labels: Tensor, most: Tensor) -> Tensor:
+    """The first items of each class, `most` (K,) of it, in their order: (M,)."""
+    parts = [(labels == k).nonzero().flatten()[: int(count)] for k, count in enumerate(most)]
+    return torch.cat(parts).sort().values
