@@ -12,7 +12,6 @@ from sfumato.nn.classifier import Classifier, Images, endless, fit_classifier, f
 from sfumato.nn.spread import balanced, plain_features, shortened, spread
 from sfumato.types import UNKNOWN
 
-ALONE = False
 ROUNDS = 3  # of learning, each with new targets
 MOST = 30_000  # images without label that are learned from, at most
 AVERAGE = 0.995  # of the weights that say what an image shows, after the first steps
@@ -222,7 +221,7 @@ def fit_semi(
         if k:
             pupil.look()
         count = steps * (k + 1) // ROUNDS - steps * k // ROUNDS
-        pupil.learn(count, rate, Guesses(pupil.prior, pupil.target, alone=ALONE or not k))
+        pupil.learn(count, rate, Guesses(pupil.prior, pupil.target, alone=not k))
     return pupil.average
 
 
