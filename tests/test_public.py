@@ -16,7 +16,7 @@ import pytest
 import sfumato
 
 SNAPSHOT = Path(__file__).with_name("public.txt")
-COMMANDS = ("fit", "generate", "reconstruct", "edit", "inpaint", "interpolate", "evaluate", "info", "doctor")
+COMMANDS = ("fit", "generate", "reconstruct", "edit", "inpaint", "interpolate", "transfer", "evaluate", "info", "doctor")
 HEAVY = ("torch", "pandas", "numpy", "rich", "sklearn", "accelerate", "PIL")
 
 

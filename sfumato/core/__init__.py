@@ -1,5 +1,6 @@
 """The mathematics: schedules, denoisers, objectives, noise, samplers, guidance, constraints. No I/O and no modality."""
 
+from .align import Crossing, Spread, align, measure_spread, shortest
 from .constrain import Again, Known, consistent, strength_time
 from .denoiser import PREDICT, Denoiser
 from .guidance import autoguide, cfg, interval, rescale
@@ -17,12 +18,15 @@ __all__ = [
     "TIMES",
     "WEIGHTS",
     "Again",
+    "Crossing",
     "Denoiser",
     "Known",
     "Noise",
     "Objective",
     "Schedule",
+    "Spread",
     "Step",
+    "align",
     "autoguide",
     "cfg",
     "consistent",
@@ -34,10 +38,12 @@ __all__ = [
     "make_schedule",
     "make_times",
     "make_weight",
+    "measure_spread",
     "prior",
     "regenerate",
     "rescale",
     "sample",
+    "shortest",
     "slerp",
     "step_generator",
     "strength_time",
