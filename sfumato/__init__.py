@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sfumato.tasks.inpaint import inpaint
     from sfumato.tasks.interpolate import interpolate
     from sfumato.tasks.reconstruct import reconstruct
+    from sfumato.tasks.transfer import transfer
     from sfumato.training import distill, fit
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "load",
     "reconstruct",
     "register",
+    "transfer",
 ]
 
 _HOMES = {
@@ -58,6 +60,7 @@ _HOMES = {
     "load": "model",
     "reconstruct": "tasks.reconstruct",
     "register": "modality",
+    "transfer": "tasks.transfer",
 }
 
 

@@ -31,10 +31,13 @@ from sfumato.tasks.info import info
 from sfumato.tasks.inpaint import inpaint
 from sfumato.tasks.interpolate import interpolate
 from sfumato.tasks.reconstruct import reconstruct
+from sfumato.tasks.transfer import transfer
 from sfumato.training import distill, fit
 
 PROGRESS = ("progress", "on_progress")  # parameters of a task that are handed the progress line
 FLAGS = {
+    "origin": ("--from", "CLASS"),
+    "target": ("--to", "CLASS"),
     "overrides": ("--set", "KEY=VALUE"),
     "where": ("--where", "COL=VALUE"),
 }  # flags not called what the parameter is called, and what follows them
@@ -188,6 +191,7 @@ command(app, reconstruct, report=_written, required=("out",))
 command(app, edit, report=_written, required=("out",))
 command(app, inpaint, report=_written, required=("out",))
 command(app, interpolate, report=_written, required=("out",))
+command(app, transfer, report=_written, required=("out",))
 command(app, augment, report=_written, required=("out",))
 command(app, evaluate, report=_told)
 command(app, info, report=_told)

@@ -1,5 +1,6 @@
 """The mathematics: schedules, denoisers, objectives, noise, samplers, guidance, constraints. No I/O and no modality."""
 
+from .align import Crossing, Spread, align, measure_spread, shortest
 from .constrain import Again, Known, consistent, strength_time
 from .denoiser import PREDICT, Denoiser
 from .flow_map import Jump, Trajectories, fly, joined, landing, shaken
@@ -18,14 +19,17 @@ __all__ = [
     "TIMES",
     "WEIGHTS",
     "Again",
+    "Crossing",
     "Denoiser",
     "Jump",
     "Known",
     "Noise",
     "Objective",
     "Schedule",
+    "Spread",
     "Step",
     "Trajectories",
+    "align",
     "autoguide",
     "cfg",
     "consistent",
@@ -41,11 +45,13 @@ __all__ = [
     "make_schedule",
     "make_times",
     "make_weight",
+    "measure_spread",
     "prior",
     "regenerate",
     "rescale",
     "sample",
     "shaken",
+    "shortest",
     "slerp",
     "step_generator",
     "strength_time",

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from sfumato.core.guidance import Denoise
     from sfumato.model import Model, Sampling
     from sfumato.tasks.common import Progress
-    from sfumato.tasks.inputs import Inputs
 
 STRENGTH = {"noise": 0.6, "invert": 1.0}
 INVERT_STEPS = 50
@@ -81,7 +80,7 @@ def edit(
 
     from sfumato.core import strength_time
     from sfumato.tasks.common import check_counts, open_model
-    from sfumato.tasks.inputs import changed, check_places, class_numbers, deliver, read_inputs
+    from sfumato.tasks.inputs import changed, changed_rows, check_places, class_numbers, deliver, read_inputs
 
     begun = time.perf_counter()
     check_counts(steps=steps, batch=batch)
@@ -96,7 +95,7 @@ def edit(
     change = (_Inversion if method == "invert" else _Noise)(loaded, own, new, start, how, seed)
     items = changed(loaded, inputs, change, batch, "edit", progress)
     facts = {"method": method, "strength": strength, "steps": how.steps, "guidance": how.guidance, "seed": seed}
-    rows = _rows(loaded, inputs, new, facts)
+    rows = changed_rows(loaded, inputs, new, facts)
     facts |= change.told(rows)
     deliver(loaded, inputs, items, rows, out, sheet, overwrite)
     return Result(items, rows, time.perf_counter() - begun, facts)
@@ -113,19 +112,6 @@ def _sampling(
     if method == "invert" and sampler is not None:
         raise UserError("--sampler is for --method noise; inversion goes by heun")
     return sampling(model, steps or (INVERT_STEPS if method == "invert" else None), guidance, sampler)
-
-
-def _rows(model: "Model", inputs: "Inputs", new: "Tensor | None", facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per item: the new label in place of its own, which is kept as `source_label`."""
-    from sfumato.tasks.common import label_values
-
-    rows = inputs.rows()
-    values = label_values(model.card.label_names)
-    for i, row in enumerate(rows):
-        if new is not None:
-            row |= {"source_label": row["label"]} if "label" in row else {}
-            row["label"] = values[int(new[i])]
-    return [row | facts for row in rows]
 
 
 @dataclass

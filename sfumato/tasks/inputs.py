@@ -158,6 +158,17 @@ def changed(
     return gathered(parts.items, len(inputs))
 
 
+def changed_rows(model: Model, inputs: Inputs, new: Tensor | None, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per item: the new label in place of its own, which is kept as `source_label`; and facts of the whole."""
+    rows = inputs.rows()
+    values = label_values(model.card.label_names)
+    for i, row in enumerate(rows):
+        if new is not None:
+            row |= {"source_label": row["label"]} if "label" in row else {}
+            row["label"] = values[int(new[i])]
+    return [row | facts for row in rows]
+
+
 def deliver(
     model: Model,
     inputs: Inputs,

@@ -1,0 +1,205 @@
+r"""Crossing over from one class of items to another, whose contents correspond though no pair is known.
+
+Two flows, of a source and of a target, meet in noise (DDIB). They need not mean the same by the same noise: any rotation
+of it is as good as another, and between images and their negatives, say, the right one is -1. Here the rotation is
+looked for. To first order both classes are Gaussian at every time, with means $\alpha m, \alpha m'$ and covariances
+$C = \alpha^2 \Sigma + \sigma^2 I$ and $C'$. The linear maps that carry the one over into the other are
+
+$z' = \alpha m' + (z - \alpha m) C^{-1/2} R C'^{1/2}$, with R orthogonal
+
+(z is a row), and R is chosen so that what is carried over is most likely under the target's own denoiser. Between data
+(t = 0) this is a linear map, between noises (t = 1) the rotation R, and between Gaussians the same map at all times.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Generator, Tensor
+
+from .denoiser import trail
+from .sampler import Denoise
+from .schedule import Schedule
+
+TURNED = 64  # leading directions of the target that are turned
+BATCH = 256  # items a step
+RATE = 5e-3  # of Adam, in radians; falls to zero
+SHARES = (0.2, 0.8)  # of noise, at which likelihood is compared
+TRIAL = 0.25  # share of the steps that each start is given before the better one goes on
+_FOLDED = 25  # steps after which the turn so far becomes the new zero: far from it the exponential bends
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean (d,) and covariance of a class, by eigenvalues (d,), rising, and eigenvectors (d, d) in columns; float64."""
+
+    mean: Tensor
+    values: Tensor
+    vectors: Tensor
+
+    def root(self, power: float, alpha: float = 1.0, sigma: float = 0.0) -> Tensor:
+        r"""$(\alpha^2 \Sigma + \sigma^2 I)^{power}$, (d, d)."""
+        return (self.vectors * (alpha**2 * self.values + sigma**2) ** power) @ self.vectors.T
+
+
+def measure_spread(z: Tensor) -> Spread:
+    """Mean and covariance of items (N, ...), N of at least 2, drawn towards a sphere as far as N is small.
+
+    References:
+        Chen et al., Shrinkage Algorithms for MMSE Covariance Estimation, https://arxiv.org/abs/0907.4698 (eq. 23, OAS).
+    """
+    x = z.flatten(1).double()
+    count, size = x.shape
+    mean = x.mean(0)
+    values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / count)
+    values = values.clamp_min(0)
+    round_, square = values.mean(), values.square().sum()
+    over = (1 - 2 / size) * square + (size * round_) ** 2
+    under = (count + 1 - 2 / size) * (square - size * round_**2)
+    share = 1.0 if under <= 0 else min(1.0, float(over / under))
+    return Spread(mean, (torch.lerp(values, round_, share)).clamp_min(1e-8), vectors)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """From a class's states at any time to another class's: moments carried over, with a rotation in between.
+
+    Args:
+        source: Moments of the class that is left.
+        target: Moments of the class that is entered.
+        turn: R (d, d), orthogonal.
+    """
+
+    source: Spread
+    target: Spread
+    turn: Tensor
+
+    def __call__(self, z: Tensor, alpha: float = 1.0, sigma: float = 0.0) -> Tensor:
+        """States (B, ...) of the target at the time of (alpha, sigma), from states of the source at that time."""
+        matrix = self.source.root(-0.5, alpha, sigma) @ self.turn @ self.target.root(0.5, alpha, sigma)
+        x = z.flatten(1).double().cpu() - alpha * self.source.mean
+        return (x @ matrix + alpha * self.target.mean).reshape(z.shape).to(z)
+
+    @property
+    def back(self) -> "Crossing":
+        """The way back, which is the exact inverse."""
+        return Crossing(self.target, self.source, self.turn.T)
+
+
+def shortest(source: Spread, target: Spread) -> Crossing:
+    r"""The crossing that moves data least: optimal transport between the two Gaussians.
+
+    Its turn is the orthogonal factor of $\Sigma^{1/2} \Sigma'^{1/2}$.
+
+    References:
+        Peyré and Cuturi, Computational Optimal Transport, https://arxiv.org/abs/1803.00567 (eq. 2.40).
+    """
+    u, _, v = torch.linalg.svd(source.root(0.5) @ target.root(0.5))
+    return Crossing(source, target, u @ v)
+
+
+def align(
+    denoise: Denoise,
+    schedule: Schedule,
+    start: Crossing,
+    z: Tensor,
+    steps: int,
+    generator: Generator,
+    on_step: Callable[[int], None] | None = None,
+) -> Crossing:
+    r"""The crossing, turned so that what it makes of z is most likely under the target.
+
+    Of z' = `start`(z) turned by R, entropy is the same for every R, so the likeliest is also the closest in
+    distribution: KL = const - E log p(z'), and its bound by the denoiser's error $E \|\hat z(z'_t) - z'\|^2$ is descended. The start
+    and its mirror image (-R) are both tried, and the better one goes on.
+
+    Args:
+        denoise: (z, t) -> z_hat under the target's condition, of `BATCH` items.
+        schedule: The path.
+        start: Where to begin.
+        z: Items of the source (N, ...).
+        steps: Of gradient descent, in all.
+        generator: Draws items and noise.
+        on_step: Called with the number of steps done.
+    """
+    trial = math.ceil(TRIAL * steps)
+    ways = [_Way(denoise, schedule, replace(start, turn=sign * start.turn), z) for sign in (1, -1)]
+    begun = generator.get_state()
+    losses = []
+    for number, way in enumerate(ways):
+        generator.set_state(begun)  # the same items and noise for both
+        taken = [way.step(generator, RATE) for _ in _told(trial, on_step, number * trial)]
+        losses.append(sum(taken[len(taken) // 2 :]))
+    best = ways[int(losses[1] < losses[0])]
+    left = steps - 2 * trial
+    for i in _told(left, on_step, 2 * trial):
+        best.step(generator, RATE * (1 - i / left))
+    return best.crossing
+
+
+def _told(count: int, on_step: Callable[[int], None] | None, before: int) -> Iterator[int]:
+    """The numbers up to count; after each, how many steps are done."""
+    for i in range(count):
+        yield i
+        if on_step is not None:
+            on_step(before + i + 1)
+
+
+class _Way:
+    """A crossing under descent: its turn is R (I + V (exp(W - W^T) - I) V^T), V the target's leading directions."""
+
+    def __init__(self, denoise: Denoise, schedule: Schedule, start: Crossing, z: Tensor) -> None:
+        self.denoise, self.schedule, self.start = denoise, schedule, start
+        self.shape, self.device = z.shape[1:], z.device
+        size = len(start.source.mean)
+        self.led = start.target.vectors[:, -min(TURNED, size) :].float()  # (d, K)
+        self.root, self.mean = start.target.root(0.5).float(), start.target.mean.float()
+        white = (z.flatten(1).double().cpu() - start.source.mean) @ start.source.root(-0.5)
+        self.items = (white @ start.turn).float()  # (N, d), as turned so far
+        self.angles = torch.zeros(self.led.shape[1], self.led.shape[1], requires_grad=True)
+        self.turned = torch.eye(size, dtype=torch.float64)
+        self.optimizer = torch.optim.Adam([self.angles], betas=(0.9, 0.99))
+        self.done = 0
+
+    def _local(self) -> Tensor:
+        """exp(W - W^T) - I, (K, K)."""
+        turn = torch.matrix_exp(self.angles - self.angles.T)
+        return turn - torch.eye(len(turn), dtype=turn.dtype)
+
+    def step(self, generator: Generator, rate: float) -> float:
+        """A step of descent; gives the error of the denoiser."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        x = self.items[torch.randint(len(self.items), (BATCH,), generator=generator)]
+        x = (x + x @ self.led @ self._local() @ self.led.T) @ self.root + self.mean
+        z = x.reshape(-1, *self.shape).to(self.device)
+        low, high = SHARES
+        share = low + (high - low) * torch.rand(BATCH, generator=generator, dtype=torch.float64)
+        t = self.schedule.inverse(-2 * torch.logit(share))
+        alpha, sigma = (trail(value, z) for value in self.schedule(t))
+        noise = torch.randn(z.shape, generator=generator).to(z)
+        error = (self.denoise(alpha * z + sigma * noise, t) - z).square().flatten(1).sum(1).mean()
+        self.optimizer.zero_grad()
+        error.backward()
+        self.optimizer.step()
+        self.done += 1
+        if self.done % _FOLDED == 0:
+            self._fold()
+        return error.item()
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """Take the turn so far into the items, and begin anew at zero angles."""
+        local = self._local()
+        self.items = self.items + self.items @ self.led @ local @ self.led.T
+        led = self.led.double()
+        self.turned = self.turned + self.turned @ led @ local.double() @ led.T
+        self.angles.zero_()
+
+    @property
+    def crossing(self) -> Crossing:
+        """The crossing as turned so far."""
+        self._fold()
+        u, _, v = torch.linalg.svd(self.start.turn @ self.turned)  # rounding taken out of it
+        return replace(self.start, turn=u @ v)

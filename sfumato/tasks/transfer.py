@@ -1,0 +1,204 @@
+"""Given items carried over from one class to another, such as from one style to another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfumato.tasks.generate import Result
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sfumato.core.align import Crossing
+    from sfumato.core.guidance import Denoise
+    from sfumato.model import Model, Sampling
+    from sfumato.tasks.common import Progress
+
+CHUNK = 500  # new items drawn at once
+
+
+def transfer(
+    model: "Path | str | Model",
+    source: str | Path,
+    *,
+    target: str,
+    origin: str | None = None,
+    out: Path | None = None,
+    sheet: Path | None = None,
+    strength: float = 0.3,
+    align: int = 400,
+    samples: int = 2000,
+    steps: int = 20,
+    guidance: float | None = None,
+    skip_bad: bool = False,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    batch: int = 250,
+    overwrite: bool = False,
+    device: str | None = None,
+    progress: "Progress | None" = None,
+) -> Result:
+    """Carry items over into another class, keeping what both classes share: a photograph's motif, a digit's shape.
+
+    The model is one of both classes (such as styles, a folder each), and no item need be there in both. What
+    corresponds to what is found out from new items that it makes of each: the map that carries one class's mean and
+    covariance into the other's, turned so that what it makes is most likely in the target class. An item is inverted a
+    part of the way to its noise under its own class, carried over, and generated from there under the other.
+
+    Args:
+        model: Folder of the model.
+        source: A built-in set, a folder, a file or hf://owner/name.
+        target: Class to carry all items into.
+        origin: Class that all items are of (default: as the source says).
+        out: Folder to write them to: the items, and metadata.jsonl.
+        sheet: Picture file that shows some originals, each beside what became of it (default: OUT-sheet.png).
+        strength: Share of noise at which the classes are crossed, from 0 (the map alone) to 1 (all the way). More
+            gives the target's finer traits, and keeps less.
+        align: Steps of the search for what corresponds; 0 takes the map that moves items least.
+        samples: New items of each class that it is found from.
+        steps: Steps of the flow, each way.
+        guidance: Weight of the target class; 1 is off (default: what fit chose).
+        skip_bad: Leave out files that cannot be read.
+        overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
+        seed: Seed of the new items and of the search.
+        batch: Items computed at once.
+        overwrite: Replace what is in the output folder.
+        device: Where to compute, such as cpu or cuda.
+        progress: Called with the stage, how much of it is done, and how much there is.
+
+    Returns:
+        The items and a row for each: its `source`, `label` (the new one), `source_label`, the settings.
+
+    Raises:
+        UserError: No such model, source or class; a model without classes; nothing says of which class the items are;
+            the source has other items than the model's; a strength outside 0..1; the folder is not empty or cannot be
+            written.
+
+    References:
+        Su et al., Dual Diffusion Implicit Bridges, https://arxiv.org/abs/2203.08382 (algorithm 1), which this is at
+        strength 1 with no map; the map: `sfumato.core.align`.
+    """
+    import time
+
+    import torch
+
+    from sfumato.core import strength_time
+    from sfumato.errors import UserError
+    from sfumato.tasks.common import check_counts, open_model
+    from sfumato.tasks.generate import sampling
+    from sfumato.tasks.inputs import changed, changed_rows, check_places, class_numbers, deliver, read_inputs
+
+    begun = time.perf_counter()
+    check_counts(steps=steps, batch=batch)
+    check_counts(least=0, align=align)
+    check_counts(least=2, samples=samples)
+    loaded = open_model(model, device)
+    goal, how = loaded.class_number(target), sampling(loaded, steps, guidance, "heun")
+    start = strength_time(loaded.denoiser.schedule, strength)
+    sheet = check_places(loaded, out, sheet, overwrite)
+    inputs = read_inputs(model, loaded, source, overrides, skip_bad)
+    own = class_numbers(loaded, origin, inputs)
+    if own is None:
+        raise UserError(f"{source}: has no labels; say which class its items are of with --from")
+    classes = [k for k in sorted(set(own.tolist())) if k != goal]
+    search = _Search(loaded, goal, align, samples, seed, progress)
+    crossings = {k: search(k) for k in classes}
+    change = _Carried(loaded, own, goal, crossings, start, how)
+    items = changed(loaded, inputs, change, batch, "transfer", progress)
+    facts = {"strength": strength, "align": align, "steps": steps, "guidance": how.guidance, "seed": seed}
+    rows = changed_rows(loaded, inputs, torch.full((len(inputs),), goal), facts)
+    deliver(loaded, inputs, items, rows, out, sheet, overwrite)
+    return Result(items, rows, time.perf_counter() - begun, facts)
+
+
+def _same(label: int, count: int) -> "Tensor":
+    """The class number of `count` items (count,)."""
+    import torch
+
+    return torch.full((count,), label)
+
+
+@dataclass
+class _Search:
+    """Finds the way from a class to the goal, from new items of both."""
+
+    model: "Model"
+    goal: int
+    steps: int
+    samples: int
+    seed: int
+    progress: "Progress | None"
+
+    def __call__(self, label: int) -> "Crossing":
+        from dataclasses import replace
+
+        from sfumato.core import align, measure_spread, shortest, step_generator
+        from sfumato.core.align import BATCH
+        from sfumato.tasks.common import tell
+
+        model, off = self.model, replace(self.model.sampling, guidance=1.0)
+        z = self._new(label)
+        crossing = shortest(measure_spread(z), measure_spread(self._new(self.goal)))
+        if not self.steps:
+            return crossing
+        return align(
+            model.denoise(_same(self.goal, BATCH), BATCH, off),
+            model.denoiser.schedule,
+            crossing,
+            z,
+            self.steps,
+            step_generator(self.seed, "align", label),
+            lambda done: tell(self.progress, "align", done, self.steps),
+        )
+
+    def _new(self, label: int) -> "Tensor":
+        """Latents of new items of a class (N, ...)."""
+        import torch
+
+        from sfumato.tasks.common import tell
+
+        how, parts = self.model.sampling, []
+        for first in range(0, self.samples, CHUNK):
+            items = range(first, min(first + CHUNK, self.samples))
+            parts.append(self.model.sample(items, _same(label, len(items)), seed=self.seed, how=how))
+            tell(self.progress, "samples", items.stop, self.samples)
+        return torch.cat(parts)
+
+
+@dataclass
+class _Carried:
+    """Items to what they become in the class `goal`: inverted, carried over, generated."""
+
+    model: "Model"
+    own: "Tensor"
+    goal: int
+    crossings: "dict[int, Crossing]"
+    start: float
+    how: "Sampling"
+
+    def __call__(self, items: list[int], x: "Tensor") -> "Tensor":
+        from sfumato.core import flow_grid, invert, regenerate
+
+        z, own, schedule = self.model.encode(x).to(self.model.device), self.own[items], self.model.denoiser.schedule
+        grid = flow_grid(schedule, self.how.steps, self.start)
+        if self.start <= float(grid[-1]):  # no noise that is seen: the data themselves are carried over
+            return self.model.decode(self.carried(z, own, 0.0))
+        z_t = self.carried(invert(self._denoise(own, 1.0), schedule, z, grid), own, self.start)
+        under = self._denoise(_same(self.goal, len(z)), self.how.guidance)
+        return self.model.decode(regenerate(under, schedule, z_t, grid))
+
+    def carried(self, z: "Tensor", own: "Tensor", t: float) -> "Tensor":
+        """States (B, ...) at time t of the classes `own` (B,) as such of the goal."""
+        alpha, sigma = (float(value) for value in self.model.denoiser.schedule(t))
+        z = z.clone()
+        for label, crossing in self.crossings.items():
+            here = (own == label).to(z.device)
+            z[here] = crossing(z[here], alpha, sigma)
+        return z
+
+    def _denoise(self, labels: "Tensor", guidance: float) -> "Denoise":
+        """The denoiser of items under their classes."""
+        from dataclasses import replace
+
+        return self.model.denoise(labels, len(labels), replace(self.how, guidance=guidance))

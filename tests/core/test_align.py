@@ -1,0 +1,82 @@
+"""Crossing from one class to another: moments are carried over, and what corresponds is found."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.core import Crossing, align, make_schedule, measure_spread, shortest
+
+SIZE = 3
+
+
+def items(seed: int, count: int = 4_000, size: int = SIZE) -> Tensor:
+    """Points of a skewed distribution: none of its reflections is like it."""
+    generator = torch.Generator().manual_seed(seed)
+    z = -torch.log(torch.rand(count, size, generator=generator)) * torch.tensor([2.0, 1.0, 0.5])[:size]
+    return z + torch.randn(count, size, generator=generator) * 0.1
+
+
+def covariance(z: Tensor) -> Tensor:
+    return torch.cov(z.double().T)
+
+
+@pytest.mark.parametrize("power", [0.5, -0.5, 1.0])
+def test_roots_of_what_was_measured(power: float):
+    z = items(0)
+    spread = measure_spread(z)
+    root = spread.root(power)
+    whole = root @ root if abs(power) == 0.5 else root
+    wanted = covariance(z).inverse() if power < 0 else covariance(z)
+    torch.testing.assert_close(whole, wanted, rtol=0.02, atol=0.02)
+    noisy = spread.root(1.0, alpha=0.6, sigma=0.8)
+    torch.testing.assert_close(noisy, 0.36 * covariance(z) + 0.64 * torch.eye(SIZE).double(), rtol=0.02, atol=0.02)
+
+
+def test_few_items_are_drawn_towards_a_sphere():
+    values = measure_spread(items(0, count=4, size=3)).values
+    assert values.min() > 0.05 * values.max()  # three directions of four points: without it one would be near nothing
+
+
+@pytest.mark.parametrize(("alpha", "sigma"), [(1.0, 0.0), (0.7, 0.3)])
+def test_moments_are_carried_over_and_back(alpha: float, sigma: float):
+    a, b = items(0), items(1) * 0.3 - 2
+    turn = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(2)).double()).Q
+    crossing = Crossing(measure_spread(a), measure_spread(b), turn)
+    noise = torch.randn(a.shape, generator=torch.Generator().manual_seed(3))
+    state = alpha * a + sigma * noise
+    there = crossing(state, alpha, sigma)
+    wanted = alpha**2 * covariance(b) + sigma**2 * torch.eye(SIZE).double()
+    torch.testing.assert_close(covariance(there), wanted, rtol=0.1, atol=0.02)
+    torch.testing.assert_close(there.mean(0), alpha * b.mean(0), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(crossing.back(there, alpha, sigma), state, rtol=1e-4, atol=1e-4)
+
+
+def test_the_shortest_way_to_oneself_is_none():
+    spread = measure_spread(items(0))
+    z = items(5, count=50)
+    torch.testing.assert_close(shortest(spread, spread)(z), z, rtol=1e-5, atol=1e-5)
+
+
+def exact(z: Tensor, alpha: Tensor, sigma: Tensor, data: Tensor) -> Tensor:
+    """E[z | z_t] for data (M, D) that are all there is."""
+    square = torch.cdist(z, alpha[:, None, None] * data).squeeze(1).square()  # (B, M)
+    return torch.softmax(-square / (2 * sigma[:, None] ** 2), 1) @ data
+
+
+def test_a_mirror_image_is_found():
+    """The target is the source's negative: moments and the shortest way know nothing of it, likelihood does."""
+    source, target = items(0, count=600), -items(1, count=600)
+    schedule = make_schedule("flow")
+
+    def denoise(z: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (value.float() for value in schedule(t))
+        return exact(z[:, None], alpha, sigma, target)
+
+    start = shortest(measure_spread(source), measure_spread(target))
+    done: list[int] = []
+    found = align(denoise, schedule, start, source, 200, torch.Generator().manual_seed(0), done.append)
+    z = items(7, count=200)
+    far, near = ((way(z) + z).square().mean() for way in (start, found))
+    assert near < 0.1 * far
+    assert done == list(range(1, 201))
+    torch.testing.assert_close(found.turn @ found.turn.T, torch.eye(SIZE).double(), rtol=0, atol=1e-9)

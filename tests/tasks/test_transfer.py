@@ -1,0 +1,75 @@
+"""transfer: items carried over into another class."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import sfumato
+from sfumato.data.write import write_images
+from sfumato.errors import UserError
+from tests.training.common import pictures, small_fit
+
+QUICK = {"samples": 8, "align": 4, "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of three classes."""
+    place = tmp_path_factory.mktemp("styles")
+    source(place / "in", 30)
+    small_fit(place / "in", place / "run")
+    return place / "run"
+
+
+def source(place: Path, count: int, labels: bool = True) -> Path:
+    x, label = pictures(count, (1, 8, 8))
+    images = torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
+    write_images(place, images.float(), [{"label": "abc"[int(k)]} if labels else {} for k in label], mode="L")
+    return place
+
+
+def test_items_get_the_new_class_and_keep_their_own_on_record(run: Path, tmp_path: Path):
+    given = source(tmp_path / "in", 6)
+    result = sfumato.transfer(run, given, target="b", out=tmp_path / "out", **QUICK)
+    assert result.items.shape == (6, 1, 8, 8)
+    assert {row["label"] for row in result.rows} == {"b"} and {row["source_label"] for row in result.rows} == {*"abc"}
+    assert (tmp_path / "out" / "metadata.jsonl").is_file() and (tmp_path / "out-sheet.png").is_file()
+    again = sfumato.transfer(run, tmp_path / "out", target="a", origin="b", **QUICK)  # what is written can be read
+    assert len(again.items) == 6
+
+
+def test_the_same_seed_gives_the_same_items(run: Path, tmp_path: Path):
+    given = source(tmp_path / "in", 4)
+    first, second, other = (sfumato.transfer(run, given, target="b", seed=seed, **QUICK).items for seed in (0, 0, 1))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_what_is_of_the_class_already_stays(run: Path, tmp_path: Path):
+    given = source(tmp_path / "in", 6)
+    result = sfumato.transfer(run, given, target="b", strength=0.0, **QUICK)
+    mine = torch.tensor([row["source_label"] == "b" for row in result.rows])
+    back = sfumato.reconstruct(run, given, n=6).items
+    torch.testing.assert_close(result.items[mine], back[mine], rtol=0, atol=1e-4)
+    assert (result.items[~mine] - back[~mine]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "z"}, "z"),
+        ({"target": "b", "strength": 1.5}, "strength"),
+        ({"target": "b", "align": -1}, "align"),
+        ({"target": "b", "samples": 1}, "samples"),
+    ],
+)
+def test_mistakes_are_named(run: Path, tmp_path: Path, options: dict[str, object], message: str):
+    with pytest.raises(UserError, match=message):
+        sfumato.transfer(run, source(tmp_path / "in", 4), **{**QUICK, **options})
+
+
+def test_it_must_be_known_what_the_items_are(run: Path, tmp_path: Path):
+    given = source(tmp_path / "in", 4, labels=False)
+    with pytest.raises(UserError, match="--from"):
+        sfumato.transfer(run, given, target="b", **QUICK)
+    assert len(sfumato.transfer(run, given, target="b", origin="a", **QUICK).items) == 4
