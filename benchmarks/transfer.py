@@ -133,7 +133,7 @@ def ways(run: Path, source: Path, begin: str, end: str, judge: Judge) -> Iterato
         ("aligned alone", {"strength": 0.0}),
         ("moments alone", {"strength": 0.0, "align": 0}),
     ):
-        yield name, judge(sfumato.transfer(run, source, origin=begin, target=end, **how).items)
+        yield name, judge(sfumato.transfer(run, source, own_label=begin, label=end, **how).items)
     tried = {s: judge(sfumato.edit(run, source, label=end, strength=s).items) for s in STRENGTHS}
     best = max(tried, key=lambda strength: tried[strength].psnr)
     yield f"edit at {best}", tried[best]

@@ -36,8 +36,6 @@ from sfumato.training import distill, fit
 
 PROGRESS = ("progress", "on_progress")  # parameters of a task that are handed the progress line
 FLAGS = {
-    "origin": ("--from", "CLASS"),
-    "target": ("--to", "CLASS"),
     "overrides": ("--set", "KEY=VALUE"),
     "where": ("--where", "COL=VALUE"),
 }  # flags not called what the parameter is called, and what follows them

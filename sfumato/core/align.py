@@ -1,4 +1,4 @@
-r"""Crossing over from one class of items to another, whose contents correspond though no pair is known.
+r"""Crossing over from one class of items to another, whose contents correspond though unpaired.
 
 Two flows, of a source and of a target, meet in noise (DDIB). They need not mean the same by the same noise: any rotation
 of it is as good as another, and between images and their negatives, say, the right one is -1. Here the rotation is
@@ -111,8 +111,8 @@ def align(
     r"""The crossing, turned so that what it makes of z is most likely under the target.
 
     Of z' = `start`(z) turned by R, entropy is the same for every R, so the likeliest is also the closest in
-    distribution: KL = const - E log p(z'), and its bound by the denoiser's error $E \|\hat z(z'_t) - z'\|^2$ is descended. The start
-    and its mirror image (-R) are both tried, and the better one goes on.
+    distribution: KL = const - E log p(z'), and its bound by the denoiser's error $E \|\hat z(z'_t) - z'\|^2$ is
+    descended. The start and its mirror image (-R) are both tried, and the better one goes on.
 
     Args:
         denoise: (z, t) -> z_hat under the target's condition, of `BATCH` items.

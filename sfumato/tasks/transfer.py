@@ -22,8 +22,8 @@ def transfer(
     model: "Path | str | Model",
     source: str | Path,
     *,
-    target: str,
-    origin: str | None = None,
+    label: str,
+    own_label: str | None = None,
     out: Path | None = None,
     sheet: Path | None = None,
     strength: float = 0.3,
@@ -49,8 +49,8 @@ def transfer(
     Args:
         model: Folder of the model.
         source: A built-in set, a folder, a file or hf://owner/name.
-        target: Class to carry all items into.
-        origin: Class that all items are of (default: as the source says).
+        label: Class to carry all items into.
+        own_label: Class that all items are of (default: as the source says).
         out: Folder to write them to: the items, and metadata.jsonl.
         sheet: Picture file that shows some originals, each beside what became of it (default: OUT-sheet.png).
         strength: Share of noise at which the classes are crossed, from 0 (the map alone) to 1 (all the way). More
@@ -94,13 +94,13 @@ def transfer(
     check_counts(least=0, align=align)
     check_counts(least=2, samples=samples)
     loaded = open_model(model, device)
-    goal, how = loaded.class_number(target), sampling(loaded, steps, guidance, "heun")
+    goal, how = loaded.class_number(label), sampling(loaded, steps, guidance, "heun")
     start = strength_time(loaded.denoiser.schedule, strength)
     sheet = check_places(loaded, out, sheet, overwrite)
     inputs = read_inputs(model, loaded, source, overrides, skip_bad)
-    own = class_numbers(loaded, origin, inputs)
+    own = class_numbers(loaded, own_label, inputs)
     if own is None:
-        raise UserError(f"{source}: has no labels; say which class its items are of with --from")
+        raise UserError(f"{source}: has no labels; say which class its items are of with --own-label")
     classes = [k for k in sorted(set(own.tolist())) if k != goal]
     search = _Search(loaded, goal, align, samples, seed, progress)
     crossings = {k: search(k) for k in classes}

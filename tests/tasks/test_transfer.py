@@ -31,23 +31,23 @@ def source(place: Path, count: int, labels: bool = True) -> Path:
 
 def test_items_get_the_new_class_and_keep_their_own_on_record(run: Path, tmp_path: Path):
     given = source(tmp_path / "in", 6)
-    result = sfumato.transfer(run, given, target="b", out=tmp_path / "out", **QUICK)
+    result = sfumato.transfer(run, given, label="b", out=tmp_path / "out", **QUICK)
     assert result.items.shape == (6, 1, 8, 8)
     assert {row["label"] for row in result.rows} == {"b"} and {row["source_label"] for row in result.rows} == {*"abc"}
     assert (tmp_path / "out" / "metadata.jsonl").is_file() and (tmp_path / "out-sheet.png").is_file()
-    again = sfumato.transfer(run, tmp_path / "out", target="a", origin="b", **QUICK)  # what is written can be read
+    again = sfumato.transfer(run, tmp_path / "out", label="a", own_label="b", **QUICK)  # what is written can be read
     assert len(again.items) == 6
 
 
 def test_the_same_seed_gives_the_same_items(run: Path, tmp_path: Path):
     given = source(tmp_path / "in", 4)
-    first, second, other = (sfumato.transfer(run, given, target="b", seed=seed, **QUICK).items for seed in (0, 0, 1))
+    first, second, other = (sfumato.transfer(run, given, label="b", seed=seed, **QUICK).items for seed in (0, 0, 1))
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
 def test_what_is_of_the_class_already_stays(run: Path, tmp_path: Path):
     given = source(tmp_path / "in", 6)
-    result = sfumato.transfer(run, given, target="b", strength=0.0, **QUICK)
+    result = sfumato.transfer(run, given, label="b", strength=0.0, **QUICK)
     mine = torch.tensor([row["source_label"] == "b" for row in result.rows])
     back = sfumato.reconstruct(run, given, n=6).items
     torch.testing.assert_close(result.items[mine], back[mine], rtol=0, atol=1e-4)
@@ -57,10 +57,10 @@ def test_what_is_of_the_class_already_stays(run: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "z"}, "z"),
-        ({"target": "b", "strength": 1.5}, "strength"),
-        ({"target": "b", "align": -1}, "align"),
-        ({"target": "b", "samples": 1}, "samples"),
+        ({"label": "z"}, "z"),
+        ({"label": "b", "strength": 1.5}, "strength"),
+        ({"label": "b", "align": -1}, "align"),
+        ({"label": "b", "samples": 1}, "samples"),
     ],
 )
 def test_mistakes_are_named(run: Path, tmp_path: Path, options: dict[str, object], message: str):
@@ -70,6 +70,6 @@ def test_mistakes_are_named(run: Path, tmp_path: Path, options: dict[str, object
 
 def test_it_must_be_known_what_the_items_are(run: Path, tmp_path: Path):
     given = source(tmp_path / "in", 4, labels=False)
-    with pytest.raises(UserError, match="--from"):
-        sfumato.transfer(run, given, target="b", **QUICK)
-    assert len(sfumato.transfer(run, given, target="b", origin="a", **QUICK).items) == 4
+    with pytest.raises(UserError, match="--own-label"):
+        sfumato.transfer(run, given, label="b", **QUICK)
+    assert len(sfumato.transfer(run, given, label="b", own_label="a", **QUICK).items) == 4
