@@ -1,9 +1,9 @@
 r"""Crossing over from one class of items to another, whose contents correspond though unpaired.
 
-Two flows, of a source and of a target, meet in noise (DDIB). They need not mean the same by the same noise: any rotation
-of it is as good as another, and between images and their negatives, say, the right one is -1. Here the rotation is
-looked for. To first order both classes are Gaussian at every time, with means $\alpha m, \alpha m'$ and covariances
-$C = \alpha^2 \Sigma + \sigma^2 I$ and $C'$. The linear maps that carry the one over into the other are
+Two flows, of a source and of a target, meet in noise (DDIB). They need not mean the same by the same noise: any
+rotation of it is as good as another, and between images and their negatives, say, the right one is -1. Here the
+rotation is looked for. To first order both classes are Gaussian at every time, with means $\alpha m, \alpha m'$ and
+covariances $C = \alpha^2 \Sigma + \sigma^2 I$ and $C'$. The linear maps that carry the one over into the other are
 
 $z' = \alpha m' + (z - \alpha m) C^{-1/2} R C'^{1/2}$, with R orthogonal
 
@@ -11,9 +11,12 @@ $z' = \alpha m' + (z - \alpha m) C^{-1/2} R C'^{1/2}$, with R orthogonal
 (t = 0) this is a linear map, between noises (t = 1) the rotation R, and between Gaussians the same map at all times.
 """
 
+# pyright: reportUnknownMemberType=false
+
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -27,6 +30,7 @@ BATCH = 256  # items a step
 RATE = 5e-3  # of Adam, in radians; falls to zero
 SHARES = (0.2, 0.8)  # of noise, at which likelihood is compared
 TRIAL = 0.25  # share of the steps that each start is given before the better one goes on
+_linalg: Any = torch.linalg  # its functions have no types
 _FOLDED = 25  # steps after which the turn so far becomes the new zero: far from it the exponential bends
 
 
@@ -52,7 +56,9 @@ def measure_spread(z: Tensor) -> Spread:
     x = z.flatten(1).double()
     count, size = x.shape
     mean = x.mean(0)
-    values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / count)
+    values: Tensor
+    vectors: Tensor
+    values, vectors = _linalg.eigh((x - mean).T @ (x - mean) / count)
     values = values.clamp_min(0)
     round_, square = values.mean(), values.square().sum()
     over = (1 - 2 / size) * square + (size * round_) ** 2
@@ -95,7 +101,7 @@ def shortest(source: Spread, target: Spread) -> Crossing:
     References:
         Peyré and Cuturi, Computational Optimal Transport, https://arxiv.org/abs/1803.00567 (eq. 2.40).
     """
-    u, _, v = torch.linalg.svd(source.root(0.5) @ target.root(0.5))
+    u, _, v = _linalg.svd(source.root(0.5) @ target.root(0.5))
     return Crossing(source, target, u @ v)
 
 
@@ -126,7 +132,7 @@ def align(
     trial = math.ceil(TRIAL * steps)
     ways = [_Way(denoise, schedule, replace(start, turn=sign * start.turn), z) for sign in (1, -1)]
     begun = generator.get_state()
-    losses = []
+    losses = list[float]()
     for number, way in enumerate(ways):
         generator.set_state(begun)  # the same items and noise for both
         taken = [way.step(generator, RATE) for _ in _told(trial, on_step, number * trial)]
@@ -201,5 +207,5 @@ class _Way:
     def crossing(self) -> Crossing:
         """The crossing as turned so far."""
         self._fold()
-        u, _, v = torch.linalg.svd(self.start.turn @ self.turned)  # rounding taken out of it
+        u, _, v = _linalg.svd(self.start.turn @ self.turned)  # rounding taken out of it
         return replace(self.start, turn=u @ v)

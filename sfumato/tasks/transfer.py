@@ -101,7 +101,7 @@ def transfer(
     own = class_numbers(loaded, own_label, inputs)
     if own is None:
         raise UserError(f"{source}: has no labels; say which class its items are of with --own-label")
-    classes = [k for k in sorted(set(own.tolist())) if k != goal]
+    classes = sorted({int(k) for k in own} - {goal})
     search = _Search(loaded, goal, align, samples, seed, progress)
     crossings = {k: search(k) for k in classes}
     change = _Carried(loaded, own, goal, crossings, start, how)
@@ -158,7 +158,8 @@ class _Search:
 
         from sfumato.tasks.common import tell
 
-        how, parts = self.model.sampling, []
+        how = self.model.sampling
+        parts: list[Tensor] = []
         for first in range(0, self.samples, CHUNK):
             items = range(first, min(first + CHUNK, self.samples))
             parts.append(self.model.sample(items, _same(label, len(items)), seed=self.seed, how=how))
