@@ -55,7 +55,7 @@ def generate(
         model: Folder of the model.
         n: How many items.
         out: Folder to write them to: the items, and metadata.jsonl.
-        sheet: Picture file that shows the first 100 of them side by side.
+        sheet: Picture file that shows the first 100 of them side by side, of a table how 2,000 rows are distributed.
         label: Class of all items (default: every class in turn).
         where: What each row must fulfil, such as income=>50K or age>=30; rows are drawn until enough do. If hardly any
             does, they are made around the cells that = says.
@@ -114,7 +114,7 @@ def generate(
     if out is not None and is_main():
         loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)
     if sheet is not None and is_main():
-        save_picture(loaded.modality.sheet(items[:SHOWN], loaded.card.mode, None), sheet)
+        save_picture(loaded.modality.sheet(items[: max(SHOWN, loaded.modality.shown)], loaded.card.mode, None), sheet)
     return Result(items, rows, time.perf_counter() - start, vars(how).copy())
 
 
