@@ -137,11 +137,19 @@ class Denoiser(nn.Module):
         Under autocast the weights, and so the input, are float32, and the network's own layers cast.
         """
         weight = next(self.net.parameters(), z_t)
-        z_in = (trail(self.c_in(t), z_t) * z_t).to(weight.dtype)
+        z_in = self._input(z_t, t).to(weight.dtype)
         times = (t, t if s is None else s) if self.jumps else (t,)
         clocks = torch.stack([self.clock(x) for x in times], -1).to(z_t)  # float32 even for a bf16 network: its
         clocks = clocks if t.ndim == 1 else clocks.flatten(1, -2)  # features need the digits; (B, K) or (B, N, K)
         return self.net(z_in, clocks, cond or _UNTOLD, mask).to(z_t.dtype)
+
+    def _input(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """What the network sees: z_t scaled; of categories what is expected of each column alone, which tells as much."""
+        z_in, corners = trail(self.c_in(t), z_t) * z_t, self.corners()
+        if corners is None:
+            return z_in
+        chances = log_chances(corners, torch.zeros_like(z_t), z_t, *self.schedule(t))
+        return torch.cat([z_in[:, : corners.start], expected(corners, chances)], 1)
 
     def forward(
         self,
