@@ -144,7 +144,7 @@ class Denoiser(nn.Module):
         return self.net(z_in, clocks, cond or _UNTOLD, mask).to(z_t.dtype)
 
     def _input(self, z_t: Tensor, t: Tensor) -> Tensor:
-        """What the network sees: z_t scaled; of categories what is expected of each column alone, which tells as much."""
+        """What the network sees: z_t scaled; of categories what each column alone lets expect, which tells as much."""
         z_in, corners = trail(self.c_in(t), z_t) * z_t, self.corners()
         if corners is None:
             return z_in

@@ -60,6 +60,24 @@ def test_without_a_network_it_is_bayes_for_independent_columns():
         start += width
 
 
+def test_the_network_sees_what_each_column_alone_lets_expect():
+    """That is what an untrained one answers; and of the number its noisy self."""
+    seen: list[Tensor] = []
+
+    class Watched(Constant):
+        def forward(self, z: Tensor, clocks: Tensor, cond: object = None, mask: object = None) -> Tensor:
+            seen.append(z)
+            return super().forward(z, clocks)
+
+    g = torch.Generator().manual_seed(1)
+    z, at = drawn(20, g), torch.full((20,), 0.4, dtype=torch.float64)
+    model = Denoiser(Watched(torch.zeros(6)), make_schedule("flow"), "v", corners=corners)
+    z_t = model.noised(z, torch.randn(20, 6, generator=g), at)
+    alone = model(z_t, at)
+    torch.testing.assert_close(seen[0][:, 1:], alone[:, 1:])
+    torch.testing.assert_close(seen[0][:, 0], z_t[:, 0] / (0.4**2 + 0.6**2) ** 0.5)
+
+
 def test_a_number_is_denoised_as_before():
     z_t, at = torch.randn(3, 6), torch.full((3,), 0.5, dtype=torch.float64)
     plain = Denoiser(denoiser().net, make_schedule("flow"), "v")

@@ -12,6 +12,7 @@ import pytest
 
 from sfumato.data import read_images, read_source
 from sfumato.errors import UserError
+from sfumato.types import UNKNOWN
 
 Folder = Callable[..., Path]
 CLASSES = {f"{kind}/{i}.png": 10 * k + i for k, kind in enumerate(("cat", "dog")) for i in range(6)}
@@ -246,7 +247,9 @@ def test_metadata_faults(folder: Folder) -> None:
     assert len(data) == 10 and "gone.png" in data.notes[0]
     refused(folder({"metadata.jsonl": jsonl(*rows[1:])}), "1 images are not in the metadata: 0.png")
     assert len(read_images(lost, skip_bad=True)[0]) == 9
-    refused(folder({"metadata.jsonl": jsonl(*rows[1:], {"file_name": "0.png"})}), "1 of 10 images have no label")
+    data = read_images(folder({"metadata.jsonl": jsonl(*rows[1:], {"file_name": "0.png"})}))[0]
+    assert data.labels is not None  # one that is left open is no fault, and said
+    assert data.labels.tolist() == [UNKNOWN] + 9 * [0] and "1 of 10 images have no label" in data.notes[0]
     refused(folder({"metadata.jsonl": "{oops\n"}), "metadata.jsonl, line 1: not JSON")
     refused(folder({"metadata.jsonl": "[1]\n"}), "line 1: want one object a line")
     refused(folder({"metadata.jsonl": jsonl({"label": "a"})}), "row 1: has no file_name")

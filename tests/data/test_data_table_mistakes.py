@@ -171,7 +171,7 @@ def test_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sfumato.data.table._write_lines", full)
+    monkeypatch.setattr("sfumato.data.table_write._write_lines", full)
     with pytest.raises(UserError, match=r"cannot be written \(No space left"):
         write_table(path, [Column("a", "number")], np.zeros((3, 1)), overwrite=True)
     assert path.read_text() == "a\n0\n1\n2\n" and [p.name for p in tmp_path.iterdir()] == ["x.csv"]

@@ -142,14 +142,19 @@ def job(seconds_used: float = 0.0, *overrides: str) -> Any:
     settings = make_plan(IMAGE, apply_overrides(Settings(budget_seconds=100), overrides), FACTS, 100, None)
     left = lambda: 100 * 0.99 - 6 - seconds_used
     return SimpleNamespace(
-        settings=settings, record={}, train=range(6_000), seconds_left=left, started=time.monotonic()
+        settings=settings, record={}, train=range(6_000), classes=0, seconds_left=left, started=time.monotonic()
     )
 
 
 def measured(
     monkeypatch: pytest.MonkeyPatch, codec: float = 0.01, denoiser: float = 0.02, features: float = 0.0
 ) -> None:
-    speeds = {"features": Speed(features, 0), "codec": Speed(codec, 1e9), "denoiser": Speed(denoiser, 2e9)}
+    speeds = {
+        "features": Speed(features, 0),
+        "beside": Speed(0.0, 0),
+        "codec": Speed(codec, 1e9),
+        "denoiser": Speed(denoiser, 2e9),
+    }
     monkeypatch.setattr(planning, "measure_stages", lambda _: dict(speeds))
 
 
