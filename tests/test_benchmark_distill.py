@@ -1,6 +1,5 @@
 """The benchmark of few-step models: who is asked for what, and what the table says."""
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from tests.loading import load_benchmark
 
 
 class Said(NamedTuple):
@@ -20,12 +19,7 @@ class Said(NamedTuple):
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("distill", BENCHMARKS / "distill.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("distill", monkeypatch)
 
 
 @pytest.fixture

@@ -1,25 +1,18 @@
 """The benchmark of samplers: how many steps calls pay for, what is compared with what, and what the table says."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 from sfumato.core import SAMPLERS, denoiser_calls
+from tests.loading import load_benchmark
 from tests.tasks.conftest import new_model
-
-PLACE = Path(__file__).parent.parent / "benchmarks" / "samplers.py"
 
 
 @pytest.fixture
-def samplers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("samplers", PLACE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def samplers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_benchmark("samplers", monkeypatch)
 
 
 def test_steps_use_up_the_calls(samplers: ModuleType):

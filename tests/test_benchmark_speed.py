@@ -1,6 +1,5 @@
 """The benchmarks of speed: what they add up, and what they say of it."""
 
-import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -14,28 +13,18 @@ import pytest
 import torch
 
 from sfumato.training import planning
+from tests.loading import load_benchmark
 from tests.training.common import SMALL, pictures
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
 def profile_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load("profile_step", monkeypatch)
+    return load_benchmark("profile_step", monkeypatch)
 
 
 @pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load("scaling", monkeypatch)
+    return load_benchmark("scaling", monkeypatch)
 
 
 def cells(line: str) -> list[str]:

@@ -1,6 +1,5 @@
 """The benchmark of tables: its baselines are what they are called, and what is done is not done again."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,17 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from tests.loading import load_benchmark
 
 
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("tables", BENCHMARKS / "tables.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    yield load_benchmark("tables", monkeypatch)
 
 
 def correlated(count: int = 4_000) -> pd.DataFrame:

@@ -1,7 +1,5 @@
 """The benchmark of transfer: the styles, and that no digit is there in two of them."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -9,18 +7,12 @@ import pytest
 import torch
 
 from sfumato.data import Data
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from tests.loading import load_benchmark
 
 
 @pytest.fixture
 def transfer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("transfer", BENCHMARKS / "transfer.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("transfer", monkeypatch)
 
 
 def strokes(count: int) -> np.ndarray:
@@ -55,7 +47,6 @@ def test_scores_of_the_truth(transfer: ModuleType):
     x = torch.rand(4, 1, 28, 28) * 2 - 1
     bytes_ = transfer.pixels(x)
     assert np.abs(transfer.images(bytes_).numpy() - x.numpy()).max() <= 1 / 255 + 1e-6
-    sees = lambda k: torch.nn.Sequential()
     transfer.predict = lambda net, items: torch.full((len(items),), 2)
-    scores = transfer.score(transfer.Judges(sees(0), sees(0)), x, x, torch.tensor([2, 2, 0, 1]), "outlined")
+    scores = transfer.score(transfer.Judges(None, None), x, x, torch.tensor([2, 2, 0, 1]), "outlined")
     assert scores.label == 0.5 and scores.style == 1.0 and scores.psnr == 100.0

@@ -1,6 +1,5 @@
 """The benchmarks' bookkeeping: what is asked of whom, what is skipped, what the table says."""
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,21 +7,14 @@ from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from tests.loading import load_benchmark
+
 REPORT = {"fd": 3.21, "fd_floor": 0.5, "accuracy": 0.99, "accuracy_floor": 0.993, "coverage": 0.9, "novelty": 0.95}
 
 
-def benchmark(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def quality() -> ModuleType:
-    return benchmark("quality")
+def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_benchmark("quality", monkeypatch)
 
 
 @pytest.fixture
@@ -99,11 +91,11 @@ FEATURES = ["features       0 %", "features     100 %"]
         (PLAN, [1, 2, 2]),
     ],
 )
-def test_marks_of_a_start(lines: list[str], seconds: list[int]):
+def test_marks_of_a_start(lines: list[str], seconds: list[int], monkeypatch: pytest.MonkeyPatch):
     """Line i comes at second i."""
-    assert benchmark("start").marks(lines, iter(range(1, 9))) == seconds
+    assert load_benchmark("start", monkeypatch).marks(lines, iter(range(1, 9))) == seconds
 
 
-def test_a_start_that_fails_is_no_row():
+def test_a_start_that_fails_is_no_row(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(SystemExit, match="plan"):
-        benchmark("start").marks(["sfumato: nowhere: no such file or folder"], iter(range(9)))
+        load_benchmark("start", monkeypatch).marks(["sfumato: nowhere: no such file or folder"], iter(range(9)))

@@ -139,8 +139,9 @@ class Denoiser(nn.Module):
         weight = next(self.net.parameters(), z_t)
         z_in = self._input(z_t, t).to(weight.dtype)
         times = (t, t if s is None else s) if self.jumps else (t,)
-        clocks = torch.stack([self.clock(x) for x in times], -1).to(z_t)  # float32 even for a bf16 network: its
-        clocks = clocks if t.ndim == 1 else clocks.flatten(1, -2)  # features need the digits; (B, K) or (B, N, K)
+        # float32 even for a bf16 network: its features need the digits
+        clocks = torch.stack([self.clock(x) for x in times], -1).to(z_t)
+        clocks = clocks if t.ndim == 1 else clocks.flatten(1, -2)  # (B, K) or (B, N, K)
         return self.net(z_in, clocks, cond or _UNTOLD, mask).to(z_t.dtype)
 
     def _input(self, z_t: Tensor, t: Tensor) -> Tensor:
