@@ -104,6 +104,8 @@ class DenoiserSettings(Section):
     width: int | None = Field(default=None, ge=1, description="channels of the network")
     depth: int | None = Field(default=None, ge=1, description="blocks of the network")
     heads: int | None = Field(default=None, ge=1, description="attention heads")
+    embed: int | None = Field(default=None, ge=1, description="numbers that the time and the condition become")
+    gated: bool | None = Field(default=None, description="whether a perceptron's hidden layers are products")
     patch: int | None = Field(default=None, ge=1, description="latent positions per token, along a side")
     schedule: ScheduleName | None = Field(default=None, description="t -> (alpha, sigma)")
     schedule_settings: Numbers | None = Field(default=None, description="numbers of the schedule, such as beta_max")

@@ -14,6 +14,8 @@ from sfumato.errors import UserError
 from sfumato.nn.blocks import zero_init
 from sfumato.types import Corners, Latent
 
+APART = 2.0  # deviation of a category's levels, all together; that of a number is 1
+
 
 class Group(NamedTuple):
     """What a column holds, as one of several levels: a one among zeros.
@@ -245,15 +247,16 @@ class TableCodec(Codec):
 
     @torch.no_grad()
     def learn_statistics(self, h: Tensor | Iterable[Tensor], floor: float = 1e-3) -> None:
-        """As for every codec; but the levels of a group, if they are the latent, have unit variance together.
+        """As for every codec; but the levels of a group, if they are the latent, have a deviation of `APART` together.
 
         Alone they would be as far apart as they are rare, or many: then all but the last of the noise would leave no
-        doubt which one it is, and the network would be asked about it at few times only.
+        doubt which one it is, and the network would be asked about it at few times only. Twice that of numbers, levels
+        are decided on before numbers are, which are then told apart by them.
         """
         super().learn_statistics(h, floor)
         if self.whole:
             scores, groups = self.features.split(self.latent_std[None])
-            shared = [group.square().sum().sqrt().expand_as(group) for group in groups]
+            shared = [(group.square().sum().sqrt() / APART).expand_as(group) for group in groups]
             self.latent_std.copy_(torch.cat([scores, *shared], 1)[0])
 
     def untouched(self, mask: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ def build_card(settings: Settings, data: Data, modality: Modality[Any], classes:
     """The model that a complete plan describes."""
     denoiser, sample = settings.denoiser, settings.sample
     net: dict[str, Any] = {"name": denoiser.net, "width": denoiser.width, "depth": denoiser.depth}
-    if denoiser.net != "mlp":
+    if denoiser.net == "mlp":
+        net |= {"embed": denoiser.embed, "gated": denoiser.gated}
+    else:
         net["heads"] = denoiser.heads
     if denoiser.net == "dit":
         net["patch"] = denoiser.patch

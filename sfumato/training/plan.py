@@ -59,6 +59,8 @@ def plan_denoiser(
         width=width,
         depth=depth,
         heads=max(1, (given.width or width) // 64),
+        embed=128,
+        gated=False,
         patch=1,
         schedule="flow",
         predict="flow",

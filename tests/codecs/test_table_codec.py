@@ -98,9 +98,9 @@ def test_latents_have_zero_mean_and_unit_variance(bottleneck: str):
     assert z.shape == (ROWS, codec.latent_size) and z.mean(0).abs().max() < 1e-3
     scores, groups = codec.features.split(z) if bottleneck == "identity" else (z[:, :0], [z])
     assert (scores[:, :2].var(0) - 1).abs().max() < 0.02 if bottleneck == "identity" else True
-    for group in groups:  # the corners of a group have unit variance together
+    for group in groups:  # the corners of a group have a variance of 4 together
         variance = group.var(0).sum() if bottleneck == "identity" else group.var(0).mean()
-        torch.testing.assert_close(variance, torch.tensor(1.0), rtol=0.02, atol=0)
+        torch.testing.assert_close(variance, torch.tensor(4.0 if bottleneck == "identity" else 1.0), rtol=0.02, atol=0)
 
 
 def test_identity_learns_nothing_and_gives_rows_back():

@@ -69,6 +69,17 @@ def test_gradients_reach_every_parameter(name: str) -> None:
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, key
 
 
+def test_a_gated_perceptron_has_as_many_weights_and_multiplies() -> None:
+    plain, gated = (ResMLP((6,), width=96, depth=2, gated=gated) for gated in (False, True))
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (plain, gated)]
+    assert abs(sizes[1] / sizes[0] - 1) < 0.01
+    block, off, on = gated.blocks[0], torch.zeros(1, 96), torch.ones(1, 96)
+    torch.nn.init.zeros_(block.up.bias[64:])  # type: ignore[arg-type, index]
+    torch.nn.init.zeros_(block.up.weight[64:])  # type: ignore[arg-type, index]
+    x = torch.randn(1, 96)
+    torch.testing.assert_close(block(x, off, off, on), x + block.down.bias)  # one factor is nothing: so is the product
+
+
 def test_every_block_of_the_mlp_has_its_own_modulation() -> None:
     z, clocks, cond = inputs((2, 5, 4))
     net = small("mlp", (2, 5, 4))
