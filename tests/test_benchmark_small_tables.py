@@ -1,0 +1,26 @@
+"""The benchmark of small tables: halves share no row, and a copy is found out."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.loading import load_benchmark
+
+
+def test_copies_are_found_out_and_new_rows_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    small = load_benchmark("small_tables", monkeypatch)
+    first, second = small.halves("diabetes", 0)
+    assert not set(first.index) & set(second.index) and len(first) + len(second) == 442
+
+    def call(words: list[str]) -> None:  # a model that gives back rows of the other half
+        if words[2] == "generate":
+            shutil.copy(tmp_path / "diabetes-0" / "data" / "test.csv", words[words.index("--out") + 1])
+
+    monkeypatch.setattr(small, "call", call)
+    assert small.main(["--names", "diabetes", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    made, copy = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:])
+    assert made[3] == "sfumato" and float(made[4]) < 0.1 and float(made[5]) == 0
+    assert copy[3] == "bootstrap copy" and float(copy[4]) > 0.75 and float(copy[5]) == 1
