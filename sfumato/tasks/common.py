@@ -1,7 +1,7 @@
 """What several tasks need: opening a model, reading a source, sharing items between processes, output folders."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from sfumato.data import BUILTINS
 from sfumato.data.cache import allocate_tensor
 from sfumato.errors import UserError
 from sfumato.machine import default_device
-from sfumato.model import Model, load, read_json
+from sfumato.model import Model, Sampling, load, read_json
 
 Progress = Callable[[str, int, int], None]
 
@@ -82,6 +82,29 @@ class Collected:
             self.items = allocate_tensor((self.count, *part.shape[1:]), part.dtype)
         self.items[self.done : self.done + len(part)] = part
         self.done += len(part)
+
+
+def batches(numbers: Sequence[int], batch: int) -> Iterator[Sequence[int]]:
+    """The numbers in their order, at most `batch` at once."""
+    return (numbers[first : first + batch] for first in range(0, len(numbers), batch))
+
+
+def drawn(
+    model: Model, numbers: Sequence[int], label: Tensor | None, how: Sampling, seed: int, batch: int
+) -> Iterator[Tensor]:
+    """Latents (B, *latent_shape) of new items, batch by batch: item i has the noise of its number.
+
+    Args:
+        model: What makes them.
+        numbers: Their numbers (N).
+        label: Class numbers (N,), None for no condition.
+        how: Sampler, steps, guidance.
+        seed: Seed of the noise.
+        batch: Items computed at once.
+    """
+    parts = [None] * -(-len(numbers) // batch) if label is None else label.split(batch)
+    for some, labels in zip(batches(numbers, batch), parts, strict=False):
+        yield model.sample(some, labels, seed=seed, how=how)
 
 
 def check_counts(least: int = 1, **counts: int | None) -> None:

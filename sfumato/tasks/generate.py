@@ -81,7 +81,18 @@ def generate(
 
     import torch
 
-    from sfumato.tasks.common import Collected, check_counts, gathered, is_main, open_model, save_picture, shard, tell
+    from sfumato.tasks.common import (
+        Collected,
+        batches,
+        check_counts,
+        drawn,
+        gathered,
+        is_main,
+        open_model,
+        save_picture,
+        shard,
+        tell,
+    )
     from sfumato.tasks.inpaint import around
     from sfumato.tasks.kinds import of_kinds
 
@@ -98,15 +109,14 @@ def generate(
         """The items of these numbers, shared out between processes; with the cells that are known, if any are."""
         mine = [numbers[i] for i in shard(len(numbers))]
         labels = loaded.labels_for(mine, seed) if fixed is None else torch.full((len(mine),), fixed)
+        if known is None:
+            made = (loaded.decode(z) for z in drawn(loaded, mine, labels, how, seed, batch))
+        else:
+            made = (around(loaded, some, known, how, seed) for some in batches(mine, batch))
         parts = Collected(len(mine), loaded.card.shape)
-        for first in range(0, len(mine), batch):
-            some = slice(first, first + batch)
-            if known is None:
-                z = loaded.sample(mine[some], None if labels is None else labels[some], seed=seed, how=how)
-                parts.append(loaded.decode(z))
-            else:
-                parts.append(around(loaded, mine[some], known, how, seed))
-            tell(progress, "generate", min(first + batch, len(mine)), len(mine))
+        for part in made:
+            parts.append(part)
+            tell(progress, "generate", parts.done, len(mine))
         return gathered(parts.items, len(numbers))
 
     numbers, items = (range(n), draw(range(n))) if kinds is None else of_kinds(n, kinds, draw)

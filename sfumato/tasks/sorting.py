@@ -14,7 +14,7 @@ from sfumato.data import Data
 from sfumato.errors import UserError
 from sfumato.modality import Sorter
 from sfumato.model import Model, Sampling
-from sfumato.tasks.common import Progress, gathered, label_values, shard, source_settings, tell, title
+from sfumato.tasks.common import Progress, drawn, gathered, label_values, shard, source_settings, tell, title
 from sfumato.tasks.inputs import known_classes, offered, rows_of
 from sfumato.types import UNKNOWN
 
@@ -86,14 +86,11 @@ class Maker:
 
     def __call__(self, numbers: Sequence[int], asked: Tensor | None) -> Tensor:
         """The items (N, ...) of these numbers, of the classes (N,) asked for, shared out between processes."""
-        mine = shard(len(numbers))
-        parts = [torch.empty(0, *self.model.card.shape)]  # a process may have no items
-        for first in range(0, len(mine), self.batch):
-            some = mine[first : first + self.batch]
-            label = None if asked is None else asked[some]
-            z = self.model.sample([numbers[i] for i in some], label, seed=self.seed, how=self.how)
-            parts.append(self.model.decode(z))
-        return gathered(torch.cat(parts), len(numbers))
+        mine, model = shard(len(numbers)), self.model
+        label = None if asked is None else asked[mine]
+        latents = drawn(model, [numbers[i] for i in mine], label, self.how, self.seed, self.batch)
+        none = torch.empty(0, *model.card.shape)  # a process may have no items
+        return gathered(torch.cat([none, *map(model.decode, latents)]), len(numbers))
 
 
 @dataclass

@@ -156,14 +156,12 @@ class _Search:
         """Latents of new items of a class (N, ...)."""
         import torch
 
-        from sfumato.tasks.common import tell
+        from sfumato.tasks.common import drawn, tell
 
-        how = self.model.sampling
-        parts: list[Tensor] = []
-        for first in range(0, self.samples, CHUNK):
-            items = range(first, min(first + CHUNK, self.samples))
-            parts.append(self.model.sample(items, _same(label, len(items)), seed=self.seed, how=how))
-            tell(self.progress, "samples", items.stop, self.samples)
+        labels, parts = _same(label, self.samples), list["Tensor"]()
+        for z in drawn(self.model, range(self.samples), labels, self.model.sampling, self.seed, CHUNK):
+            parts.append(z)
+            tell(self.progress, "samples", sum(map(len, parts)), self.samples)
         return torch.cat(parts)
 
 
