@@ -13,6 +13,7 @@ from sfumato.config import Settings, StageSettings, apply_overrides
 from sfumato.errors import UserError
 from sfumato.modality import Facts
 from sfumato.modality.image import IMAGE, latent_grid
+from sfumato.modality.table import plan as plan_table
 from sfumato.training import planning
 from sfumato.training.measure import Speed
 from sfumato.training.plan import make_plan, most_steps
@@ -49,6 +50,15 @@ def test_small_and_odd_shapes_have_a_grid(shape: tuple[int, int, int]):
     f, c = latent_grid(shape)
     assert f & (f - 1) == 0 and f >= 1 and c >= 1
     assert math.prod(numbers(shape)) <= math.prod(shape)
+
+
+@pytest.mark.parametrize(
+    ("given", "left"), [(None, {"mean", "std"}), ("logit_normal", {"mean", "std"}), ("uniform", set())]
+)
+def test_another_density_of_times_gets_no_settings_of_a_tables_own(given: str | None, left: set[str]):
+    overrides = [f"denoiser.times={given}"] if given else []
+    table = plan_table(apply_overrides(Settings(), overrides), replace(FACTS, shape=(5,)), 60.0).denoiser
+    assert set(table.times_settings or {}) == left
 
 
 def test_sizes_grow_with_the_budget():
