@@ -30,6 +30,10 @@ BATCH = 256  # items a step
 RATE = 5e-3  # of Adam, in radians; falls to zero
 SHARES = (0.2, 0.8)  # of noise, at which likelihood is compared
 TRIAL = 0.25  # share of the steps that each start is given before the better one goes on
+FRESH, LOOKS = (
+    0.2,
+    8,
+)  # share of the items that the search does not see, and batches of them that it must prove itself on
 _linalg: Any = torch.linalg  # its functions have no types
 _FOLDED = 25  # steps after which the turn so far becomes the new zero: far from it the exponential bends
 
@@ -118,7 +122,9 @@ def align(
 
     Of z' = `start`(z) turned by R, entropy is the same for every R, so the likeliest is also the closest in
     distribution: KL = const - E log p(z'), and its bound by the denoiser's error $E \|\hat z(z'_t) - z'\|^2$ is
-    descended. The start and its mirror image (-R) are both tried, and the better one goes on.
+    descended. The start and its mirror image (-R) are both tried, and the better one goes on. What was found counts
+    only if it beats the start by more than chance on items that the search has not seen: R has many angles, and few
+    items can be fitted by a turn that means nothing.
 
     Args:
         denoise: (z, t) -> z_hat under the target's condition, of `BATCH` items.
@@ -130,7 +136,8 @@ def align(
         on_step: Called with the number of steps done.
     """
     trial = math.ceil(TRIAL * steps)
-    ways = [_Way(denoise, schedule, replace(start, turn=sign * start.turn), z) for sign in (1, -1)]
+    seen, fresh = z.split([len(z) - math.ceil(FRESH * len(z)), math.ceil(FRESH * len(z))])
+    ways = [_Way(denoise, schedule, replace(start, turn=sign * start.turn), seen) for sign in (1, -1)]
     begun = generator.get_state()
     losses = list[float]()
     for number, way in enumerate(ways):
@@ -141,7 +148,34 @@ def align(
     left = steps - 2 * trial
     for i in _told(left, on_step, 2 * trial):
         best.step(generator, RATE * (1 - i / left))
-    return best.crossing
+    return best.crossing if _better(denoise, schedule, best.crossing, start, fresh, generator) else start
+
+
+@torch.no_grad()
+def _better(
+    denoise: Denoise, schedule: Schedule, found: Crossing, start: Crossing, z: Tensor, generator: Generator
+) -> bool:
+    """Whether what a crossing makes of items z is likelier than what another does, by two standard errors."""
+    gains = list[Tensor]()
+    for _ in range(LOOKS):
+        x = z[torch.randint(len(z), (BATCH,), generator=generator)]
+        begun, errors = generator.get_state(), list[Tensor]()
+        for way in (start, found):
+            generator.set_state(begun)  # the same noise for both
+            errors.append(_errors(denoise, schedule, way(x), generator))
+        gains.append(errors[0] - errors[1])
+    gain = torch.cat(gains)
+    return bool(gain.mean() > 2 * gain.std() / math.sqrt(len(gain)))
+
+
+def _errors(denoise: Denoise, schedule: Schedule, z: Tensor, generator: Generator) -> Tensor:
+    """The squared error of the denoiser (B,) at items z (B, ...) under noise."""
+    low, high = SHARES
+    share = low + (high - low) * torch.rand(len(z), generator=generator, dtype=torch.float64)
+    t = schedule.inverse(-2 * torch.logit(share))
+    alpha, sigma = (trail(value, z) for value in schedule(t))
+    noise = torch.randn(z.shape, generator=generator).to(z)
+    return (denoise(alpha * z + sigma * noise, t) - z).square().flatten(1).sum(1)
 
 
 def _told(count: int, on_step: Callable[[int], None] | None, before: int) -> Iterator[int]:
@@ -180,12 +214,7 @@ class _Way:
         x = self.items[torch.randint(len(self.items), (BATCH,), generator=generator)]
         x = (x + x @ self.led @ self._local() @ self.led.T) @ self.root + self.mean
         z = x.reshape(-1, *self.shape).to(self.device)
-        low, high = SHARES
-        share = low + (high - low) * torch.rand(BATCH, generator=generator, dtype=torch.float64)
-        t = self.schedule.inverse(-2 * torch.logit(share))
-        alpha, sigma = (trail(value, z) for value in self.schedule(t))
-        noise = torch.randn(z.shape, generator=generator).to(z)
-        error = (self.denoise(alpha * z + sigma * noise, t) - z).square().flatten(1).sum(1).mean()
+        error = _errors(self.denoise, self.schedule, z, generator).mean()
         self.optimizer.zero_grad()
         error.backward()
         self.optimizer.step()

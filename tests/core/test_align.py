@@ -80,3 +80,17 @@ def test_a_mirror_image_is_found():
     assert near < 0.1 * far
     assert done == list(range(1, 201))
     torch.testing.assert_close(found.turn @ found.turn.T, torch.eye(SIZE).double(), rtol=0, atol=1e-9)
+
+
+def test_a_turn_that_fits_a_few_items_by_chance_is_not_taken():
+    """Source and target are the same: there is nothing to find, and what ten items suggest does not hold for others."""
+    schedule = make_schedule("flow")
+
+    def denoise(z: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (value.float() for value in schedule(t))
+        return exact(z[:, None], alpha, sigma, items(1, count=600))
+
+    z = items(0, count=10)
+    start = shortest(measure_spread(items(0, count=600)), measure_spread(items(1, count=600)))
+    found = align(denoise, schedule, start, z, 100, torch.Generator().manual_seed(0))
+    assert torch.equal(found.turn, start.turn)
