@@ -28,7 +28,7 @@ from .schedule import Schedule
 TURNED = 64  # leading directions of the target that are turned
 BATCH = 256  # items a step
 RATE = 5e-3  # of Adam, in radians; falls to zero
-SHARES = (0.2, 0.8)  # of noise, at which likelihood is compared
+SHARES = (0.1, 0.8)  # of noise, at which likelihood is compared
 TRIAL = 0.25  # share of the steps that each start is given before the better one goes on
 FRESH, LOOKS = (
     0.2,
@@ -121,8 +121,9 @@ def align(
     r"""The crossing, turned so that what it makes of z is most likely under the target.
 
     Of z' = `start`(z) turned by R, entropy is the same for every R, so the likeliest is also the closest in
-    distribution: KL = const - E log p(z'), and its bound by the denoiser's error $E \|\hat z(z'_t) - z'\|^2$ is
-    descended. The start and its mirror image (-R) are both tried, and the better one goes on. What was found counts
+    distribution: KL = const - E log p(z'), and its bound by the denoiser's error,
+    $\int E \|\hat z(z'_t) - z'\|^2 dSNR$, is descended. (Without the weight of the SNR, what is dull would count as
+    likely.) The start and its mirror image (-R) are both tried, and the better one goes on. What was found counts
     only if it beats the start by more than chance on items that the search has not seen: R has many angles, and few
     items can be fitted by a turn that means nothing.
 
@@ -134,6 +135,9 @@ def align(
         steps: Of gradient descent, in all.
         generator: Draws items and noise.
         on_step: Called with the number of steps done.
+
+    References:
+        Kingma et al., Variational Diffusion Models, https://arxiv.org/abs/2107.00630 (eq. 17): likelihood's bound.
     """
     trial = math.ceil(TRIAL * steps)
     seen, fresh = z.split([len(z) - math.ceil(FRESH * len(z)), math.ceil(FRESH * len(z))])
@@ -169,13 +173,17 @@ def _better(
 
 
 def _errors(denoise: Denoise, schedule: Schedule, z: Tensor, generator: Generator) -> Tensor:
-    """The squared error of the denoiser (B,) at items z (B, ...) under noise."""
-    low, high = SHARES
-    share = low + (high - low) * torch.rand(len(z), generator=generator, dtype=torch.float64)
-    t = schedule.inverse(-2 * torch.logit(share))
+    r"""The squared error of the noise (B,) that the denoiser finds in items z (B, ...), at log-SNRs drawn evenly.
+
+    That is the integral of $\|\hat z - z\|^2$ over the SNR, by which the bound of the likelihood is made.
+    """
+    low, high = (-2 * math.log(share / (1 - share)) for share in SHARES)
+    logsnr = low + (high - low) * torch.rand(len(z), generator=generator, dtype=torch.float64)
+    t = schedule.inverse(logsnr)
     alpha, sigma = (trail(value, z) for value in schedule(t))
     noise = torch.randn(z.shape, generator=generator).to(z)
-    return (denoise(alpha * z + sigma * noise, t) - z).square().flatten(1).sum(1)
+    missed = (denoise(alpha * z + sigma * noise, t) - z) * trail(torch.exp(logsnr / 2), z)
+    return missed.square().flatten(1).sum(1)
 
 
 def _told(count: int, on_step: Callable[[int], None] | None, before: int) -> Iterator[int]:

@@ -79,21 +79,7 @@ def generate(
     """
     import time
 
-    import torch
-
-    from sfumato.tasks.common import (
-        Collected,
-        batches,
-        check_counts,
-        drawn,
-        gathered,
-        is_main,
-        open_model,
-        save_picture,
-        shard,
-        tell,
-    )
-    from sfumato.tasks.inpaint import around
+    from sfumato.tasks.common import check_counts, is_main, open_model, save_picture
     from sfumato.tasks.kinds import of_kinds
 
     start = time.perf_counter()
@@ -105,20 +91,7 @@ def generate(
     fixed = None if label is None else loaded.class_number(label)
     kinds = loaded.modality.kinds(where, balance, loaded.card.mode) if where or balance is not None else None
 
-    def draw(numbers: Sequence[int], known: "Tensor | None" = None) -> "Tensor":
-        """The items of these numbers, shared out between processes; with the cells that are known, if any are."""
-        mine = [numbers[i] for i in shard(len(numbers))]
-        labels = loaded.labels_for(mine, seed) if fixed is None else torch.full((len(mine),), fixed)
-        if known is None:
-            made = (loaded.decode(z) for z in drawn(loaded, mine, labels, how, seed, batch))
-        else:
-            made = (around(loaded, some, known, how, seed) for some in batches(mine, batch))
-        parts = Collected(len(mine), loaded.card.shape)
-        for part in made:
-            parts.append(part)
-            tell(progress, "generate", parts.done, len(mine))
-        return gathered(parts.items, len(numbers))
-
+    draw = _Maker(loaded, fixed, how, seed, batch, progress)
     numbers, items = (range(n), draw(range(n))) if kinds is None else of_kinds(n, kinds, draw)
     rows = _rows(loaded, numbers, seed, fixed, how)
     if out is not None and is_main():
@@ -126,6 +99,37 @@ def generate(
     if sheet is not None and is_main():
         save_picture(loaded.modality.sheet(items[: max(SHOWN, loaded.modality.shown)], loaded.card.mode, None), sheet)
     return Result(items, rows, time.perf_counter() - start, vars(how).copy())
+
+
+@dataclass
+class _Maker:
+    """Makes items by their numbers, all of one class (`fixed`) or of each class in turn."""
+
+    model: "Model"
+    fixed: int | None
+    how: "Sampling"
+    seed: int
+    batch: int
+    progress: "Progress | None"
+
+    def __call__(self, numbers: Sequence[int], known: "Tensor | None" = None) -> "Tensor":
+        """The items (N, ...), shared out between processes; with the cells that are known, if any are."""
+        import torch
+
+        from sfumato.tasks.common import Collected, batches, drawn, gathered, shard, tell
+        from sfumato.tasks.inpaint import around
+
+        model, how, mine = self.model, self.how, [numbers[i] for i in shard(len(numbers))]
+        if known is None:
+            labels = model.labels_for(mine, self.seed) if self.fixed is None else torch.full((len(mine),), self.fixed)
+            made = (model.decode(z) for z in drawn(model, mine, labels, how, self.seed, self.batch))
+        else:
+            made = (around(model, some, known, how, self.seed) for some in batches(mine, self.batch))
+        parts = Collected(len(mine), model.card.shape)
+        for part in made:
+            parts.append(part)
+            tell(self.progress, "generate", parts.done, len(mine))
+        return gathered(parts.items, len(numbers))
 
 
 def sampling(model: "Model", steps: int | None, guidance: float | None, sampler: str | None) -> "Sampling":
