@@ -140,7 +140,8 @@ def align(
         Kingma et al., Variational Diffusion Models, https://arxiv.org/abs/2107.00630 (eq. 17): likelihood's bound.
     """
     trial = math.ceil(TRIAL * steps)
-    seen, fresh = z.split([len(z) - math.ceil(FRESH * len(z)), math.ceil(FRESH * len(z))])
+    kept = math.ceil(FRESH * len(z))
+    seen, fresh = z[:-kept], z[-kept:]
     ways = [_Way(denoise, schedule, replace(start, turn=sign * start.turn), seen) for sign in (1, -1)]
     begun = generator.get_state()
     losses = list[float]()

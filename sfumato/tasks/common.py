@@ -102,9 +102,10 @@ def drawn(
         seed: Seed of the noise.
         batch: Items computed at once.
     """
-    parts = [None] * -(-len(numbers) // batch) if label is None else label.split(batch)
-    for some, labels in zip(batches(numbers, batch), parts, strict=False):
-        yield model.sample(some, labels, seed=seed, how=how)
+    done = 0
+    for some in batches(numbers, batch):
+        yield model.sample(some, None if label is None else label[done : done + len(some)], seed=seed, how=how)
+        done += len(some)
 
 
 def check_counts(least: int = 1, **counts: int | None) -> None:
