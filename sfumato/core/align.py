@@ -122,10 +122,10 @@ def align(
 
     Of z' = `start`(z) turned by R, entropy is the same for every R, so the likeliest is also the closest in
     distribution: KL = const - E log p(z'), and its bound by the denoiser's error,
-    $\int E \|\hat z(z'_t) - z'\|^2 dSNR$, is descended. (Without the weight of the SNR, what is dull would count as
-    likely.) The start and its mirror image (-R) are both tried, and the better one goes on. What was found counts
-    only if it beats the start by more than chance on items that the search has not seen: R has many angles, and few
-    items can be fitted by a turn that means nothing.
+    $\int E \|\hat z(z'_t) - z'\|^2 dSNR$, is descended. (Averaged over times without that weight, it is no bound, and
+    finds wrong turns.) The start and its mirror image (-R) are both tried, and the better one goes on. What was found
+    counts only if it beats the start by more than chance on items that the search has not seen: R has many angles, and
+    few items can be fitted by a turn that means nothing.
 
     Args:
         denoise: (z, t) -> z_hat under the target's condition, of `BATCH` items.

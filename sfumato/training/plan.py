@@ -112,7 +112,10 @@ def make_plan(
         seconds: Wall clock for both stages; where steps are given instead, a usual amount.
         size: Size of the denoiser, in place of the plan's.
     """
-    settings = filled(settings, row.plan(settings, facts, seconds * row.codec_share))
+    usual = row.plan(settings, facts, seconds * row.codec_share)
+    if size is not None:
+        usual.denoiser.width = usual.denoiser.depth = None  # the size says them
+    settings = filled(settings, usual)
     codec = blank_codec(row, settings, facts)
     share = row.codec_share if codec.learns else 0.0
     precision = facts.precision if settings.train.precision == "auto" else settings.train.precision

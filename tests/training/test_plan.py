@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from sfumato.config import Settings, StageSettings, apply_overrides
+from sfumato.data import Column
 from sfumato.errors import UserError
 from sfumato.modality import Facts
 from sfumato.modality.image import IMAGE, latent_grid
+from sfumato.modality.table import TABLE
 from sfumato.modality.table import plan as plan_table
 from sfumato.training import planning
 from sfumato.training.measure import Speed
@@ -59,6 +61,15 @@ def test_another_density_of_times_gets_no_settings_of_a_tables_own(given: str | 
     overrides = [f"denoiser.times={given}"] if given else []
     table = plan_table(apply_overrides(Settings(), overrides), replace(FACTS, shape=(5,)), 60.0).denoiser
     assert set(table.times_settings or {}) == left
+
+
+def test_a_table_gets_the_size_that_is_asked_for():
+    facts = replace(FACTS, shape=(3,), mode={"columns": [asdict(Column(name, "number")) for name in "abc"]})
+    wide = [
+        make_plan(TABLE, apply_overrides(Settings(), fixed), facts, 60.0, size).denoiser.width
+        for size, fixed in ((None, []), ("xs", []), ("xs", ["denoiser.width=96"]))
+    ]
+    assert wide == [512, 256, 96]
 
 
 def test_sizes_grow_with_the_budget():
