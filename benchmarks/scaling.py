@@ -64,13 +64,13 @@ def planned_job(train: Any, held: Any, folder: Path, spec: Spec) -> Any:
     from sfumato.modality import Facts, find_modality
     from sfumato.training.job import Job
     from sfumato.training.log import Log
-    from sfumato.training.plan import NOMINAL_RATE, make_plan
+    from sfumato.training.plan import make_plan
     from sfumato.training.planning import WITHOUT_BUDGET
     from sfumato.training.run import make_accelerator
 
     given = apply_overrides(read_settings({}), spec["settings"])
     row, precision = find_modality("image"), spec["precision"]
-    facts = Facts(train.shape, train.mode, len(train), train.classes, precision, NOMINAL_RATE)
+    facts = Facts(train.shape, train.mode, len(train), train.classes, precision)
     settings = make_plan(row, given, facts, WITHOUT_BUDGET)
     accelerator = make_accelerator("cpu", precision)
     log = Log(folder, None, main=False)

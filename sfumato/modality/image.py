@@ -28,8 +28,9 @@ from sfumato.modality.row import Facts, Kinds, Modality
 from sfumato.modality.sorter import ImageSorter
 from sfumato.nn.classifier import SMALLEST
 
-CODEC_ITEMS = 200_000  # images that the codec sees at least, however wide it is
-PERCEPTUAL_ITEMS = 400_000  # images that the narrowest codec could see: with less time the pixels alone teach faster
+CODEC_ITEMS = 100_000  # images that a codec sees at least, or it is too large for its time
+WIDTH_ITEMS = 2_100  # and the same for each channel of its width
+NOMINAL_RATE = 75e9  # operations a second of a codec's training, where the plan must not depend on the machine
 FEWEST_NUMBERS = 16  # of a latent, however small the item
 CODEC_WIDTHS = (32, 48, 64, 96, 128)
 PAIRED = 8  # columns of a sheet of originals and reconstructions
@@ -48,37 +49,43 @@ def latent_grid(shape: tuple[int, ...]) -> tuple[int, int]:
     return f, max(1, min(16, numbers // positions))
 
 
-def codec_flops(width: int, shape: tuple[int, ...]) -> float:
-    """About how many operations a training step of the codec takes per image (forward and backward)."""
-    return 150e3 * (width / 64) ** 2 * shape[1] * shape[2] * 1.3
+def nominal_pace(codec: CodecSettings, shape: tuple[int, ...]) -> float:
+    """Images a second on a usual machine, from about how many operations a step takes per image and pixel."""
+    width = codec.width or CODEC_WIDTHS[0]
+    features = 0 if codec.perceptual == "none" else 40e3
+    return NOMINAL_RATE / ((48 * width**2 + features) * shape[1] * shape[2])
 
 
 def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
-    """The widest codec that still sees `CODEC_ITEMS` images in its seconds, on few latent numbers.
+    """The largest codec that still sees enough images in its seconds, on few latent numbers.
 
-    The perceptual term makes steps much slower and comes in where there is time for it; its feature network needs some
-    pixels.
+    The perceptual term, whose feature network needs some pixels, makes steps much slower: the smallest codec is the
+    narrowest without it, the next one the narrowest with it.
     """
     f, c = latent_grid(facts.shape)
-    seen = {w: seconds * facts.rate / codec_flops(w, facts.shape) for w in CODEC_WIDTHS}
-    fits = [w for w in CODEC_WIDTHS if seen[w] >= CODEC_ITEMS]
-    perceptual = min(facts.shape[1:]) >= SMALLEST and seen[CODEC_WIDTHS[0]] >= PERCEPTUAL_ITEMS
+    pace = facts.pace or (lambda _, settings: nominal_pace(settings.codec, facts.shape))
     codec = CodecSettings(
         bottleneck="kl",
         latent="grid",
         downsample=f,
         channels=c,
         latent_dim=c * 16,
-        width=max(fits, default=CODEC_WIDTHS[0]),
+        width=CODEC_WIDTHS[0],
         depth=1,
         kl_weight=1e-3,
-        perceptual="auto" if perceptual else "none",
+        perceptual="none",
         perceptual_weight=2.0,
         adversarial_weight=0.0,
         reconstruction="l1",
         codebook_size=512,
         groups=2 if c % 2 == 0 and not (given.codec.channels or 0) % 2 else 1,
     )
+    perceptual = "auto" if min(facts.shape[1:]) >= SMALLEST else "none"
+    for width in CODEC_WIDTHS:
+        larger = codec.model_copy(update={"width": given.codec.width or width, "perceptual": perceptual})
+        if seconds * pace("codec", Settings(codec=larger)) < max(CODEC_ITEMS, WIDTH_ITEMS * larger.width):
+            break
+        codec = larger
     return Settings(codec=codec)
 
 

@@ -27,7 +27,8 @@ class Facts:
         count: Training items.
         classes: Number of classes; 0 without labels.
         precision: `bf16` or `fp32`.
-        rate: Floating-point operations per second that training reaches.
+        pace: (stage, settings) -> items per second that training so planned gets through, measured; None where the
+            plan must not depend on the machine.
     """
 
     shape: tuple[int, ...]
@@ -35,7 +36,7 @@ class Facts:
     count: int
     classes: int
     precision: str
-    rate: float
+    pace: Callable[[str, Settings], float] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from sfumato.data import Data
 from sfumato.errors import UserError
 from sfumato.modality import Modality
 from sfumato.model import Card, Model
-from sfumato.nn.classifier import SMALLEST, Classifier
+from sfumato.nn.classifier import SMALLEST, Classifier, fresh
 from sfumato.nn.semi import fit_semi, partly_labelled
 from sfumato.training.feeds import DataFeed, LatentFeed
 from sfumato.training.job import Job
@@ -98,6 +98,12 @@ def feature_network(job: Job, steps: int) -> Classifier:
     return fit_semi(
         data, job.classes, steps=steps, width=FEATURE_WIDTH, seed=job.settings.seed, device=job.device, bf16=bf16
     )
+
+
+def untrained_features(job: Job) -> Classifier:
+    """A network as `feature_network` makes, to see what it costs."""
+    seed, device = job.settings.seed, torch.device(job.device)
+    return fresh(job.train.shape, max(2, job.classes), FEATURE_WIDTH, seed, device).eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ What decides:
 * The codec gets the row's share of the time, if there is anything to learn in it.
 * Up to `MLP_LIMIT` latent numbers the denoiser is a residual perceptron, beyond that a transformer; it is the largest
   that still sees 20 times the data (of 5,000 to 60,000 items).
-* Steps are time divided by the measured time of a real step.
+* How much is seen in the time, and how many steps there are, is measured on real steps.
 """
 
 import math
@@ -20,7 +20,6 @@ from sfumato.modality import Facts, Modality
 from sfumato.nn import net_size
 
 NOMINAL_RATE = 150e9  # operations a second, where steps are given: the plan must not depend on the machine then
-EFFICIENCY = 0.45  # share of the matrix peak that a training step reaches
 ADVERSARIAL_START = 0.5  # share of the codec's steps before the adversarial loss begins
 WARMUP = 100  # steps of linear warm-up, at most a tenth of the stage
 FEATURE_STEPS, FEATURE_SHARE = 400, 0.08  # most steps of the feature network, and most of the budget it takes
@@ -37,9 +36,10 @@ def blank_codec(row: Modality[Any], settings: Settings, facts: Facts) -> Codec:
 
 
 def plan_denoiser(
-    given: DenoiserSettings, facts: Facts, latent_size: int, seconds: float, size: str | None
+    settings: Settings, facts: Facts, latent_size: int, seconds: float, size: str | None
 ) -> DenoiserSettings:
-    """Network, sizes and objective of the denoiser; what is `given` stands."""
+    """Network, sizes and objective of the denoiser, when the codec is decided; what is given stands."""
+    given = settings.denoiser
     net = given.net or ("mlp" if latent_size <= MLP_LIMIT else "dit")
     sizes = {
         "mlp": [(512, 4), (768, 4), (1024, 6), (1536, 6)],
@@ -49,11 +49,22 @@ def plan_denoiser(
     seen = 20 * min(max(facts.count, 5_000), 60_000)
     tokens = 64 if net == "dit" else 1
     flops = lambda w, d: 6 * {"mlp": 2 * d * w * w + 2 * w * latent_size, "dit": 18 * d * w * w}.get(net, 3e6) * tokens
-    fits = [(w, d) for w, d in sizes[net] if seconds * facts.rate / flops(w, d) >= seen]
-    width, depth = (fits or sizes[net][:1])[-1]
+
+    def pace(width: int, depth: int) -> float:
+        if facts.pace is None:
+            return NOMINAL_RATE / flops(width, depth)
+        wanted = DenoiserSettings(net=net, width=width, depth=depth)
+        return facts.pace("denoiser", settings.model_copy(update={"denoiser": filled(given, wanted)}))
+
+    (width, depth), *larger = sizes[net]
     if size is not None:
         chosen = net_size(net, size)
         width, depth = chosen["width"], chosen["depth"]
+    elif given.width is None:
+        for wider, deeper in larger:
+            if seconds * pace(wider, deeper) < seen:
+                break
+            width, depth = wider, deeper
     planned = DenoiserSettings(
         net=net,
         width=width,
@@ -121,7 +132,7 @@ def make_plan(
     precision = facts.precision if settings.train.precision == "auto" else settings.train.precision
     return settings.model_copy(
         update={
-            "denoiser": plan_denoiser(settings.denoiser, facts, codec.latent_size, seconds * (1 - share), size),
+            "denoiser": plan_denoiser(settings, facts, codec.latent_size, seconds * (1 - share), size),
             "train": settings.train.model_copy(
                 update={
                     "codec": plan_stage(settings.train.codec, "codec", facts),

@@ -2,13 +2,14 @@
 
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from sfumato import __version__
-from sfumato.config import StageSettings
+from sfumato.config import Settings, StageSettings
 from sfumato.errors import UserError
 from sfumato.machine import measure_peak
 from sfumato.modality import Facts
@@ -22,6 +23,8 @@ from sfumato.training.build import (
     latent_feed,
     needs_network,
     new_model,
+    untrained_features,
+    uses_features,
 )
 from sfumato.training.feeds import DataFeed
 from sfumato.training.horizon import Horizon
@@ -30,14 +33,13 @@ from sfumato.training.loop import Feed, Trainer
 from sfumato.training.measure import Speed, count_operations, measure_step
 from sfumato.training.plan import (
     ADVERSARIAL_START,
-    EFFICIENCY,
     FEATURE_SHARE,
     FEATURE_STEPS,
     GUESS_SHARE,
     GUESS_STEPS,
-    NOMINAL_RATE,
     WARMUP,
     blank_codec,
+    filled,
     make_plan,
     most_steps,
 )
@@ -46,6 +48,7 @@ from sfumato.training.steps import TrainStep
 LATE = 99  # a step of a hundred at which every term of the loss plays
 ENCODING_SHARE = 0.15  # of the budget; of more items than can be encoded in it, so many are drawn
 FEWEST_ENCODED = 5_000
+BRIEF = 0.2  # seconds that the steps of a plan that is only tried take, at least
 COMPARED = 2_000  # images that comparing is measured on
 WITHOUT_BUDGET = 600.0  # seconds that sizes are planned for where steps are given
 
@@ -54,11 +57,11 @@ def decide(job: Job, steps: int | None, size: str | None) -> None:
     """Fix every setting, in the job and in its record: from here on the run is deterministic."""
     job.log.show("plan", 0, 1)
     peak = measure_peak(job.precision, job.device)
-    rate = EFFICIENCY * peak if steps is None else NOMINAL_RATE
-    facts = Facts(job.train.shape, job.train.mode, len(job.train), job.classes, job.precision, rate)
+    facts = Facts(job.train.shape, job.train.mode, len(job.train), job.classes, job.precision)
     budget = job.settings.budget_seconds
     left = WITHOUT_BUDGET if steps is not None or budget is None else budget - (time.monotonic() - job.started)
-    job.settings = make_plan(job.modality, job.settings, facts, left, size)
+    pace = measured_pace(job, facts, left) if steps is None else None
+    job.settings = make_plan(job.modality, job.settings, replace(facts, pace=pace), left, size)
     share = job.modality.codec_share if blank_codec(job.modality, job.settings, facts).learns else 0.0
     job.record.update(
         {
@@ -185,6 +188,22 @@ def measure_network(job: Job) -> tuple[Classifier | None, dict[str, Speed]]:
     looks, (network, seconds) = timed(few, 0)[1], timed(few, 6)
     scale = min(len(job.train), MOST) / len(some)
     return network, {"features": Speed(max(0.0, seconds - looks) / 5, 0.0), "beside": Speed(looks * scale**2, 0.0)}
+
+
+def measured_pace(job: Job, facts: Facts, seconds: float) -> Callable[[str, Settings], float]:
+    """What says how many items a second a stage gets through, from a few real steps, thrown away."""
+    given = job.settings
+
+    def pace(stage: str, wanted: Settings) -> float:
+        # what is not asked about is planned without measuring
+        trial = replace(job, settings=make_plan(job.modality, filled(given, wanted), facts, seconds))
+        with torch.random.fork_rng(devices=[]):
+            network = untrained_features(trial) if stage == "codec" and uses_features(trial.settings) else None
+            step, settings, feed = stage_copies(trial, network)[stage]
+            kit: dict[str, Any] = {"stage": stage, "seed": given.seed, "accelerator": job.accelerator}
+            return (settings.batch or 1) / measure_step(step, settings, feed, seconds=BRIEF, **kit).seconds
+
+    return pace
 
 
 def measure_stages(job: Job) -> dict[str, Speed]:

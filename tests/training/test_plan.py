@@ -2,12 +2,14 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sfumato.config import Settings, StageSettings, apply_overrides
 from sfumato.data import Column
@@ -16,13 +18,13 @@ from sfumato.modality import Facts
 from sfumato.modality.image import IMAGE, latent_grid
 from sfumato.modality.table import TABLE
 from sfumato.modality.table import plan as plan_table
-from sfumato.training import planning
+from sfumato.training import fit, planning
 from sfumato.training.measure import Speed
 from sfumato.training.plan import make_plan, most_steps
 from tests.training.common import record, small_fit
 
 MNIST, CIFAR, FLOWERS = (1, 28, 28), (3, 32, 32), (3, 128, 128)
-FACTS = Facts(MNIST, "L", 60_000, 10, "fp32", 5e10)
+FACTS = Facts(MNIST, "L", 60_000, 10, "fp32")
 
 
 def numbers(shape: tuple[int, int, int]) -> tuple[int, ...]:
@@ -34,6 +36,17 @@ def planned(
     seconds: float = 600.0, shape: tuple[int, int, int] = MNIST, size: str | None = None, *overrides: str
 ) -> Settings:
     return make_plan(IMAGE, apply_overrides(Settings(), overrides), replace(FACTS, shape=shape), seconds, size)
+
+
+def paced(by: float) -> Callable[[str, Settings], float]:
+    """A machine on which steps of 64-channel codecs see 1,000 items a second, of perceptrons 512 wide 10,000, `by`."""
+
+    def pace(stage: str, settings: Settings) -> float:
+        if stage == "denoiser":
+            return by * 1e4 * (512 / settings.denoiser.width) ** 2 * 4 / settings.denoiser.depth
+        return by * 1e3 * (64 / settings.codec.width) ** 2
+
+    return pace
 
 
 def test_mnist_gets_4_by_4_by_4():
@@ -79,7 +92,7 @@ def test_sizes_grow_with_the_budget():
 
 
 def test_sizes_grow_with_the_machine():
-    slow, fast = (make_plan(IMAGE, Settings(), replace(FACTS, rate=rate), 300, None) for rate in (1e9, 1e13))
+    slow, fast = (make_plan(IMAGE, Settings(), replace(FACTS, pace=paced(by)), 300, None) for by in (1e-2, 1e2))
     assert slow.codec.width < fast.codec.width and slow.denoiser.width < fast.denoiser.width
 
 
@@ -150,8 +163,42 @@ def test_images_too_small_for_features_do_without():
     assert planned(600, (1, 8, 8)).codec.perceptual == "auto"
 
 
+def test_the_largest_is_taken_that_is_fast_enough():
+    """On a machine where width costs nothing but the perceptual term nearly all, no term and no width are taken."""
+    asked: list[tuple[str, Any, Any]] = []
+
+    def pace(stage: str, settings: Settings) -> float:
+        asked.append((stage, settings.codec.width, settings.codec.perceptual))
+        slow = settings.codec.perceptual == "auto" if stage == "codec" else settings.denoiser.width > 768
+        return 1.0 if slow else 1e6
+
+    plan = make_plan(IMAGE, Settings(), replace(FACTS, pace=pace), 600, None)
+    assert (plan.codec.width, plan.codec.perceptual, plan.denoiser.width) == (32, "none", 768)
+    assert asked == [("codec", 32, "auto"), *[("denoiser", 32, "none")] * 2]  # the first misfit ends the search
+
+
+def test_sizes_are_tried_as_they_would_be_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With what the user fixed; the codec of width 128, twice as wide inside, is the first that is too slow here."""
+    tried: list[tuple[str, int | None, int]] = []
+
+    def measure_step(step: torch.nn.Module, settings: StageSettings, feed: Any, **kit: Any) -> Speed:
+        trained = [p for p in step.parameters() if p.ndim == 4 and p.requires_grad]
+        channels = max((p.shape[0] for p in trained), default=0)
+        tried.append((kit["stage"], settings.batch, channels))
+        return Speed(1e-6 if channels < 256 else 1e6, 1.0)
+
+    monkeypatch.setattr(planning, "measure_step", measure_step)
+    fixed = ["train.codec.batch=7", "train.codec.steps=2", "train.denoiser.steps=2", "denoiser.width=32"]
+    fit(str(source), out=tmp_path / "run", device="cpu", budget="600s", overrides=fixed)
+    codecs = [channels for stage, _, channels in tried if stage == "codec"]
+    assert codecs == [64, 96, 128, 192, 256, 192]  # the search ends with the first misfit, what is planned comes last
+    assert {batch for stage, batch, _ in tried if stage == "codec"} == {7}
+    plan = record(tmp_path / "run")["plan"]
+    assert (plan["codec"]["width"], plan["codec"]["perceptual"], plan["denoiser"]["width"]) == (96, "auto", 32)
+
+
 def test_perceptual_term_comes_in_with_time():
-    assert [planned(seconds, CIFAR).codec.perceptual for seconds in (120, 300, 3_000)] == ["none", "none", "auto"]
+    assert [planned(seconds, CIFAR).codec.perceptual for seconds in (60, 120, 3_000)] == ["none", "none", "auto"]
     assert planned(120, CIFAR, None, "codec.perceptual=features").codec.perceptual == "features"
 
 
