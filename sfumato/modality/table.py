@@ -85,8 +85,7 @@ def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
     train = TrainSettings(codec=StageSettings(batch=batch), denoiser=StageSettings(batch=min(256, batch)))
     sample = SampleSettings(sampler="abm2", steps=20, grid="ends", precision="fp32")
     denoiser = DenoiserSettings(net="mlp", width=512, depth=6, embed=32, gated=True)
-    if given.denoiser.times in (None, "logit_normal"):
-        denoiser.times, denoiser.times_settings = "logit_normal", {"mean": -0.5, "std": 1.2}
+    denoiser.times, denoiser.times_settings = "logit_normal", {"mean": -0.5, "std": 1.2}
     return Settings(codec=codec, denoiser=denoiser, train=train, sample=sample)
 
 

@@ -4,6 +4,10 @@ import torch
 from torch import Tensor, nn
 
 
+EVERY = 4  # steps between two looks at the weights
+DENSE = 100  # steps, a multiple of it, after each of which they are looked at
+
+
 def ema_exponent(width: float) -> float:
     r"""γ of the power-function average whose standard deviation is `width` of the training so far.
 
@@ -25,10 +29,11 @@ def ema_exponent(width: float) -> float:
 
 
 class EMA:
-    r"""Power-function average $\hat\theta_n = β_n \hat\theta_{n−1} + (1 − β_n) θ_n$ with $β_n = (1 − 1/n)^{γ+1}$.
+    r"""Power-function average $\hat\theta_n = β_n \hat\theta_{n−k} + (1 − β_n) θ_n$ with $β_n = (1 − k/n)^{γ+1}$.
 
-    β₁ = 0, so the average is right from the first step on, and its width grows with training; the same setting serves
-    a hundred steps and a million.
+    β_k = 0, so the average is right from the first step on, and its width grows with training; the same setting serves
+    a hundred steps and a million. In the beginning k = 1, later the weights are looked at every few steps: they hardly
+    differ, and going through all of them takes time.
 
     Args:
         module: What is averaged: floating-point parameters; other state is copied.
@@ -43,7 +48,10 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step `step`, counted from 1."""
-        beta = 0.0 if step <= 1 or self.exponent == float("inf") else (1 - 1 / step) ** (self.exponent + 1)
+        k = 1 if step <= DENSE or self.exponent == float("inf") else EVERY
+        if step % k:
+            return
+        beta = 0.0 if step <= 1 or self.exponent == float("inf") else (1 - k / step) ** (self.exponent + 1)
         torch._foreach_lerp_(list(self.weights.values()), [v.detach() for v in self.source.values()], 1 - beta)
 
     @torch.no_grad()

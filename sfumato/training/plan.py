@@ -102,13 +102,18 @@ def plan_sample(given: SampleSettings, precision: str) -> SampleSettings:
 
 
 def filled(given: S, planned: S) -> S:
-    """`given`, with what it leaves open taken from `planned`, section by section."""
+    """`given`, with what it leaves open taken from `planned`, section by section.
+
+    Numbers that belong to a name (`times_settings` to `times`) are taken with that name only.
+    """
+    other = [name for name, value in given if value not in (None, getattr(planned, name))]
+    strange = {f"{name}_settings": None for name in other if hasattr(planned, f"{name}_settings")}
     values = {
         name: filled(value, getattr(planned, name)) if isinstance(value, Section) else value
         for name, value in given
         if value is not None
     }
-    return planned.model_copy(update=values)
+    return planned.model_copy(update=strange | values)
 
 
 def make_plan(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.training.ema import EMA, ema_exponent
+from sfumato.training.ema import DENSE, EMA, EVERY, ema_exponent
 
 
 class Theta(nn.Module):
@@ -51,8 +51,17 @@ def test_right_from_the_first_step():
         assert bool((p.diff() > 0).all())
 
 
+def test_later_weights_are_looked_at_every_few_steps():
+    p = profile(0.1, 2 * DENSE)
+    late = torch.arange(DENSE, 2 * DENSE)
+    seen = (late + 1) % EVERY == 0  # step i + 1 has the i-th weights
+    assert bool((p[late[seen]] > 0).all()) and bool((p[late[~seen]] == 0).all())
+    assert bool((p[:DENSE] > 0).all()) and float(p.sum()) == pytest.approx(1)
+
+
 def test_width_zero_keeps_the_last_weights():
     assert profile(0, 4).tolist() == [0, 0, 0, 1]
+    assert int(profile(0, DENSE + EVERY + 1).argmax()) == DENSE + EVERY
 
 
 def test_apply_and_load():

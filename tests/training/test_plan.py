@@ -17,7 +17,6 @@ from sfumato.errors import UserError
 from sfumato.modality import Facts
 from sfumato.modality.image import IMAGE, latent_grid
 from sfumato.modality.table import TABLE
-from sfumato.modality.table import plan as plan_table
 from sfumato.training import fit, planning
 from sfumato.training.measure import Speed
 from sfumato.training.plan import make_plan, most_steps
@@ -72,7 +71,8 @@ def test_small_and_odd_shapes_have_a_grid(shape: tuple[int, int, int]):
 )
 def test_another_density_of_times_gets_no_settings_of_a_tables_own(given: str | None, left: set[str]):
     overrides = [f"denoiser.times={given}"] if given else []
-    table = plan_table(apply_overrides(Settings(), overrides), replace(FACTS, shape=(5,)), 60.0).denoiser
+    facts = replace(FACTS, shape=(3,), mode={"columns": [asdict(Column(name, "number")) for name in "abc"]})
+    table = make_plan(TABLE, apply_overrides(Settings(), overrides), facts, 60.0).denoiser
     assert set(table.times_settings or {}) == left
 
 
