@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +70,19 @@ def call(words: Sequence[str], python: str = sys.executable) -> Done:
         raise Failed(f"exit code {process.returncode}: {' '.join(words)}")
     unit = 1 if sys.platform == "darwin" else 1024
     return Done(output, round(time.perf_counter() - start, 1), usage.ru_maxrss * unit / 2**30)
+
+
+def print_all(jobs: Iterable[tuple[str, Callable[[], Iterable[str]]]]) -> int:
+    """Print the lines of named jobs as they come, and say which failed; 1 if one did, else 0."""
+    failed = 0
+    for name, job in jobs:
+        try:
+            for line in job():
+                print(line, flush=True)
+        except Failed as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            failed = 1
+    return failed
 
 
 def train(spec: Spec, run: Path, options: argparse.Namespace) -> Facts:
@@ -182,15 +195,10 @@ def main(words: Sequence[str] | None = None) -> int:
     """Print the table; 1 if a run failed."""
     options = read_options(words)
     options.out.mkdir(parents=True, exist_ok=True)
-    judged, failed = options.judge is not None, 0
+    judged = options.judge is not None
     print("\n".join(header(judged)), flush=True)
-    for spec in (Spec(*one) for one in product(options.data, options.budgets, options.seeds)):
-        try:
-            print(table_row(spec, complete(spec, options), judged), flush=True)
-        except Failed as error:
-            print(f"{spec.name}: {error}", file=sys.stderr, flush=True)
-            failed = 1
-    return failed
+    specs = [Spec(*one) for one in product(options.data, options.budgets, options.seeds)]
+    return print_all((spec.name, lambda s=spec: [table_row(s, complete(s, options), judged)]) for spec in specs)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ if trees cannot tell samples from training rows. Keep the machine quiet meanwhil
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
-from quality import Failed, call
+from quality import call, print_all
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris, load_wine
 
 from sfumato.data import read_rows, read_table
@@ -68,16 +69,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every run")
     options = parser.parse_args(words)
     print(f"| table | rows | seed | samples | {' | '.join(MEASURES)} |\n|{'---|' * (4 + len(MEASURES))}", flush=True)
-    failed = 0
-    for name in options.names:
-        for seed in options.seeds:
-            try:
-                for line in rows_of(name, seed, options):
-                    print(line, flush=True)
-            except Failed as error:
-                print(f"{name} {seed}: {error}", file=sys.stderr, flush=True)
-                failed = 1
-    return failed
+    runs = product(options.names, options.seeds)
+    return print_all((f"{name} {seed}", lambda n=name, s=seed: rows_of(n, s, options)) for name, seed in runs)
 
 
 if __name__ == "__main__":

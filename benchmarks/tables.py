@@ -14,14 +14,15 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from quality import Failed, call, keep
+from quality import Failed, call, keep, print_all
 from scipy.stats import norm
 
 Facts = dict[str, Any]
@@ -128,24 +129,24 @@ def read_options(words: Sequence[str] | None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Print the table; 1 if a run failed."""
-    options, failed = read_options(words), 0
+    options = read_options(words)
     options.out.mkdir(parents=True, exist_ok=True)
     head = ["table", "samples", "budget", "seed", "fit s", "generate s", *MEASURES]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
-    for name in options.names:
-        jobs: list[tuple[Sequence[object], Callable[[], Facts]]] = [
-            ((kind, "–", "–"), lambda name=name, kind=kind: baseline(name, kind, options)) for kind in BASELINES
-        ]
-        for codec, budget, seed in product(options.codecs, options.budgets, options.seeds):
-            jobs.append(((codec, budget, seed), lambda n=name, c=codec, b=budget, s=seed: trained(n, c, b, s, options)))
-        for what, make in jobs:
-            record = options.out / f"{name}-{'-'.join(map(str, what)).replace(' ', '-')}.json"
-            try:
-                print(table_row(name, what, kept(record, make)), flush=True)
-            except Failed as error:
-                print(f"{name} {what}: {error}", file=sys.stderr, flush=True)
-                failed = 1
-    return failed
+
+    def jobs() -> Iterator[tuple[str, Callable[[], Sequence[str]]]]:
+        for name in options.names:
+            made: dict[tuple[object, ...], Callable[[], Facts]] = {
+                (kind, "–", "–"): partial(baseline, name, kind, options) for kind in BASELINES
+            }
+            for run in product(options.codecs, options.budgets, options.seeds):
+                made[run] = partial(trained, name, *run, options)
+            for what, make in made.items():
+                words = "-".join([name, *map(str, what)])
+                record = options.out / f"{words.replace(' ', '-')}.json"
+                yield words, lambda n=name, w=what, r=record, m=make: [table_row(n, w, kept(r, m))]
+
+    return print_all(jobs())
 
 
 if __name__ == "__main__":

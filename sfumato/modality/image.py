@@ -81,9 +81,9 @@ def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
         groups=2 if c % 2 == 0 and not (given.codec.channels or 0) % 2 else 1,
     )
     perceptual = "auto" if min(facts.shape[1:]) >= SMALLEST else "none"
-    for width in CODEC_WIDTHS:
-        larger = codec.model_copy(update={"width": given.codec.width or width, "perceptual": perceptual})
-        if seconds * pace("codec", Settings(codec=larger)) < max(CODEC_ITEMS, WIDTH_ITEMS * larger.width):
+    for width in [given.codec.width] if given.codec.width else CODEC_WIDTHS:
+        larger = codec.model_copy(update={"width": width, "perceptual": perceptual})
+        if seconds * pace("codec", Settings(codec=larger)) < max(CODEC_ITEMS, WIDTH_ITEMS * width):
             break
         codec = larger
     return Settings(codec=codec)

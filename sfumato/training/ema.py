@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-
 EVERY = 4  # steps between two looks at the weights
 DENSE = 100  # steps, a multiple of it, after each of which they are looked at
 

@@ -1,10 +1,13 @@
 """Crossing from one class to another: moments are carried over, and what corresponds is found."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from sfumato.core import Crossing, align, make_schedule, measure_spread, shortest
+from sfumato.core.align import SHARES, _errors
 
 SIZE = 3
 
@@ -94,3 +97,18 @@ def test_a_turn_that_fits_a_few_items_by_chance_is_not_taken():
     start = shortest(measure_spread(items(0, count=600)), measure_spread(items(1, count=600)))
     found = align(denoise, schedule, start, z, 100, torch.Generator().manual_seed(0))
     assert torch.equal(found.turn, start.turn)
+
+
+def test_errors_are_of_the_noise_evenly_over_log_snr():
+    """Of N(0, 1) a number is told by snr z / (1 + snr): the error of the noise is snr / (1 + snr), at each log-SNR."""
+    schedule = make_schedule("flow")
+
+    def denoise(z: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (value.float()[:, None] for value in schedule(t))
+        return alpha * z / (alpha**2 + sigma**2)
+
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(200_000, 2, generator=generator)
+    low, high = (-2 * math.log(share / (1 - share)) for share in SHARES)
+    even = torch.sigmoid(torch.linspace(low, high, 1_001)).mean()
+    assert float(_errors(denoise, schedule, z, generator).mean()) == pytest.approx(2 * float(even), rel=0.01)
