@@ -98,11 +98,15 @@ class Scores(nn.Module):
         return u_0 + along * (u_1 - u_0)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scores (B, D), float32, of x (B, D): the interval's middle, or drawn from it by the CPU's generator."""
+        """Scores (B, D), float32, of x (B, D): the interval's middle, or drawn from it by the CPU's generator.
+
+        Of what is missing always the middle, 0: noise there would be all that a rarely filled column teaches.
+        """
         low, high = self.interval(x)
         share: float | Tensor = 0.5
         if generator is not None:
-            share = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+            drawn = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+            share = torch.where(x.isnan(), share, drawn)
         u = (low + share * (high - low)).clamp(self.edge, 1 - self.edge)
         return torch.special.ndtri(u).float()
 

@@ -73,7 +73,7 @@ def group(column: int, facts: Mapping[str, Any]) -> Group | None:
 class Features(nn.Module):
     """Rows (B, D) of numbers, level indices and NaN where missing -> features (B, F), and back.
 
-    First the normal scores of numbers (noise where a cell's level says it all), then the levels of each column that has
+    First the normal scores of numbers (0 where a cell's level says it all), then the levels of each column that has
     some: categories, and numbers with values that many rows share or with missing cells.
 
     Args:

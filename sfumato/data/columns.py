@@ -27,7 +27,8 @@ MARKERS = ("", "na", "n/a", "#n/a", "nan", "<na>", "nat", "?", "null", "none")
 INTEGER = r"^-?(0|[1-9]\d*)$"
 PADDED = r"^[+-]?0\d"
 FEW_VALUES, REPEATED = 20, 20  # so many numbers, each in so many rows on average, are levels like those of a category
-SPIKE, SPIKE_ROWS = 0.05, 50  # a number in such a share of the rows, and in so many of them, is a level too
+# a number in so many rows, and so many times as many as those next to it, is a level too; at most so many of them
+SPIKE_ROWS, STANDS_OUT, BESIDE, MOST_SPIKES = 25, 4, 5, 40
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 
@@ -44,7 +45,7 @@ class Column:
         decimals: Numbers lie on a grid of so many decimals (0 for integers); None where they are continuous.
         low: Smallest value of the training part.
         high: Largest value of the training part.
-        spikes: Values of a number or date that many rows of the training part share, rising.
+        spikes: Values of a number or date that far more rows of the training part share than those beside them, rising.
         other: Whether a number or date has other values than these.
         step: Grid of dates in seconds: 86400 for days, 60 for minutes, 1, 0.001, 0.000001.
         format: Of dates the strptime format; of ids the str.format of a running number.
@@ -80,11 +81,18 @@ def modelled(columns: Sequence[Column]) -> list[Column]:
 
 
 def spikes(known: Values) -> tuple[list[float], bool]:
-    """The values that many of the cells (N,) share, and whether there are others; all of them where they are few."""
+    """The values that many of the cells (N,) share, and whether there are others; all of them where they are few.
+
+    Such a value stands out among its neighbours in size: 2,000 among payments, or the gain that one item of a tax form
+    asks for. What goes with it (who is asked) goes with it alone, and is hard to see where numbers run on.
+    """
     value, times = np.unique(known, return_counts=True)
     if len(value) <= FEW_VALUES and len(known) >= REPEATED * len(value):
         return value.tolist(), False
-    return value[times >= max(SPIKE * len(known), SPIKE_ROWS)].tolist(), True
+    beside = np.lib.stride_tricks.sliding_window_view(np.pad(times.astype(float), BESIDE), 2 * BESIDE + 1)
+    shared = times >= np.maximum(STANDS_OUT * np.median(beside, 1), SPIKE_ROWS)
+    most = np.argsort(times[shared], kind="stable")[-MOST_SPIKES:]
+    return np.sort(value[shared][most]).tolist(), True
 
 
 def blanks(cells: pa.Array) -> pa.BooleanArray:

@@ -62,8 +62,21 @@ def test_drawn_scores_are_standard_normal_whatever_the_column():
     f.fit(x)
     z = f(x, torch.Generator().manual_seed(0)).double()
     at = torch.linspace(-2, 2, 9, dtype=torch.float64)
-    share = (z[..., None] < at).double().mean(0)
-    assert (share - torch.special.ndtr(at)).abs().max() < 4 * 0.5 / 20_000**0.5  # 4 standard errors
+    there = ~x.isnan()
+    share = ((z[..., None] < at) & there[..., None]).double().sum(0) / there.sum(0)[:, None]
+    assert (share - torch.special.ndtr(at)).abs().max() < 4 * 0.5 / 19_000**0.5  # 4 standard errors
+    assert (z[~there] == 0).all()
+
+
+def test_drawn_latents_of_a_rarely_filled_column_are_not_noise():
+    """A cell whose level says it all has the score 0, in training too; so the variance is that of what scores tell."""
+    codec, x = make_codec("identity"), rows()
+    codec.learn_statistics(codec.codes(x))
+    z = codec.draw(x, torch.Generator().manual_seed(0))[:, 2]  # the gain
+    told = (x[:, 3] != 0) & ~x[:, 3].isnan()
+    assert 0.05 < told.double().mean() < 0.15
+    assert float(z[~told].std()) < 1e-6
+    assert float(z.std()) == pytest.approx(1, abs=0.1)
 
 
 def test_normal_scores_make_the_column_again():

@@ -29,6 +29,7 @@ from sfumato.data import (
     split,
     write_table,
 )
+from sfumato.data.columns import MOST_SPIKES, SPIKE_ROWS, spikes
 
 N = 400
 TABLES = Path(os.environ.get("SFUMATO_DATA", "/nowhere")) / "tables"
@@ -246,6 +247,21 @@ def test_categorical_and_exclude(tmp_path: Path) -> None:
 )
 def test_rules(tmp_path: Path, name: str, cells: list[str], kind: str) -> None:
     assert table(tmp_path, name, cells).kind == kind
+
+
+def test_values_that_stand_out_are_levels() -> None:
+    """Round sums among payments are; the ages of people, and the last of the commonest, are not."""
+    rng = np.random.default_rng(0)
+    ages = rng.integers(18, 90, 20_000).astype(float)
+    assert spikes(ages) == ([], True)
+    paid = rng.lognormal(8, 1, 10_000).round()
+    round_sums = np.repeat([0.0, 2_000.0, 5_000.0], [300, 200, 100])
+    assert spikes(np.concatenate([paid, round_sums])) == ([0.0, 2_000.0, 5_000.0], True)
+    assert spikes(np.concatenate([paid, round_sums[::SPIKE_ROWS]])) == ([], True)  # too few of each
+    sums = 500.5 + 100 * np.arange(MOST_SPIKES + 10)
+    many = np.repeat(sums, 60 + np.arange(len(sums)))
+    assert spikes(np.concatenate([paid, many])) == (sums[10:].tolist(), True)  # the commonest
+    assert spikes(np.repeat([1.0, 2.0], 20)) == ([1.0, 2.0], False)
 
 
 def test_what_is_said(tmp_path: Path) -> None:
