@@ -107,6 +107,11 @@ class Rule(ABC):
 
     calls = 1  # of the denoiser a step; the last one, to s = 0, always takes one
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw new noise: where one arrives is then not said by where it began."""
+        return False
+
     @abstractmethod
     def advance(self, ask: Ask, z: Tensor, now: Knot, then: Knot, noise: Draw | None, state: State) -> Stepped:
         """The step itself, where s > 0."""
@@ -160,6 +165,10 @@ class Multistep(Rule):
     move: Move
     order: int = 1
     correct: bool = False
+
+    @property
+    def stochastic(self) -> bool:
+        return self.move is _renoise
 
     def advance(self, ask: Ask, z: Tensor, now: Knot, then: Knot, noise: Draw | None, state: State) -> Stepped:
         z_hat = middle = ask(z, now)

@@ -82,6 +82,7 @@ def interpolate(
     import torch
 
     from sfumato.choice import choose
+    from sfumato.core.sampler import SAMPLERS
     from sfumato.tasks.common import check_counts, is_main, open_model, save_picture
     from sfumato.tasks.inputs import check_places, offered
 
@@ -94,7 +95,8 @@ def interpolate(
     sheet = check_places(loaded, out, sheet, overwrite)
     begin, end = (_end(model, loaded, *given, overrides, seed) for given in ((a, label_a), (b, label_b)))
     inverted = path == "flow" and (begin.x is not None or end.x is not None)
-    sampler = "heun" if inverted or loaded.denoiser.jumps else None  # a jump is bound to one condition
+    own = SAMPLERS.get(loaded.sampling.sampler)  # none of a few-step model: a jump is bound to one condition
+    sampler = "heun" if inverted or own is None or own.stochastic else None
     how = sampling(loaded, steps or (INVERT_STEPS if inverted else None), guidance, sampler)
     shares = torch.linspace(0, 1, n)
     items = _items(loaded, way(loaded, begin, end, how, seed), shares, batch, progress)

@@ -61,6 +61,17 @@ def test_frames_do_not_depend_on_the_batch_or_on_each_other(model: Model, files:
     assert torch.allclose(interpolate(model, "5", files[0], n=9, steps=6, label_a="2").items.flip(0), whole, atol=1e-3)
 
 
+@pytest.mark.parametrize("path", ["flow", "latent"])
+def test_a_sampler_that_draws_noise_gives_way_to_one_that_does_not(
+    model: Model, path: str, monkeypatch: pytest.MonkeyPatch
+):
+    ways: list[torch.Tensor] = []
+    for sampler in ("heun", "sde", "ddpm"):
+        monkeypatch.setitem(model.card.sample, "sampler", sampler)
+        ways.append(interpolate(model, "1", "4", n=3, path=path).items)
+    assert torch.equal(ways[0], ways[1]) and torch.equal(ways[0], ways[2])
+
+
 def test_conditions_count(model: Model, files: list[Path]):
     one, two = (interpolate(model, "0", "1", n=3, label_a="3", label_b=b).items for b in ("3", "8"))
     assert torch.allclose(one[0], two[0], **CLOSE) and not torch.allclose(one[1], two[1], atol=1e-3)
