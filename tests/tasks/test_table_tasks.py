@@ -110,7 +110,7 @@ def test_a_model_and_its_samples_are_measured_beside_their_floors(table_run: Pat
 
 def test_a_run_of_a_table_is_told_of(table_run: Path):
     said = info(table_run)
-    assert said["modality"] == "table" and said["latent_shape"] == [12]
+    assert said["modality"] == "table" and said["latent_shape"] == [10]
 
 
 def test_a_learned_codec_and_resume(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
