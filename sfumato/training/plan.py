@@ -54,7 +54,7 @@ def plan_denoiser(
         if facts.pace is None:
             return NOMINAL_RATE / flops(width, depth)
         wanted = DenoiserSettings(net=net, width=width, depth=depth)
-        return facts.pace("denoiser", settings.model_copy(update={"denoiser": filled(given, wanted)}))
+        return facts.pace("denoiser", settings.model_copy(update={"denoiser": wanted}))
 
     (width, depth), *larger = sizes[net]
     if size is not None:

@@ -250,7 +250,7 @@ def test_rules(tmp_path: Path, name: str, cells: list[str], kind: str) -> None:
 
 
 def test_values_that_stand_out_are_levels() -> None:
-    """Round sums among payments are; the ages of people, and the last of the commonest, are not."""
+    """Round sums among payments are, the commonest of them; the ages of people are not."""
     rng = np.random.default_rng(0)
     ages = rng.integers(18, 90, 20_000).astype(float)
     assert spikes(ages) == ([], True)
