@@ -158,6 +158,9 @@ class SampleSettings(Section):
     steps: int | None = Field(default=None, ge=1, description="steps of the sampler")
     grid: Grid | None = Field(default=None, description="how the times of the steps are spaced")
     guidance: float | None = Field(default=None, ge=0, description="guidance weight w; 1 is off")
+    autoguidance: float | None = Field(
+        default=None, ge=0, description="weight by which an early average of the denoiser is left behind; 1 is off"
+    )
     interval: Interval | None = Field(default=None, description="times lo,hi between which guidance is on")
     precision: Literal["fp32", "bf16"] | None = Field(
         default=None, description="of the networks; bf16 is taken where the device computes in it"

@@ -19,7 +19,20 @@ from sfumato import __version__
 from sfumato.choice import choose
 from sfumato.codecs import Codec
 from sfumato.conditioners import Conditioner, make_conditioner
-from sfumato.core import SAMPLERS, Denoiser, Jump, Noise, Step, cfg, interval, make_schedule, prior, sample, time_grid
+from sfumato.core import (
+    SAMPLERS,
+    Denoiser,
+    Jump,
+    Noise,
+    Step,
+    Weaker,
+    cfg,
+    interval,
+    make_schedule,
+    prior,
+    sample,
+    time_grid,
+)
 from sfumato.core.noise import item_generator
 from sfumato.core.sampler import Denoise, Draw, OnStep
 from sfumato.errors import UserError
@@ -48,6 +61,7 @@ class Card:
         denoiser: `net` (name and arguments), `schedule` (name and arguments) and `predict`.
         sample: What `generate` does unless told otherwise: the fields of `Sampling`.
         distilled: Of a few-step model, what it was taught: sampler, steps and guidance of its teacher.
+        guide: Where there is a weaker denoiser for autoguidance, the step of training that it is from.
     """
 
     modality: str
@@ -59,13 +73,15 @@ class Card:
     denoiser: dict[str, Any]
     sample: dict[str, Any] = field(default_factory=dict[str, Any])
     distilled: dict[str, Any] | None = None
+    guide: int | None = None
 
 
 @dataclass
 class Sampling:
     """How a sampler is run: its name, steps, guidance weight (1 = off), time grid, times (lo, hi) that are guided.
 
-    The name is one of `SAMPLERS`, or `JUMP` for few-step models.
+    The name is one of `SAMPLERS`, or `JUMP` for few-step models. `guidance` leads away from the null condition,
+    `autoguidance` (1 = off) from the model's weaker denoiser, if it has one.
     Precision (`fp32` or `bf16`) is that of the networks, the decoder included; the sampler's state is always float32.
     """
 
@@ -74,6 +90,7 @@ class Sampling:
     guidance: float = 1.0
     grid: str = "uniform"
     interval: Sequence[float] | None = None
+    autoguidance: float = 1.0
     precision: str = "fp32"
 
 
@@ -89,21 +106,31 @@ class Model:
         self.modality: Modality[Any] = find_modality(card.modality)
         self.codec: Codec = self.modality.codec(**card.codec)
         self.conditioner: Conditioner = make_conditioner(**card.conditioner)
-        net = make_net(
-            card.denoiser["net"]["name"],
-            latent_shape=self.codec.latent_shape,
-            cond_dim=self.conditioner.dim,
-            **{key: value for key, value in card.denoiser["net"].items() if key != "name"},
-        )
         schedule, predict = make_schedule(**card.denoiser["schedule"]), card.denoiser["predict"]
         jumps = card.distilled is not None
-        self.denoiser = Denoiser(net, schedule, predict, jumps=jumps, corners=self.codec.corners)
+        self.denoiser = Denoiser(self._net(), schedule, predict, jumps=jumps, corners=self.codec.corners)
+        self.guide = None if card.guide is None else self._blank_guide()
         self.device = torch.device("cpu")
+
+    def _net(self) -> nn.Module:
+        """A network as the card describes."""
+        options = {key: value for key, value in self.card.denoiser["net"].items() if key != "name"}
+        name, shape = self.card.denoiser["net"]["name"], self.codec.latent_shape
+        return make_net(name, latent_shape=shape, cond_dim=self.conditioner.dim, **options)
+
+    def _blank_guide(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"net": self._net(), "conditioner": make_conditioner(**self.card.conditioner)})
+
+    def add_guide(self, weights: dict[str, Tensor], step: int) -> None:
+        """Take the averages of `net` and `conditioner` after a step of training for a weaker denoiser."""
+        self.card.guide, self.guide = step, self._blank_guide().to(self.device)
+        self.guide.load_state_dict(weights)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """The three networks by the name of their folder."""
-        return {"codec": self.codec, "conditioner": self.conditioner, "denoiser": self.denoiser.net}
+        """The networks by the name of their folder."""
+        guide = {} if self.guide is None else {"guide": self.guide}
+        return {"codec": self.codec, "conditioner": self.conditioner, "denoiser": self.denoiser.net, **guide}
 
     @property
     def sampling(self) -> Sampling:
@@ -189,9 +216,10 @@ class Model:
         """
         how = how or self.sampling
         if how.guidance == 1 or label is None:
-            return self._denoise(label, count)
+            return self._denoise(label, count, how.autoguidance)
         weight = interval(how.guidance, *how.interval) if how.interval else how.guidance
-        return cfg(self._denoise(label, count), self._denoise(None, count), weight)
+        null = self._denoise(None, count, how.autoguidance)
+        return cfg(self._denoise(label, count, how.autoguidance), null, weight)
 
     def rule(self, label: Tensor | None, count: int, how: Sampling | None = None) -> Step:
         """The rule of a sampler's steps for `count` items; that of few-step models is bound to their conditions.
@@ -207,10 +235,12 @@ class Model:
         cond = self.conditioner(label, count)
         return Jump(lambda z, t, s: self.denoiser(z, t, cond, s=s))
 
-    def _denoise(self, label: Tensor | None, count: int) -> Denoise:
-        """The denoiser with its condition bound and no guidance."""
-        cond = self.conditioner(label, count)
-        return lambda z, t: self.denoiser(z, t, cond)
+    def _denoise(self, label: Tensor | None, count: int, autoguidance: float) -> Denoise:
+        """The denoiser with its condition bound and no guidance but that away from the weaker one."""
+        cond, weaker = self.conditioner(label, count), None
+        if self.guide is not None and autoguidance != 1:
+            weaker = Weaker(self.guide["net"], self.guide["conditioner"](label, count), autoguidance)
+        return lambda z, t: self.denoiser(z, t, cond, weaker=weaker)
 
     def labels_for(self, items: Sequence[int], seed: int) -> Tensor | None:
         """Class numbers that go evenly through the classes, shuffled within each round; None without classes.
@@ -246,8 +276,11 @@ class Model:
     def save(self, folder: str | Path) -> None:
         """Write `model.json` and, for each part, `config.json` and `model.safetensors`."""
         folder = Path(folder)
-        for name, module in self.parts.items():
-            save_part(folder / name, module, getattr(self.card, name))
+        for name in PARTS:
+            save_part(folder / name, self.parts[name], getattr(self.card, name))
+        if self.guide is not None:
+            (folder / "guide").mkdir(exist_ok=True)
+            write_tensors(folder / "guide" / "model.safetensors", self.guide.state_dict())
         facts = {
             "format": FORMAT,
             "sfumato": __version__,
@@ -258,6 +291,7 @@ class Model:
             "latent_shape": list(self.codec.latent_shape),
             "sample": self.card.sample,
             **({"distilled": self.card.distilled} if self.card.distilled else {}),
+            **({} if self.card.guide is None else {"guide": self.card.guide}),
         }
         write_json(folder / "model.json", facts)
 
@@ -326,7 +360,7 @@ def load(folder: str | Path, device: str | None = None) -> Model:
     configs = {name: read_json(folder / name / "config.json") for name in PARTS}
     try:
         chosen: dict[str, Any] = {key: facts[key] for key in keys} | configs | {"shape": tuple(facts["shape"])}
-        chosen["distilled"] = facts.get("distilled")
+        chosen |= {"distilled": facts.get("distilled"), "guide": facts.get("guide")}
         model = Model(Card(**chosen))
     except (KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         raise UserError(f"{folder}: its JSON files do not describe a model ({error!r})", code=1) from None

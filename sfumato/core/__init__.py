@@ -2,9 +2,9 @@
 
 from .align import Crossing, Spread, align, measure_spread, shortest
 from .constrain import Again, Known, consistent, strength_time
-from .denoiser import PREDICT, Denoiser
+from .denoiser import PREDICT, Denoiser, Weaker
 from .flow_map import Jump, Trajectories, fly, joined, landing, shaken
-from .guidance import autoguide, cfg, interval, rescale
+from .guidance import cfg, interval, rescale
 from .inversion import flow_grid, invert, regenerate, slerp
 from .noise import Noise, item_generator, item_noise, step_generator
 from .objective import TIMES, WEIGHTS, Objective, make_times, make_weight
@@ -29,8 +29,8 @@ __all__ = [
     "Spread",
     "Step",
     "Trajectories",
+    "Weaker",
     "align",
-    "autoguide",
     "cfg",
     "consistent",
     "denoiser_calls",

@@ -17,6 +17,22 @@ from .schedule import Schedule
 
 CLOCK_LIMIT = 1.75  # log(sigma / alpha) within +-7: beyond it training sees next to nothing and a sampler starts there
 ALPHA_MIN = 1e-3  # the row eps divides by alpha
+
+
+class Weaker(NamedTuple):
+    """A weaker network, what it is told, and the weight w of autoguidance: from F to F_weak + w (F - F_weak).
+
+    The networks' outputs are what is extrapolated: where these are about chances, so are the guided ones.
+
+    References:
+        Karras et al., Guiding a Diffusion Model with a Bad Version of Itself, https://arxiv.org/abs/2406.02507.
+    """
+
+    net: nn.Module
+    cond: Cond | None
+    weight: float
+
+
 _UNTOLD = Cond()  # made once: torch.compile cannot
 
 
@@ -131,6 +147,7 @@ class Denoiser(nn.Module):
         cond: Cond | None = None,
         mask: Tensor | None = None,
         s: Tensor | None = None,
+        weaker: Weaker | None = None,
     ) -> Tensor:
         """The network's raw output F (B, ...), in float32. The one place where dtypes meet.
 
@@ -142,7 +159,10 @@ class Denoiser(nn.Module):
         # float32 even for a bf16 network: its features need the digits
         clocks = torch.stack([self.clock(x) for x in times], -1).to(z_t)
         clocks = clocks if t.ndim == 1 else clocks.flatten(1, -2)  # (B, K) or (B, N, K)
-        return self.net(z_in, clocks, cond or _UNTOLD, mask).to(z_t.dtype)
+        f = self.net(z_in, clocks, cond or _UNTOLD, mask).to(z_t.dtype)
+        if weaker is None:
+            return f
+        return torch.lerp(weaker.net(z_in, clocks, weaker.cond or _UNTOLD, mask).to(z_t.dtype), f, weaker.weight)
 
     def _input(self, z_t: Tensor, t: Tensor) -> Tensor:
         """What the network sees: z_t scaled; of categories what each column alone lets expect, which tells as much."""
@@ -159,6 +179,7 @@ class Denoiser(nn.Module):
         cond: Cond | None = None,
         mask: Tensor | None = None,
         s: Tensor | None = None,
+        weaker: Weaker | None = None,
     ) -> Tensor:
         """The expected data $E[z | z_t]$.
 
@@ -168,12 +189,13 @@ class Denoiser(nn.Module):
             cond: What the network is told.
             mask: (B, N), true where a padded item has data.
             s: Where the step ends, in the shape of t: z_hat is then that of the flow map (a network with `jumps`).
+            weaker: A network to move away from.
 
         Returns:
             z_hat (B, ...), float32.
         """
         c_skip, c_out = self.coefficients(t, z_t.ndim)
-        f, corners = self.output(z_t, t, cond, mask, s), self.corners()
+        f, corners = self.output(z_t, t, cond, mask, s, weaker), self.corners()
         z_hat = c_skip.to(z_t) * z_t + c_out.to(z_t) * f
         if corners is None:
             return z_hat

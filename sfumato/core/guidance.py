@@ -47,7 +47,7 @@ def interval(w: float, lo: float = 0.0, hi: float = 1.0) -> Weight:
 
 
 def cfg(conditional: Denoise, reference: Denoise, w: float | Tensor | Weight, combine: Combine = lerp) -> Denoise:
-    """Guide a denoiser away from a reference: the null condition (CFG) or a weaker model (autoguidance).
+    """Guide a denoiser away from a reference, such as the null condition.
 
     Args:
         conditional: The denoiser to guide.
@@ -56,8 +56,7 @@ def cfg(conditional: Denoise, reference: Denoise, w: float | Tensor | Weight, co
         combine: (reference, conditional, w) -> z_hat; `lerp`, or `rescale(phi)`.
 
     References:
-        Ho and Salimans, Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598;
-        Karras et al., Guiding a Diffusion Model with a Bad Version of Itself, https://arxiv.org/abs/2406.02507.
+        Ho and Salimans, Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598.
     """
 
     def guided(z: Tensor, t: Tensor) -> Tensor:
@@ -66,6 +65,3 @@ def cfg(conditional: Denoise, reference: Denoise, w: float | Tensor | Weight, co
         return z_hat if bool((weight == 1).all()) else combine(reference(z, t), z_hat, weight)
 
     return guided
-
-
-autoguide = cfg

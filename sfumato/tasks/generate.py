@@ -40,6 +40,7 @@ def generate(
     balance: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    autoguidance: float | None = None,
     sampler: str | None = None,
     seed: int = 0,
     batch: int = 500,
@@ -62,6 +63,8 @@ def generate(
         balance: Column of a table of whose categories there should be as many rows each.
         steps: Steps of the sampler (default: what fit chose).
         guidance: Weight of the condition; 1 is off (default: what fit chose).
+        autoguidance: Weight by which the model's weaker self is left behind; 1 is off, and twice as fast (default:
+            what fit chose).
         sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc, abm2 or sde; jump for few-step models (default: what fit
             chose).
         seed: Seed of the noise.
@@ -85,7 +88,7 @@ def generate(
     start = time.perf_counter()
     check_counts(n=n, steps=steps, batch=batch)
     loaded = open_model(model, device)
-    how = sampling(loaded, steps, guidance, sampler)
+    how = sampling(loaded, steps, guidance, sampler, autoguidance)
     if out is not None:
         loaded.modality.check_target(Path(out), overwrite)
     fixed = None if label is None else loaded.class_number(label)
@@ -132,7 +135,13 @@ class _Maker:
         return gathered(parts.items, len(numbers))
 
 
-def sampling(model: "Model", steps: int | None, guidance: float | None, sampler: str | None) -> "Sampling":
+def sampling(
+    model: "Model",
+    steps: int | None,
+    guidance: float | None,
+    sampler: str | None,
+    autoguidance: float | None = None,
+) -> "Sampling":
     """The model's own sampling defaults with what the user fixed, checked.
 
     Of a few-step model `steps` means jumps; any other sampler takes as many as it took of the teacher.
@@ -153,7 +162,10 @@ def sampling(model: "Model", steps: int | None, guidance: float | None, sampler:
     if taught is not None and guidance not in (None, 1):
         built_in = f"the weight {taught['guidance']} is built into this few-step model"
         raise UserError(f"--guidance {guidance}: {built_in}; take its teacher, or distill it with another --guidance")
-    given = {"steps": steps, "guidance": guidance, "sampler": sampler}
+    if model.guide is None and autoguidance not in (None, 1):
+        remedy = "train one with --set sample.autoguidance=2"
+        raise UserError(f"--autoguidance {autoguidance:g}: this model has no weaker self; {remedy}")
+    given = {"steps": steps, "guidance": guidance, "sampler": sampler, "autoguidance": autoguidance}
     return replace(model.sampling, **{key: value for key, value in given.items() if value is not None})
 
 
@@ -165,6 +177,8 @@ def _rows(
 
     labels = model.labels_for(numbers, seed) if fixed is None else [fixed] * len(numbers)
     facts = {"seed": seed, "sampler": how.sampler, "steps": how.steps, "guidance": how.guidance}
+    if model.guide is not None:
+        facts["autoguidance"] = how.autoguidance
     if labels is None:
         return [{"item": i, **facts} for i in numbers]
     values = label_values(model.card.label_names)

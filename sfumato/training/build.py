@@ -56,6 +56,7 @@ def build_card(settings: Settings, data: Data, modality: Modality[Any], classes:
             "steps": sample.steps,
             "grid": sample.grid,
             "guidance": (USUAL_GUIDANCE if classes else 1.0) if sample.guidance is None else sample.guidance,
+            "autoguidance": sample.autoguidance,
             "interval": None if sample.interval is None else list(sample.interval),
             "precision": sample.precision,
         },

@@ -136,8 +136,9 @@ def few_step(teacher: Model, how: Sampling) -> Model:
     """
     card = copy.deepcopy(teacher.card)
     card.denoiser["net"]["clocks"] = 2
-    card.distilled = {"sampler": how.sampler, "steps": how.steps, "guidance": how.guidance}
-    card.sample |= {"sampler": JUMP, "steps": JUMPS, "guidance": 1.0, "interval": None}
+    card.distilled = {key: getattr(how, key) for key in ("sampler", "steps", "guidance", "autoguidance")}
+    card.sample |= {"sampler": JUMP, "steps": JUMPS, "guidance": 1.0, "autoguidance": 1.0, "interval": None}
+    card.guide = None  # built in
     student = Model(Card(**vars(card))).to(teacher.device)
     for name, part in student.parts.items():
         weights = teacher.parts[name].state_dict()

@@ -53,6 +53,10 @@ class EMA:
         beta = 0.0 if step <= 1 or self.exponent == float("inf") else (1 - k / step) ** (self.exponent + 1)
         torch._foreach_lerp_(list(self.weights.values()), [v.detach() for v in self.source.values()], 1 - beta)
 
+    def copy(self) -> dict[str, Tensor]:
+        """The average as it is now."""
+        return {name: value.clone() for name, value in self.weights.items()}
+
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from saved weights."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sfumato.config import StageSettings
 from sfumato.core import step_generator
 from sfumato.errors import UserError
+from sfumato.training.early import Early
 from sfumato.training.ema import EMA
 from sfumato.training.horizon import Horizon
 from sfumato.training.steps import Phase, TrainStep, matrices
@@ -95,6 +96,7 @@ class Trainer:
         accelerator: Devices, precision, processes.
         flops: Floating-point operations of a step; 0 where they were not counted.
         peak: The machine's measured peak, in operations per second.
+        early: Who keeps an early average; None if nobody does.
     """
 
     def __init__(
@@ -108,10 +110,11 @@ class Trainer:
         accelerator: Accelerator,
         flops: float = 0.0,
         peak: float = 1.0,
+        early: Early | None = None,
     ) -> None:
         self.inner, self.settings, self.horizon = step, settings, horizon
         self.stage, self.seed, self.accelerator = stage, seed, accelerator
-        self.flops, self.peak = flops, peak
+        self.flops, self.peak, self.early = flops, peak, early
         self.module: nn.Module = accelerator.prepare_model(step)
         self.phases = step.phases()
         self.optimizers = {phase.name: make_optimizers(phase, settings) for phase in self.phases}
@@ -178,6 +181,8 @@ class Trainer:
             terms |= {k if phase is self.phases[0] else f"{phase.name}.{k}": v.detach() for k, v in losses.items()}
         self.done += 1
         self.ema.update(self.done)
+        if self.early is not None:
+            self.early.after(self.done, self.steps, self.ema)
         return terms
 
     def _advance(self, phase: Phase, lr: float) -> None:
@@ -247,7 +252,8 @@ class Trainer:
                 for j, values in optimizer.state_dict()["state"].items():
                     tensors |= {f"optimizer/{name}/{i}/{j}/{k}": torch.as_tensor(v) for k, v in values.items()}
         facts = {"stage": self.stage, "done": self.done, "seconds": self.seconds}
-        return tensors, facts | {"amendments": self.horizon.amendments}
+        kept, told = ({}, {}) if self.early is None else self.early.state()
+        return tensors | kept, facts | {"amendments": self.horizon.amendments} | told
 
     def load(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Go on from a saved `state`; the horizon is no longer amended by the clock."""
@@ -267,6 +273,8 @@ class Trainer:
         self.done, self.seconds = int(facts["done"]), float(facts.get("seconds", 0.0))
         self.horizon.amendments = [(int(a), int(b)) for a, b in facts["amendments"]]
         self.horizon.seconds = math.inf
+        if self.early is not None:
+            self.early.load(tensors, facts)
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def most_steps(stage: StageSettings, count: int) -> float:
 
 def plan_sample(given: SampleSettings, precision: str) -> SampleSettings:
     """How samples are drawn; the guidance that is left open is chosen by measurement at the end."""
-    planned = {"sampler": "abm2", "steps": 10, "grid": "ends", "precision": precision}
+    planned = {"sampler": "abm2", "steps": 10, "grid": "ends", "autoguidance": 1.0, "precision": precision}
     return filled(given, SampleSettings.model_validate(planned))
 
 

@@ -26,7 +26,7 @@ from sfumato.training.state import load_state
 USUAL_BUDGET = 600.0  # seconds, where neither a budget nor steps are given
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 WRITTEN = (  # what a run leaves in its folder beside `run.json`
-    *("model.json", "metrics.jsonl", "README.md", "samples", "codec", "conditioner", "denoiser"),
+    *("model.json", "metrics.jsonl", "README.md", "samples", "codec", "conditioner", "denoiser", "guide"),
     *("checkpoint", "checkpoint.*", "checkpoint-features", "events.out.tfevents.*", "*.partial"),
 )
 

@@ -30,6 +30,7 @@ from sfumato.training.build import (
 )
 from sfumato.training.card import write_card
 from sfumato.training.choose import choose_guidance
+from sfumato.training.early import Early
 from sfumato.training.feeds import DataFeed
 from sfumato.training.horizon import Horizon
 from sfumato.training.job import Job
@@ -42,6 +43,7 @@ from sfumato.types import at_once
 PAIRS = 32  # items on a reconstruction sheet
 CHECKED, CHECKED_NUMBERS = 2_000, 2**26  # held-out items the codec is measured on, and numbers in them
 ENCODED = 500  # items encoded at once
+GUIDE_SHARE = 0.125  # of the steps, after which the average is kept that autoguidance leads away from
 
 Sheet = Callable[[], tuple[str, Any]]
 
@@ -92,7 +94,9 @@ def features(job: Job) -> Classifier:
     return network
 
 
-def make_trainer(job: Job, step: TrainStep, settings: StageSettings, stage: str, state: State | None) -> Trainer:
+def make_trainer(
+    job: Job, step: TrainStep, settings: StageSettings, stage: str, state: State | None, early: Early | None = None
+) -> Trainer:
     """A stage's trainer, where its checkpoint left it."""
     planned = job.record.get("seconds", {}).get(stage, math.inf)
     left = job.seconds_left()
@@ -114,6 +118,7 @@ def make_trainer(job: Job, step: TrainStep, settings: StageSettings, stage: str,
         accelerator=job.accelerator,
         flops=job.record.get("measured", {}).get(stage, {}).get("flops", 0.0),
         peak=job.record["peak"],
+        early=early,
     )
     if state is not None and state[1]["stage"] == stage:
         trainer.load(*state)
@@ -225,7 +230,9 @@ def measure_codec(job: Job, model: Model, network: Classifier | None) -> dict[st
 def train_denoiser(job: Job, model: Model, z: Tensor, label: Tensor | None, state: State | None) -> None:
     """Second stage, on latents z (N, *latent_shape) under their labels (N,)."""
     settings = job.settings.train.denoiser
-    trainer = make_trainer(job, denoiser_step(model, job.settings).to(job.device), settings, "denoiser", state)
+    step = denoiser_step(model, job.settings).to(job.device)
+    early = None if job.settings.sample.autoguidance == 1 else Early(GUIDE_SHARE)
+    trainer = make_trainer(job, step, settings, "denoiser", state, early)
     feed = latent_feed(job, model, z, label)
     items = range(job.modality.shown)
 
@@ -236,3 +243,5 @@ def train_denoiser(job: Job, model: Model, z: Tensor, label: Tensor | None, stat
         return "samples", job.modality.sheet(x, job.train.mode, None)
 
     drive(job, trainer, feed, sheet)
+    if early is not None:
+        model.add_guide({k.removeprefix("denoiser."): v for k, v in early.weights.items()}, early.step)

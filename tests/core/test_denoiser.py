@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.core import PREDICT, SCHEDULES, Denoiser, make_schedule
+from sfumato.core import PREDICT, SCHEDULES, Denoiser, Weaker, make_schedule
 from sfumato.core.denoiser import CLOCK_LIMIT
 from sfumato.types import Cond
 
@@ -130,3 +130,25 @@ class _Linear(nn.Module):
 def test_unknown_prediction():
     with pytest.raises(ValueError, match="did you mean 'flow'"):
         Denoiser(Recorder(), make_schedule("flow"), "flwo")
+
+
+@pytest.mark.parametrize("predict", PREDICT)
+def test_autoguidance_is_one_lerp_of_what_the_networks_say(predict):
+    """z_hat is affine in F, so the guided one is the same lerp of the two; weight 1 is the network alone."""
+    z, eps = pair()
+    schedule, weak = make_schedule("flow"), Recorder(eps, torch.float64)
+    strong = Denoiser(Recorder(z, torch.float64), schedule, predict)
+    alone = Denoiser(weak, schedule, predict)
+    for w in (0.0, 1.0, 2.5):
+        guided = strong(z, TIMES, weaker=Weaker(weak, None, w))
+        assert torch.allclose(guided, torch.lerp(alone(z, TIMES), strong(z, TIMES), w), rtol=1e-9)
+
+
+def test_a_weaker_network_is_told_what_is_its_own():
+    """It sees the same input and clocks under its own condition."""
+    z, _ = pair()
+    strong, weak = Recorder(z, torch.float64), Recorder(z, torch.float64)
+    ours, theirs = Cond(torch.ones(5, 2)), Cond(torch.zeros(5, 2))
+    Denoiser(strong, make_schedule("flow"))(z, TIMES, ours, weaker=Weaker(weak, theirs, 2.0))
+    assert torch.equal(strong.asked[0], weak.asked[0]) and torch.equal(strong.asked[1], weak.asked[1])
+    assert strong.asked[2] is ours and weak.asked[2] is theirs

@@ -166,6 +166,7 @@ def test_what_is_written_is_read_again(model: Model, tmp_path: Path):
         ({"label": "zebra"}, "zebra.*unknown to the model: it knows 0, 1"),
         ({"label": "10"}, "unknown to the model"),
         ({"sampler": "huen"}, "did you mean 'heun'"),
+        ({"autoguidance": 2.0}, "--autoguidance 2: this model has no weaker self"),
         ({"n": 0}, "-n must be at least 1"),
         ({"steps": 0}, "--steps must be at least 1"),
         ({"batch": 0}, "--batch must be at least 1"),

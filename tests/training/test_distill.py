@@ -237,7 +237,7 @@ def test_the_folder_is_a_model(teacher: Path, student: Path):
     assert said["plan"] == record(teacher)["plan"] and said["metrics"]["codec"] == {"psnr": 20.0}
     model = load(student, "cpu")
     assert model.sampling == Sampling("jump", 2, 1.0)
-    assert model.card.distilled == {"sampler": "heun", "steps": 4, "guidance": 1.5}
+    assert model.card.distilled == {"sampler": "heun", "steps": 4, "guidance": 1.5, "autoguidance": 1.0}
     ours, theirs = weights(student), weights(teacher)
     same = {name for name in ours if ours[name].shape == theirs[name].shape and torch.equal(ours[name], theirs[name])}
     assert {name for name in ours if name.startswith("codec/")} <= same
@@ -365,7 +365,7 @@ def test_without_classes(tmp_path: Path):
     model.save(tmp_path / "teacher")
     sfumato.distill(tmp_path / "teacher", out=tmp_path / "student", steps=3)
     student = load(tmp_path / "student")
-    assert student.card.distilled == {"sampler": "heun", "steps": 4, "guidance": 1.0}
+    assert student.card.distilled == {"sampler": "heun", "steps": 4, "guidance": 1.0, "autoguidance": 1.0}
     assert len(sfumato.generate(student, n=3).items) == 3
 
 

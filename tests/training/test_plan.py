@@ -107,7 +107,7 @@ def test_the_size_dial_wins_over_the_budget():
      "denoiser.depth=3", "train.codec.batch=7", "train.denoiser.lr=0.5", "train.denoiser.optimizer=muon",
      "train.codec.weight_decay=0.1", "sample.steps=3", "sample.guidance=0", "train.codec.warmup=0",
      "codec.kl_weight=0", "denoiser.class_dropout=0", "train.precision=bf16", "sample.grid=karras",
-     "sample.precision=fp32"],
+     "sample.precision=fp32", "sample.autoguidance=3"],
 )  # fmt: skip
 def test_overrides_win(override: str):
     given = apply_overrides(Settings(), [override])
