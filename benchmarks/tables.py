@@ -7,7 +7,8 @@ TABLES holds a folder for each table with train.csv, test.csv and schema.json, w
 that are categories. The judge is an outside script, called as: JUDGE table SAMPLES.csv --benchmark NAME. Every set of
 samples has as many rows as the training part. The baselines are independent columns, a Gaussian copula and a bootstrap
 copy: the first must lose at `c2st`, telling samples from real rows, the last at `copy_auc`, telling training rows from
-held-out ones by the samples. What is done is kept beside the run and skipped the next time. Keep the machine quiet.
+held-out ones by the samples. In brackets stands what held-out rows get (`c2st_small` on as many rows as there are of
+them), and of `downstream` what trees get that learn from real rows. What is done is kept beside the run and skipped the next time. Keep the machine quiet.
 """
 
 import argparse
@@ -27,7 +28,13 @@ from scipy.stats import norm
 
 Facts = dict[str, Any]
 NAMES = ("adult", "default", "shoppers", "magic", "beijing")
-MEASURES = {"c2st": None, "trend_error": "trend_error_floor", "copy_auc": None, "downstream": "downstream_real"}
+MEASURES = {  # and what stands in brackets beside them
+    "c2st": None,
+    "c2st_small": "c2st_small_floor",
+    "trend_error": "trend_error_floor",
+    "copy_auc": None,
+    "downstream": "downstream_real",
+}
 
 
 def independent(train: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:

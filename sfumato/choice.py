@@ -14,7 +14,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """Words that lead from a wrong name to the right one: "did you mean 'flow'? (one of: cosine, flow)"."""
     names = sorted(names)
     close = get_close_matches(name, names, n=1, cutoff=0.4)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"(one of: {', '.join(names) or 'none'})"
+    known = f"one of: {', '.join(names) or 'none'}"
+    return f"did you mean {close[0]!r}? ({known})" if close else known
 
 
 def choose(table: Mapping[str, T], what: str, name: str) -> T:

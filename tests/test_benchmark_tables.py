@@ -46,7 +46,15 @@ def test_a_run_is_trained_with_the_categories_of_its_schema_and_kept(
     correlated(50).to_csv(tmp_path / "magic" / "train.csv", index=False)
     (tmp_path / "magic" / "schema.json").write_text(json.dumps({"categorical": ["kind"], "target": "kind"}))
     seen: list[list[str]] = []
-    judged = {"c2st": 0.7, "trend_error": 2.0, "trend_error_floor": 1.5, "copy_auc": 0.5, "downstream": 0.9}
+    judged = {
+        "c2st": 0.7,
+        "c2st_small": 0.8,
+        "c2st_small_floor": 0.9,
+        "trend_error": 2.0,
+        "trend_error_floor": 1.5,
+        "copy_auc": 0.5,
+        "downstream": 0.9,
+    }
 
     done = tables.call.__globals__["Done"]("", 12.5, 1.0)
     monkeypatch.setattr(tables, "call", lambda words: seen.append(words) or done)
@@ -59,4 +67,4 @@ def test_a_run_is_trained_with_the_categories_of_its_schema_and_kept(
     assert fit[fit.index("--categorical") + 1] == "kind" and fit[fit.index("--budget") + 1] == "1m"
     assert generate[generate.index("-n") + 1] == "50"
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:6] == lines[6:] and "| magic | identity | 1m | 0 | 12.5 | 12.5 | 0.700 | 2.000 (1.500) |" in lines[5]
+    assert lines[:6] == lines[6:] and "| magic | identity | 1m | 0 | 12.5 | 12.5 | 0.700 | 0.800 (0.900) |" in lines[5]
