@@ -8,7 +8,8 @@ that are categories. The judge is an outside script, called as: JUDGE table SAMP
 samples has as many rows as the training part. The baselines are independent columns, a Gaussian copula and a bootstrap
 copy: the first must lose at `c2st`, telling samples from real rows, the last at `copy_auc`, telling training rows from
 held-out ones by the samples. In brackets stands what held-out rows get (`c2st_small` on as many rows as there are of
-them), and of `downstream` what trees get that learn from real rows. What is done is kept beside the run and skipped the next time. Keep the machine quiet.
+them), and of `downstream` what trees get that learn from real rows. What is done is kept beside the run and skipped the
+next time. Keep the machine quiet.
 """
 
 import argparse
