@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,6 +92,11 @@ class Sampling:
     interval: Sequence[float] | None = None
     autoguidance: float = 1.0
     precision: str = "fp32"
+
+    @property
+    def unguided(self) -> "Sampling":
+        """The same without guidance of any kind: where the model's own E[z | z_t] is wanted."""
+        return replace(self, guidance=1.0, autoguidance=1.0)
 
 
 class Model:

@@ -162,6 +162,8 @@ def sampling(
     if taught is not None and guidance not in (None, 1):
         built_in = f"the weight {taught['guidance']} is built into this few-step model"
         raise UserError(f"--guidance {guidance}: {built_in}; take its teacher, or distill it with another --guidance")
+    if taught is not None and autoguidance not in (None, 1):
+        raise UserError(f"--autoguidance {autoguidance:g}: what the teacher had is built into this few-step model")
     if model.guide is None and autoguidance not in (None, 1):
         remedy = "train one with --set sample.autoguidance=2"
         raise UserError(f"--autoguidance {autoguidance:g}: this model has no weaker self; {remedy}")

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from sfumato.errors import UserError
 
-PARTS = ("codec", "conditioner", "denoiser")
+PARTS = ("codec", "conditioner", "denoiser", "guide")
 
 
 def info(model: Path | str) -> dict[str, Any]:

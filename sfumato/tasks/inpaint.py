@@ -77,6 +77,7 @@ def inpaint(
         Lugmayr et al., RePaint, https://arxiv.org/abs/2201.09865; for the gradient see `sfumato.core.consistent`.
     """
     import time
+    from dataclasses import replace
 
     from sfumato.choice import choose
     from sfumato.errors import UserError
@@ -92,7 +93,8 @@ def inpaint(
     fill = choose(METHODS, "method", method)
     if method == "gradient" and not loaded.codec.graded:
         raise UserError("--method gradient: not for a model whose items are no smooth function; leave it out")
-    how = sampling(loaded, steps, guidance, "ddpm")
+    # what is filled in should vary as much as it may: autoguidance would have it too sure
+    how = replace(sampling(loaded, steps, guidance, "ddpm"), autoguidance=1.0)
     sheet = check_places(loaded, out, sheet, overwrite)
     write = None
     if out is not None and loaded.modality.fill is not None:

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.core.align import Crossing
-    from sfumato.core.guidance import Denoise
     from sfumato.model import Model, Sampling
     from sfumato.tasks.common import Progress
 
@@ -131,19 +130,17 @@ class _Search:
     progress: "Progress | None"
 
     def __call__(self, label: int) -> "Crossing":
-        from dataclasses import replace
-
         from sfumato.core import align, measure_spread, shortest, step_generator
         from sfumato.core.align import BATCH
         from sfumato.tasks.common import tell
 
-        model, off = self.model, replace(self.model.sampling, guidance=1.0)
+        model = self.model
         z = self._new(label)
         crossing = shortest(measure_spread(z), measure_spread(self._new(self.goal)))
         if not self.steps:
             return crossing
         return align(
-            model.denoise(_same(self.goal, BATCH), BATCH, off),
+            model.denoise(_same(self.goal, BATCH), BATCH, model.sampling.unguided),
             model.denoiser.schedule,
             crossing,
             z,
@@ -183,8 +180,9 @@ class _Carried:
         grid = flow_grid(schedule, self.how.steps, self.start)
         if self.start <= float(grid[-1]):  # no noise that is seen: the data themselves are carried over
             return self.model.decode(self.carried(z, own, 0.0))
-        z_t = self.carried(invert(self._denoise(own, 1.0), schedule, z, grid), own, self.start)
-        under = self._denoise(_same(self.goal, len(z)), self.how.guidance)
+        z_t = invert(self.model.denoise(own, len(z), self.how.unguided), schedule, z, grid)
+        z_t = self.carried(z_t, own, self.start)
+        under = self.model.denoise(_same(self.goal, len(z)), len(z), self.how)
         return self.model.decode(regenerate(under, schedule, z_t, grid))
 
     def carried(self, z: "Tensor", own: "Tensor", t: float) -> "Tensor":
@@ -195,9 +193,3 @@ class _Carried:
             here = (own == label).to(z.device)
             z[here] = crossing(z[here], alpha, sigma)
         return z
-
-    def _denoise(self, labels: "Tensor", guidance: float) -> "Denoise":
-        """The denoiser of items under their classes."""
-        from dataclasses import replace
-
-        return self.model.denoise(labels, len(labels), replace(self.how, guidance=guidance))

@@ -52,8 +52,9 @@ def write_few_step_card(folder: Path, out: Path, told: dict[str, Any], seconds: 
     lines = [
         *head(out),
         "",
-        f"A few-step model made from {told['teacher'] or 'another one'} (guidance {told['guidance']} built in) by "
-        f"sfumato {__version__} in {seconds:.0f} s. Its jumps miss the latents (root mean square) by {misses}.",
+        f"A few-step model made from {told['teacher'] or 'another one'} (guidance {told['guidance']}, autoguidance "
+        f"{told['autoguidance']} built in) by sfumato {__version__} in {seconds:.0f} s. Its jumps miss the latents "
+        f"(root mean square) by {misses}.",
         "",
         "```",
         f"sfumato generate {out} -n 64 --out samples/",

@@ -62,7 +62,8 @@ def affordable(job: Job, model: Model) -> int:
     """
     stage = job.settings.train.denoiser
     calls = 3 * (stage.steps or 1) * (stage.batch or 1)
-    each = 2 * denoiser_calls(model.sampling.sampler, model.sampling.steps)  # with and without the label
+    networks = 2 if model.guide is None else 4  # with and without the label, and as often of the weaker one
+    each = networks * denoiser_calls(model.sampling.sampler, model.sampling.steps)
     return min(ITEMS, int(SHARE * calls / (each * len(WEIGHTS))))
 
 

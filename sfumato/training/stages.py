@@ -231,17 +231,21 @@ def train_denoiser(job: Job, model: Model, z: Tensor, label: Tensor | None, stat
     """Second stage, on latents z (N, *latent_shape) under their labels (N,)."""
     settings = job.settings.train.denoiser
     step = denoiser_step(model, job.settings).to(job.device)
-    early = None if job.settings.sample.autoguidance == 1 else Early(GUIDE_SHARE)
+    early = None if job.settings.sample.autoguidance in (None, 1) else Early(GUIDE_SHARE)  # None: an older plan
     trainer = make_trainer(job, step, settings, "denoiser", state, early)
     feed = latent_feed(job, model, z, label)
     items = range(job.modality.shown)
 
+    def lend_guide() -> None:
+        if early is not None and early.step and model.guide is None:
+            model.add_guide({k.removeprefix("denoiser."): v for k, v in early.weights.items()}, early.step)
+
     def sheet() -> tuple[str, Any]:
         """Items that a class each row would show, from the average so far."""
+        lend_guide()
         labels = torch.arange(len(items)) % job.classes if job.classes else None
         x = model.decode(model.sample(items, labels, seed=job.settings.seed))
         return "samples", job.modality.sheet(x, job.train.mode, None)
 
     drive(job, trainer, feed, sheet)
-    if early is not None:
-        model.add_guide({k.removeprefix("denoiser."): v for k, v in early.weights.items()}, early.step)
+    lend_guide()

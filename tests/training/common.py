@@ -57,7 +57,8 @@ def small_fit(source: Path, out: Path, *overrides: str, steps: int = 20, **optio
 
 def weights(run: Path) -> dict[str, Tensor]:
     """Every tensor of the finished model, by part and name."""
-    parts = {part: load_file(run / part / "model.safetensors") for part in PARTS}
+    present = [part for part in (*PARTS, "guide") if (run / part).is_dir()]
+    parts = {part: load_file(run / part / "model.safetensors") for part in present}
     return {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
 

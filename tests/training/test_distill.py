@@ -374,6 +374,9 @@ def test_a_table(tmp_path: Path):
     (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
     small_fit(tmp_path / "t.csv", tmp_path / "teacher", "denoiser.width=32", "train.denoiser.batch=16")
     sfumato.distill(tmp_path / "teacher", out=tmp_path / "student", steps=3, device="cpu")
+    assert sfumato.load(tmp_path / "student").card.distilled["autoguidance"] == 1.5  # built in
+    with pytest.raises(UserError, match="--autoguidance 2: what the teacher had is built into this few-step model"):
+        sfumato.generate(tmp_path / "student", n=2, autoguidance=2)
     made = sfumato.generate(tmp_path / "student", n=20, out=tmp_path / "made.csv")
     assert made.facts["sampler"] == "jump" and (tmp_path / "made.csv").read_text().startswith("size,kind\n")
     assert "c2st" in sfumato.evaluate(tmp_path / "student", tmp_path / "t.csv", n=50)

@@ -41,6 +41,7 @@ MORE = {
     ),
     "learned weight, dit": ("denoiser.weight=learned", "denoiser.net=dit", "denoiser.heads=1"),
     "guidance chosen": ("sample.guidance=null", "codec.bottleneck=none"),
+    "autoguidance": ("sample.autoguidance=2", "codec.bottleneck=none"),
 }
 
 
