@@ -153,10 +153,15 @@ def made_by(source: Path, run: Path, n: int, seed: int, options: argparse.Namesp
     return made, facts | {"report": json.loads(done.output)}
 
 
+def run_name(labels: int, seed: int, options: argparse.Namespace) -> str:
+    """What a run and its record are called."""
+    return f"{Path(options.data).name}-{labels or 'all'}-{options.budget}-{options.made}-{seed}"
+
+
 def measured(labels: int, seed: int, options: argparse.Namespace) -> Facts:
     """The accuracy of each way."""
     torch.set_num_threads(options.threads)
-    (data, test), name = read_images(options.data), f"{options.data}-{labels or 'all'}-{seed}"
+    (data, test), name = read_images(options.data), run_name(labels, seed, options)
     assert test is not None
     source = options.out / f"{name}.npz"
     write_source(drawn(data, labels, seed), source)
@@ -223,7 +228,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for seed in options.seeds:
             try:
                 make = lambda labels=labels, seed=seed: measured(labels, seed, options)
-                found.append(kept(options.out / f"{options.data}-{labels or 'all'}-{seed}.json", make))
+                found.append(kept(options.out / f"{run_name(labels, seed, options)}.json", make))
                 print(table_row(options.data, labels, found), file=sys.stderr, flush=True)
             except Failed as error:
                 print(f"{labels} labels, seed {seed}: {error}", file=sys.stderr, flush=True)

@@ -91,7 +91,7 @@ def scores(train: Rows, columns: Sequence[Column], target: int, augmented: Rows,
 
 def measured(name: str, seed: int, options: argparse.Namespace) -> Facts:
     """Fit, augment, and the average precision of each way."""
-    folder, run = options.data / name, options.out / f"{name}-{seed}"
+    folder, run = options.data / name, options.out / f"{name}-{options.budget}-{seed}"
     schema = json.loads((folder / "schema.json").read_text())
     source, out, often = str(folder / "train.csv"), str(run) + ".csv", ["--seed", str(seed), "--overwrite", "--quiet"]
     words = ["--out", str(run), "--budget", options.budget, "--categorical", ",".join(schema["categorical"])]
@@ -139,7 +139,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for seed in options.seeds:
             try:
                 make = lambda name=name, seed=seed: measured(name, seed, options)
-                found.append(kept(options.out / f"{name}-{seed}.json", make))
+                found.append(kept(options.out / f"{name}-{options.budget}-{seed}.json", make))
             except Failed as error:
                 print(f"{name}, seed {seed}: {error}", file=sys.stderr, flush=True)
                 failed = 1

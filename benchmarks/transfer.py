@@ -58,7 +58,7 @@ def inverted(x: Pixels) -> Pixels:
 
 
 def slanted(x: Pixels) -> Pixels:
-    """Leaning to the left by half a pixel a row."""
+    """Leaning to the right by half a pixel a row."""
     middle = (x.shape[1] - 1) / 2
     matrix = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, SLANT, 1.0]])
     return ndimage.affine_transform(x, matrix, (0.0, 0.0, -SLANT * middle), order=1)
@@ -144,7 +144,8 @@ def table(options: argparse.Namespace) -> Iterator[str]:
     train, test = read_images(options.data)
     made, names, digits = styled(train)
     options.out.mkdir(parents=True, exist_ok=True)
-    source, run = options.out / "styles.npz", options.out / f"{options.budget}-{options.seed}"
+    name = Path(options.data).name
+    source, run = options.out / f"{name}-styles.npz", options.out / f"{name}-{options.budget}-{options.seed}"
     if not source.is_file():
         np.savez(source, images=made, labels=np.array(names))
     if not (run / "model.json").is_file():

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UserError
-from .cache import atomic
 from .columns import Column, Values, blanks, encode, modelled, pc, series, texts
 from .late import Late
 from .rows import Dialect, TableFile, open_table, plain
-from .table_write import arrow_cells, check_table_target, is_parquet, text_writer
+from .table_write import arrow_cells, check_table_target, is_parquet, text_writer, written
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,18 +40,18 @@ def fill_table(out: Path, sources: Sequence[Path], columns: Sequence[Column], va
     check_fill_target(out, sources, overwrite)
     files = [open_table(path) for path in sources]
     known = {column.name: (column, values[:, k]) for k, column in enumerate(modelled(columns))}
-    with atomic(out) as draft:
+    with written(out) as draft:
         if is_parquet(out):
             parquet.write_table(_filled_parquet(sources, known), draft)
-        else:
-            dialect = files[0].dialect
-            with text_writer(draft, out) as text:
-                writer = csv.writer(text, delimiter=dialect.delimiter, lineterminator="\n")
-                writer.writerow(files[0].names)
-                start = 0
-                for piece in _pieces(files):
-                    writer.writerows(_filled_rows(piece, files[0].names, known, start, dialect))
-                    start += len(piece[0])
+            return
+        dialect, names = files[0].dialect, files[0].names
+        with text_writer(draft, out) as text:
+            writer = csv.writer(text, delimiter=dialect.delimiter, lineterminator="\n")
+            writer.writerow(names)
+            start = 0
+            for piece in _pieces(files):
+                writer.writerows(_filled_rows(piece, names, known, start, dialect))
+                start += len(piece[0])
 
 
 def check_fill_target(out: Path, sources: Sequence[Path], overwrite: bool) -> None:
@@ -97,7 +96,10 @@ def _empty(column: Column, cells: pa.Array, decimal: str = ".") -> Any:
 
 def _filled_parquet(sources: Sequence[Path], known: dict[str, tuple[Column, Values]]) -> pa.Table:
     """The rows of all files, each column in its own type."""
-    table = pa.concat_tables([parquet.read_table(path) for path in sources])
+    tables = [parquet.read_table(path) for path in sources]
+    names = tables[0].column_names
+    # a column without a missing cell in one file may be of integers there, and of floats in the other
+    table = pa.concat_tables([table.select(names) for table in tables], promote_options="permissive")
     for k, name in enumerate(table.column_names):
         if name in known:
             column, values = known[name]

@@ -170,6 +170,8 @@ def read_rows(path: str | Path, columns: Sequence[Column]) -> TableData:
     if extra:
         notes.append(f"{path}: not in the model, and left out: {first_few(map(repr, extra))}")
     count = sum(len(piece[0]) for piece in file.pieces())
+    if not count:
+        raise UserError(f"{path}: holds no rows", code=1)
     data = TableData(allocate((count, len(modelled(columns))), np.float64), list(columns), file.dialect, notes=notes)
     _fill(data.store, data.columns, file, notes)
     return data

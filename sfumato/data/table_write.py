@@ -83,17 +83,28 @@ def write_table(
     if np.isinf(values).any():
         raise UserError(f"{path}: the table holds infinite numbers: nothing written", code=1)
     tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
+    with written(path) as draft:
+        if is_parquet(path):
+            _write_parquet(draft, columns, values)
+        else:
+            with text_writer(draft, path) as text:
+                _write_lines(text, columns, values, dialect or Dialect("\t" if tabs else ","))
+    return path
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A draft that becomes the file when the block is over, with the rights of new files.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     try:
         with atomic(path) as draft:
-            if is_parquet(path):
-                _write_parquet(draft, columns, values)
-            else:
-                with text_writer(draft, path) as text:
-                    _write_lines(text, columns, values, dialect or Dialect("\t" if tabs else ","))
+            yield draft
             draft.chmod(0o666 & ~umask())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})", code=1) from error
-    return path
 
 
 def is_parquet(path: Path) -> bool:

@@ -52,7 +52,8 @@ def augment(
         sheet: Picture file that shows some made items (default: OUT-sheet.png).
         steps: Steps of the sampler (default: what fit chose).
         guidance: Weight of the condition; 1 is off (default: what fit chose).
-        sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc or sde (default: what fit chose).
+        sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc, abm2 or sde; jump for few-step models (default: what fit
+            chose).
         skip_bad: Leave out files that cannot be read.
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the noise.

@@ -90,13 +90,16 @@ def edit(
     start = strength_time(loaded.denoiser.schedule, strength)
     sheet = check_places(loaded, out, sheet, overwrite)
     inputs = read_inputs(model, loaded, source, overrides, skip_bad)
-    own = class_numbers(loaded, own_label, inputs)
+    asked = method == "invert" or label is None  # else it does not matter what they are
+    own = class_numbers(loaded, own_label, inputs) if asked else None
     new = own if label is None else class_numbers(loaded, label, inputs)
     change = (_Inversion if method == "invert" else _Noise)(loaded, own, new, start, how, seed)
     items = changed(loaded, inputs, change, batch, "edit", progress)
-    facts = {"method": method, "strength": strength, "steps": how.steps, "guidance": how.guidance, "seed": seed}
+    facts: dict[str, Any] = {"method": method, "strength": strength, "steps": how.steps, "guidance": how.guidance}
+    facts |= {"sampler": how.sampler} if method == "noise" else {}
+    facts |= {"seed": seed}
     rows = changed_rows(loaded, inputs, new, facts)
-    facts |= change.told(rows)
+    facts |= change.told(rows) | inputs.told()
     deliver(loaded, inputs, items, rows, out, sheet, overwrite)
     return Result(items, rows, time.perf_counter() - begun, facts)
 
@@ -162,11 +165,16 @@ class _Inversion(_Noise):
     errors: "list[Tensor]" = field(default_factory=list["Tensor"])
 
     def latents(self, items: list[int], z: "Tensor") -> "Tensor":
+        import torch
+
         from sfumato.core import flow_grid, invert, regenerate
         from sfumato.core.inversion import relative
 
         schedule, own = self.model.denoiser.schedule, self.denoise(self.own, items)
         grid = flow_grid(schedule, self.how.steps, self.start)
+        if self.start <= float(grid[-1]):  # no noise that is seen: there is nothing to invert
+            self.errors.append(torch.zeros(len(z)))
+            return z
         noise = invert(own, schedule, z, grid)
         self.errors.append(relative(regenerate(own, schedule, noise, grid) - z, z).cpu())
         return regenerate(self.denoise(self.new, items), schedule, noise, grid)

@@ -82,7 +82,15 @@ def inpaint(
     from sfumato.choice import choose
     from sfumato.errors import UserError
     from sfumato.tasks.common import check_counts, open_model
-    from sfumato.tasks.inputs import changed, check_places, class_numbers, deliver, offered, read_inputs
+    from sfumato.tasks.inputs import (
+        changed,
+        changed_rows,
+        check_places,
+        class_numbers,
+        deliver,
+        offered,
+        read_inputs,
+    )
 
     begun = time.perf_counter()
     check_counts(steps=steps, resample=resample, batch=batch)
@@ -103,13 +111,14 @@ def inpaint(
     inputs = read_inputs(model, loaded, source, overrides, skip_bad)
     masks = read_masks(None if mask is None else Path(mask), inputs.source, inputs.parts, inputs.settings)
     masks = ~masks if invert_mask else masks
-    change = fill(loaded, masks, class_numbers(loaded, label, inputs), how, resample, seed)
+    labels = class_numbers(loaded, label, inputs)
+    change = fill(loaded, masks, labels, how, resample, seed)
     items = changed(loaded, inputs, change, batch or (32 if loaded.codec.graded else 1000), "inpaint", progress)
     facts: dict[str, Any] = {"method": method, "steps": steps, "resample": resample}
     facts |= {"guidance": how.guidance, "seed": seed}
-    rows = [row | facts for row in inputs.rows()]
+    rows = changed_rows(loaded, inputs, None if label is None else labels, facts)
     deliver(loaded, inputs, items, rows, out, sheet, overwrite, write)
-    facts["repainted"] = float(masks.float().mean())
+    facts |= {"repainted": float(masks.float().mean())} | inputs.told()
     return Result(items, rows, time.perf_counter() - begun, facts)
 
 

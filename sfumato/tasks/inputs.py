@@ -56,6 +56,11 @@ class Inputs:
         """What is known of each item."""
         return [row for data in self.parts for row in rows_of(data, range(len(data)))]
 
+    def told(self) -> dict[str, Any]:
+        """What there is to say of how they were read."""
+        notes = [note for data in self.parts for note in data.notes]
+        return {"notes": list(dict.fromkeys(notes))} if notes else {}
+
     def labels(self, model: Model) -> Tensor | None:
         """The model's class number of each item (N,); None where there are no labels, or the model knows none."""
         if not model.conditioner.classes or self.parts[0].labels is None:
@@ -159,11 +164,14 @@ def changed(
 
 
 def changed_rows(model: Model, inputs: Inputs, new: Tensor | None, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per item: the new label in place of its own, which is kept as `source_label`; and facts of the whole."""
+    """A row per item: the new label in place of its own, which is kept as `source_label`; and facts of the whole.
+
+    `new` (N,) are class numbers; an item whose number is `UNKNOWN` stays without a label.
+    """
     rows = inputs.rows()
     values = label_values(model.card.label_names)
     for i, row in enumerate(rows):
-        if new is not None:
+        if new is not None and int(new[i]) != UNKNOWN:
             row |= {"source_label": row["label"]} if "label" in row else {}
             row["label"] = values[int(new[i])]
     return [row | facts for row in rows]

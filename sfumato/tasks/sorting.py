@@ -50,9 +50,9 @@ def read_given(
     """Read what is given, and check that classes can be made of it."""
     row, card = loaded.modality, loaded.card
     make_sorter = offered(loaded, row.sorter, "augment")
-    settings = source_settings(model, overrides, skip_bad, labels=True)
 
-    def read(place: str | Path) -> Data:
+    def read(place: str | Path, labels: bool = True) -> Data:
+        settings = source_settings(model, overrides, skip_bad, labels)
         data = row.parts(str(place), settings, card.mode)[0]
         row.check_fit(title(model), card.shape, card.mode, place, data)
         return data
@@ -60,7 +60,7 @@ def read_given(
     data = read(source)
     if data.labels is not None and card.label_names:
         data = replace(data, labels=known_classes(loaded, data), label_names=card.label_names)
-    others = [] if unlabelled is None else [replace(read(unlabelled), labels=None)]
+    others = [] if unlabelled is None else [replace(read(unlabelled, labels=False), labels=None)]
     sorter = make_sorter(data, others, card.label_names, target, str(loaded.device), progress)
     known = (sorter.labels != UNKNOWN).nonzero().flatten()
     if len({int(k) for k in sorter.labels[known]}) < 2:

@@ -87,6 +87,7 @@ def transfer(
     from sfumato.tasks.common import check_counts, open_model
     from sfumato.tasks.generate import sampling
     from sfumato.tasks.inputs import changed, changed_rows, check_places, class_numbers, deliver, read_inputs
+    from sfumato.types import UNKNOWN
 
     begun = time.perf_counter()
     check_counts(steps=steps, batch=batch)
@@ -100,6 +101,9 @@ def transfer(
     own = class_numbers(loaded, own_label, inputs)
     if own is None:
         raise UserError(f"{source}: has no labels; say which class its items are of with --own-label")
+    if (own == UNKNOWN).any():
+        count = int((own == UNKNOWN).sum())
+        raise UserError(f"{source}: {count} items have no label; say which class its items are of with --own-label")
     classes = sorted({int(k) for k in own} - {goal})
     search = _Search(loaded, goal, align, samples, seed, progress)
     crossings = {k: search(k) for k in classes}
@@ -107,6 +111,7 @@ def transfer(
     items = changed(loaded, inputs, change, batch, "transfer", progress)
     facts = {"strength": strength, "align": align, "steps": steps, "guidance": how.guidance, "seed": seed}
     rows = changed_rows(loaded, inputs, torch.full((len(inputs),), goal), facts)
+    facts |= inputs.told()
     deliver(loaded, inputs, items, rows, out, sheet, overwrite)
     return Result(items, rows, time.perf_counter() - begun, facts)
 
@@ -174,6 +179,8 @@ class _Carried:
     how: "Sampling"
 
     def __call__(self, items: list[int], x: "Tensor") -> "Tensor":
+        import torch
+
         from sfumato.core import flow_grid, invert, regenerate
 
         z, own, schedule = self.model.encode(x).to(self.model.device), self.own[items], self.model.denoiser.schedule
@@ -183,7 +190,8 @@ class _Carried:
         z_t = invert(self.model.denoise(own, len(z), self.how.unguided), schedule, z, grid)
         z_t = self.carried(z_t, own, self.start)
         under = self.model.denoise(_same(self.goal, len(z)), len(z), self.how)
-        return self.model.decode(regenerate(under, schedule, z_t, grid))
+        there = (own == self.goal).reshape(-1, *(1,) * (z.ndim - 1)).to(z.device)  # these need not be carried
+        return self.model.decode(torch.where(there, z, regenerate(under, schedule, z_t, grid)))
 
     def carried(self, z: "Tensor", own: "Tensor", t: float) -> "Tensor":
         """States (B, ...) at time t of the classes `own` (B,) as such of the goal."""

@@ -118,3 +118,29 @@ def test_a_model_of_another_modality(make_model: Callable[..., Model], tmp_path:
     (tmp_path / "people.csv").write_text("a,b\n" + "1,2\n3,4\n" * 20)
     with pytest.raises(UserError, match=r"people\.csv"):
         edit(make_model(), tmp_path / "people.csv")
+
+
+def test_without_strength_inversion_is_the_codec_alone(model: Model, digits: Path, x: torch.Tensor):
+    result = edit(model, digits, method="invert", strength=0, label="3")
+    assert torch.allclose(result.items, model.reconstruct(x).clamp(-1, 1), **CLOSE)
+    assert result.facts["inversion_error"] == 0
+
+
+def test_noise_asks_nothing_of_what_items_were(model: Model, digits: Path, tmp_path: Path):
+    """Classes that the model does not know are no hindrance to a new label, unless they have to be inverted."""
+    data, _ = read_images(digits)
+    folder = write_images(
+        tmp_path / "in", data.batch(range(6)).data, [{"label": "tree"}] * 3 + [{"label": "house"}] * 3
+    )
+    rows = edit(model, folder, label="3").rows
+    assert [(row["label"], row["source_label"]) for row in rows] == [(3, "tree")] * 3 + [(3, "house")] * 3
+    with pytest.raises(UserError, match=r"tree|house"):
+        edit(model, folder, label="3", method="invert")
+
+
+def test_items_without_a_label_stay_without_one(model: Model, digits: Path, tmp_path: Path):
+    data, _ = read_images(digits)
+    rows = [{"label": 0}, {"label": 1}, {}, {}]
+    folder = write_images(tmp_path / "in", data.batch(range(4)).data, rows)
+    assert [row.get("label") for row in edit(model, folder).rows] == [0, 1, None, None]
+    assert [row.get("sampler") for row in edit(model, folder, sampler="euler").rows] == ["euler"] * 4

@@ -223,3 +223,9 @@ def test_wrong_masks_and_models(make_model: Callable[..., Model], source: Path, 
     model.modality = replace(model.modality, name="sound", masks=None)
     with pytest.raises(UserError, match=r"inpaint: not for a model of this modality \(sound\)"):
         inpaint(model, source, mask=hole)
+
+
+def test_the_label_under_which_it_was_painted_is_told(model: Model, source: Path, hole: Path):
+    own = [row.get("label") for row in inpaint(model, source, mask=hole, **QUICK).rows]
+    rows = inpaint(model, source, mask=hole, label="3", **QUICK).rows
+    assert {row["label"] for row in rows} == {3} and [row.get("source_label") for row in rows] == own

@@ -179,3 +179,33 @@ def test_written_like_any_table(tmp_path: Path):
     write_table(tmp_path / "b.csv.gz", data.columns, data.store)
     again, _ = read_table(tmp_path / "b.csv.gz", categorical=("size",))
     assert np.array_equal(again.store, data.store, equal_nan=True)
+
+
+def test_what_is_filled_in_may_be_read_by_others(run: Path, tmp_path: Path):
+    given = write(tmp_path / "in.csv", with_holes(things(30, seed=9)))
+    inpaint(run, given, out=tmp_path / "out.csv", **QUICK)
+    assert (tmp_path / "out.csv").stat().st_mode == given.stat().st_mode
+
+
+def test_parquet_files_of_a_folder_may_differ_in_order_and_type(run: Path, tmp_path: Path):
+    """A column without holes in one file is of integers there, and of floats in the other."""
+    frame = pd.read_csv(write(tmp_path / "in.csv", things(30, seed=9)))
+    frame["rare"] = "no"
+    (tmp_path / "in").mkdir()
+    frame.to_parquet(tmp_path / "in" / "train.parquet", index=False)
+    holes = frame.astype({"size": "float64"})
+    holes.loc[::2, "size"] = np.nan
+    holes[frame.columns[::-1]].to_parquet(tmp_path / "in" / "test.parquet", index=False)
+    inpaint(run, tmp_path / "in", out=tmp_path / "out.parquet", **QUICK)
+    back = pd.read_parquet(tmp_path / "out.parquet")
+    assert list(back) == list(frame) and len(back) == 60 and back["size"].notna().all()
+    assert back["size"][:30].tolist() == frame["size"].tolist()
+
+
+@pytest.mark.parametrize("task", ["edit", "inpaint", "reconstruct"])
+def test_a_table_without_rows_is_refused(run: Path, tmp_path: Path, task: str):
+    import sfumato
+
+    given = write(tmp_path / "in.csv", [])
+    with pytest.raises(UserError, match=r"in\.csv: holds no rows"):
+        getattr(sfumato, task)(run, given)

@@ -45,9 +45,10 @@ def test_the_same_seed_gives_the_same_items(run: Path, tmp_path: Path):
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
-def test_what_is_of_the_class_already_stays(run: Path, tmp_path: Path):
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_what_is_of_the_class_already_stays(run: Path, tmp_path: Path, strength: float):
     given = source(tmp_path / "in", 6)
-    result = sfumato.transfer(run, given, label="b", strength=0.0, **QUICK)
+    result = sfumato.transfer(run, given, label="b", strength=strength, **QUICK)
     mine = torch.tensor([row["source_label"] == "b" for row in result.rows])
     back = sfumato.reconstruct(run, given, n=6).items
     torch.testing.assert_close(result.items[mine], back[mine], rtol=0, atol=1e-4)
@@ -73,3 +74,12 @@ def test_it_must_be_known_what_the_items_are(run: Path, tmp_path: Path):
     with pytest.raises(UserError, match="--own-label"):
         sfumato.transfer(run, given, label="b", **QUICK)
     assert len(sfumato.transfer(run, given, label="b", own_label="a", **QUICK).items) == 4
+
+
+def test_items_without_a_label_are_counted_and_refused(run: Path, tmp_path: Path):
+    x, label = pictures(4, (1, 8, 8))
+    images = torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
+    rows = [{"label": "abc"[int(k)]} if k else {} for k in label]
+    given = write_images(tmp_path / "in", images.float(), rows, mode="L")
+    with pytest.raises(UserError, match=r"2 items have no label; .*--own-label"):
+        sfumato.transfer(run, given, label="b", **QUICK)
