@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sfumato.tasks.info import info
     from sfumato.tasks.inpaint import inpaint
     from sfumato.tasks.interpolate import interpolate
+    from sfumato.tasks.outpaint import outpaint
     from sfumato.tasks.reconstruct import reconstruct
     from sfumato.tasks.transfer import transfer
     from sfumato.training import distill, fit
@@ -39,6 +40,7 @@ __all__ = [
     "inpaint",
     "interpolate",
     "load",
+    "outpaint",
     "reconstruct",
     "register",
     "transfer",
@@ -58,6 +60,7 @@ _HOMES = {
     "inpaint": "tasks.inpaint",
     "interpolate": "tasks.interpolate",
     "load": "model",
+    "outpaint": "tasks.outpaint",
     "reconstruct": "tasks.reconstruct",
     "register": "modality",
     "transfer": "tasks.transfer",

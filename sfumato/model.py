@@ -37,6 +37,7 @@ from sfumato.core.noise import item_generator
 from sfumato.core.sampler import Denoise, Draw, OnStep
 from sfumato.errors import UserError
 from sfumato.machine import default_device, has_bf16
+from sfumato.methods import Methods
 from sfumato.modality import Modality, find_modality
 from sfumato.nn import make_net
 from sfumato.types import Latent, at_once
@@ -99,8 +100,8 @@ class Sampling:
         return replace(self, guidance=1.0, autoguidance=1.0)
 
 
-class Model:
-    """Encode, decode and sample; every task works on this.
+class Model(Methods):
+    """Encode, decode and sample; every task works on this, and is a method of it.
 
     Args:
         card: What to build. Weights are random until loaded or trained.
@@ -271,12 +272,6 @@ class Model:
             return number
         shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
         raise UserError(f"label '{label}' is unknown to the model: it knows {shown}")
-
-    def generate(self, n: int = 64, **settings: Any) -> Any:
-        """New items: see `sfumato.generate`."""
-        import sfumato
-
-        return sfumato.generate(self, n=n, **settings)
 
     def save(self, folder: str | Path) -> None:
         """Write `model.json` and, for each part, `config.json` and `model.safetensors`."""

@@ -17,7 +17,7 @@ import sfumato
 
 SNAPSHOT = Path(__file__).with_name("public.txt")
 COMMANDS = (
-    *("fit", "distill", "generate", "reconstruct", "edit", "inpaint", "interpolate", "transfer", "augment"),
+    *("fit", "distill", "generate", "reconstruct", "edit", "inpaint", "outpaint", "interpolate", "transfer", "augment"),
     *("evaluate", "info", "doctor"),
 )
 HEAVY = ("torch", "pandas", "numpy", "rich", "sklearn", "accelerate", "PIL")

@@ -30,6 +30,7 @@ from sfumato.tasks.generate import generate
 from sfumato.tasks.info import info
 from sfumato.tasks.inpaint import inpaint
 from sfumato.tasks.interpolate import interpolate
+from sfumato.tasks.outpaint import outpaint
 from sfumato.tasks.reconstruct import reconstruct
 from sfumato.tasks.transfer import transfer
 from sfumato.training import distill, fit
@@ -188,6 +189,7 @@ command(app, generate, report=_written, required=("out",))
 command(app, reconstruct, report=_written, required=("out",))
 command(app, edit, report=_written, required=("out",))
 command(app, inpaint, report=_written, required=("out",))
+command(app, outpaint, report=_written, required=("out",))
 command(app, interpolate, report=_written, required=("out",))
 command(app, transfer, report=_written, required=("out",))
 command(app, augment, report=_written, required=("out",))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sfumato.tasks.common import Progress
 
 RESAMPLE = 3
+Method = Literal["gradient", "repaint"]
 STD_MIN = 0.02  # no codec is trusted to be closer to the data than that, in the range [-1, 1]
 
 
@@ -28,7 +29,7 @@ def inpaint(
     out: Path | None = None,
     sheet: Path | None = None,
     label: str | None = None,
-    method: Literal["gradient", "repaint"] | None = None,
+    method: Method | None = None,
     steps: int = 25,
     resample: int = RESAMPLE,
     guidance: float | None = None,
@@ -77,9 +78,7 @@ def inpaint(
         Lugmayr et al., RePaint, https://arxiv.org/abs/2201.09865; for the gradient see `sfumato.core.consistent`.
     """
     import time
-    from dataclasses import replace
 
-    from sfumato.choice import choose
     from sfumato.errors import UserError
     from sfumato.tasks.common import check_counts, open_model
     from sfumato.tasks.inputs import (
@@ -97,12 +96,7 @@ def inpaint(
     if mask is None and invert_mask:
         raise UserError("--invert-mask needs --mask")
     loaded = open_model(model, device)
-    method = method or ("gradient" if loaded.codec.graded else "repaint")
-    fill = choose(METHODS, "method", method)
-    if method == "gradient" and not loaded.codec.graded:
-        raise UserError("--method gradient: not for a model whose items are no smooth function; leave it out")
-    # what is filled in should vary as much as it may: autoguidance would have it too sure
-    how = replace(sampling(loaded, steps, guidance, "ddpm"), autoguidance=1.0)
+    method, how = repainting(loaded, method, steps, guidance)
     sheet = check_places(loaded, out, sheet, overwrite)
     write = None
     if out is not None and loaded.modality.fill is not None:
@@ -112,7 +106,7 @@ def inpaint(
     masks = read_masks(None if mask is None else Path(mask), inputs.source, inputs.parts, inputs.settings)
     masks = ~masks if invert_mask else masks
     labels = class_numbers(loaded, label, inputs)
-    change = fill(loaded, masks, labels, how, resample, seed)
+    change = METHODS[method](loaded, masks, labels, how, resample, seed)
     items = changed(loaded, inputs, change, batch or (32 if loaded.codec.graded else 1000), "inpaint", progress)
     facts: dict[str, Any] = {"method": method, "steps": steps, "resample": resample}
     facts |= {"guidance": how.guidance, "seed": seed}
@@ -120,6 +114,21 @@ def inpaint(
     deliver(loaded, inputs, items, rows, out, sheet, overwrite, write)
     facts |= {"repainted": float(masks.float().mean())} | inputs.told()
     return Result(items, rows, time.perf_counter() - begun, facts)
+
+
+def repainting(model: "Model", method: Method | None, steps: int, guidance: float | None) -> "tuple[Method, Sampling]":
+    """The method that the model allows, and how it samples, checked."""
+    from dataclasses import replace
+
+    from sfumato.choice import choose
+    from sfumato.errors import UserError
+
+    method = method or ("gradient" if model.codec.graded else "repaint")
+    choose(METHODS, "method", method)
+    if method == "gradient" and not model.codec.graded:
+        raise UserError("--method gradient: not for a model whose items are no smooth function; leave it out")
+    # what is filled in should vary as much as it may: autoguidance would have it too sure
+    return method, replace(sampling(model, steps, guidance, "ddpm"), autoguidance=1.0)
 
 
 @dataclass
@@ -183,4 +192,4 @@ def covering(mask: "Tensor", x: "Tensor") -> "Tensor":
     return mask if mask.ndim == x.ndim else mask.unsqueeze(1)
 
 
-METHODS = {"gradient": _Gradient, "repaint": _Repaint}
+METHODS: dict[str, type[_Gradient]] = {"gradient": _Gradient, "repaint": _Repaint}

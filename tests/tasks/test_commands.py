@@ -36,6 +36,7 @@ def invoke(run: Path, place: Path, line: str) -> tuple[int, str, str]:
         ("edit RUN PLACE/in --out PLACE/1 --label 7 --strength 0.4", 2),
         ("edit RUN PLACE/in/000001.png --out PLACE/2 --method invert --steps 3 --own-label 1 --label 7", 1),
         ("inpaint RUN PLACE/in --mask PLACE/mask.png --out PLACE/3 --steps 2", 2),
+        ("outpaint RUN PLACE/in --left 3 --bottom 5 --out PLACE/8 --steps 2", 2),
         ("inpaint RUN PLACE/in --mask PLACE/mask.png --invert-mask --method repaint --out PLACE/4 --steps 2", 2),
         ("interpolate RUN --out PLACE/5 -n 3", 3),
         (
@@ -60,6 +61,8 @@ def test_what_one_command_writes_the_next_one_reads(run: Path, place: Path, line
         ("edit RUN PLACE/in --out PLACE/x --label zebra", 2, "label 'zebra' is unknown"),
         ("edit RUN PLACE/nothing --out PLACE/x", 2, "PLACE/nothing: no such file"),
         ("inpaint RUN PLACE/in --mask PLACE/tall.png --out PLACE/x", 1, "PLACE/tall.png: the mask tall.png is 8x9"),
+        ("outpaint RUN PLACE/in --out PLACE/x", 2, "nothing to add: say how many pixels with --left"),
+        ("outpaint RUN PLACE/in --left -1 --out PLACE/x", 2, "--left must be at least 0, not -1"),
         ("inpaint RUN PLACE/in --mask PLACE/none.png --out PLACE/x", 2, "PLACE/none.png: no such mask"),
         ("interpolate RUN 0 PLACE/in --out PLACE/x", 1, "PLACE/in: holds 2 items"),
         ("interpolate RUN --out PLACE/x --animation x.avi", 2, "x.avi: an animation's name"),

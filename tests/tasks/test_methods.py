@@ -1,0 +1,35 @@
+"""Each task is a method of a model as well."""
+
+import inspect
+from typing import Any
+
+import pytest
+
+import sfumato
+from sfumato.methods import Methods
+from sfumato.model import Model
+
+NAMES = [name for name, _ in inspect.getmembers(Methods, inspect.isfunction) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_hands_all_on(name: str, model: Model, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+    monkeypatch.setattr(sfumato, name, lambda *given, **settings: seen.append((given, settings)) or "done")
+    method = getattr(model, name)
+    wanted = [p for p in inspect.signature(method).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    given = {p.name: p.name for p in wanted}
+    assert method(**given, seed=3) == "done"
+    task = inspect.signature(_task(name))
+    bound = task.bind(*seen[0][0], **seen[0][1])
+    assert bound.arguments == {next(iter(task.parameters)): model, **given, "seed": 3}
+
+
+def _task(name: str) -> Any:
+    """The function itself, whatever stands in its place."""
+    return getattr(__import__(f"sfumato.tasks.{name}", fromlist=[name]), name)
+
+
+def test_every_task_of_given_items_is_one():
+    tasks = {"generate", "interpolate", "edit", "inpaint", "outpaint", "transfer", "augment", "evaluate"}
+    assert set(NAMES) == tasks  # `Model.reconstruct` takes data, not a source
