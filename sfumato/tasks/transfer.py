@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from sfumato.tasks.generate import Result
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfumato.core.align import Crossing
+    from sfumato.core.align import Crossing, Spread
     from sfumato.model import Model, Sampling
     from sfumato.tasks.common import Progress
 
@@ -141,7 +142,7 @@ class _Search:
 
         model = self.model
         z = self._new(label)
-        crossing = shortest(measure_spread(z), measure_spread(self._new(self.goal)))
+        crossing = shortest(measure_spread(z), self.target)
         if not self.steps:
             return crossing
         return align(
@@ -153,6 +154,13 @@ class _Search:
             step_generator(self.seed, "align", label),
             lambda done: tell(self.progress, "align", done, self.steps),
         )
+
+    @cached_property
+    def target(self) -> "Spread":
+        """How new items of the goal lie."""
+        from sfumato.core import measure_spread
+
+        return measure_spread(self._new(self.goal))
 
     def _new(self, label: int) -> "Tensor":
         """Latents of new items of a class (N, ...)."""
