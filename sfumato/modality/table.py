@@ -87,7 +87,7 @@ def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
     train = TrainSettings(
         codec=StageSettings(batch=batch), denoiser=StageSettings(batch=min(256, batch), passes=PASSES)
     )
-    sample = SampleSettings(sampler="sde", steps=40, grid="ends", autoguidance=1.5, precision="fp32")
+    sample = SampleSettings(sampler="sde", steps=40, grid="ends", autoguidance=1.5)
     denoiser = DenoiserSettings(net="mlp", width=512, depth=6, embed=32, gated=True)
     denoiser.times, denoiser.times_settings = "logit_normal", {"mean": -0.5, "std": 1.2}
     return Settings(codec=codec, denoiser=denoiser, train=train, sample=sample)
