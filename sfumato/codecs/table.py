@@ -243,7 +243,8 @@ class TableCodec(Codec):
         """Rows (B, D), float64, NaN where missing, of latents z (B, *latent_shape)."""
         z = latent.z if isinstance(latent, Latent) else latent
         h = self.bottleneck.snap(z * self.latent_std + self.latent_mean)  # type: ignore[operator]
-        return self.features.inverse(self.decoder(h).float())
+        with torch.autocast(h.device.type, enabled=False):  # in bfloat16 numbers would be of some hundred values
+            return self.features.inverse(self.decoder(h))
 
     @torch.no_grad()
     def learn_statistics(self, h: Tensor | Iterable[Tensor], floor: float = 1e-3) -> None:

@@ -190,3 +190,15 @@ def test_a_table_of_categories_alone():
     codec.prepare(x)
     codec.learn_statistics(codec.codes(x))
     assert same(x, codec.decode(codec.draw(x, torch.Generator().manual_seed(0)))).all()
+
+
+@pytest.mark.parametrize("bottleneck", ["kl", "identity"])
+def test_numbers_keep_their_digits_under_autocast(bottleneck: str):
+    """In bfloat16 a decoder would give a few hundred different ones."""
+    codec = make_codec(bottleneck).eval()
+    codec.learn_statistics(codec.codes(rows()))
+    z = torch.randn(500, *codec.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = codec.decode(z)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(codec.decode(z).nan_to_num(), plain.nan_to_num())
