@@ -1,0 +1,72 @@
+"""The benchmark of made images: labels left open, classical augmentation, and that it keeps records."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sfumato.data import read_images
+from sfumato.types import UNKNOWN
+from tests.loading import load_benchmark
+
+
+@pytest.fixture
+def augment(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_benchmark("augment", monkeypatch)
+
+
+@pytest.mark.parametrize("labels", [3, 0])
+def test_so_many_labels_of_each_class_are_left(augment: ModuleType, tmp_path: Path, labels: int):
+    data, _ = read_images("digits")
+    few = augment.drawn(data, labels, seed=1)
+    counts = np.bincount(few.labels[few.labels >= 0], minlength=10)
+    assert (counts == (labels or np.bincount(data.labels, minlength=10))).all()
+    assert (few.labels[few.labels >= 0] == data.labels[few.labels >= 0]).all()
+    augment.write_source(few, tmp_path / "x.npz")
+    back, _ = read_images(tmp_path / "x.npz")
+    assert (back.labels == np.where(few.labels < 0, UNKNOWN, few.labels)).all() and (back.pixels == data.pixels).all()
+
+
+def test_classical_augmentation_does_what_it_says(augment: ModuleType):
+    x = torch.rand(50, 1, 8, 8) + 1.0
+    g = torch.Generator().manual_seed(0)
+    assert torch.equal(augment.moved_about(x, augment.Moves(), g), x)
+    mirrored = augment.moved_about(x, augment.Moves(mirror=True), g)
+    same = (mirrored == x).flatten(1).all(1)
+    assert torch.equal(mirrored[~same], x[~same].flip(-1)) and 10 < int(same.sum()) < 40
+    cut = (augment.moved_about(x, augment.Moves(cut=4), g) == 0).flatten(1).sum(1)
+    assert (cut > 0).all() and (cut <= 25).all() and len(cut.unique()) > 1  # at borders less is left of the square
+
+
+def test_a_network_learns_from_labelled_and_other_images(augment: ModuleType):
+    """Of the digits two thirds teach what the others are; more images with wrong labels spoil it."""
+    data, _ = read_images("digits")
+    order = np.random.default_rng(0).permutation(len(data))
+    train, test = data.subset(order[:1200]), data.subset(order[1200:])
+    how = augment.Moves(steps=60)
+    good = augment.accuracy(augment.train(train, None, 10, how, 0), test)
+    wrong = augment.replace(train, labels=(train.labels + 1) % 10)
+    spoilt = augment.accuracy(augment.train(train.subset(range(30)), augment.Joined([wrong]), 10, how, 0), test)
+    assert good > 0.9 and spoilt < 0.3
+
+
+def test_records_are_kept_by_what_was_asked(
+    augment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    seen: list[tuple[int, int]] = []
+
+    def measured(labels: int, seed: int, options: Any) -> dict[str, Any]:
+        seen.append((labels, seed))
+        ways = {way: 0.5 + 0.01 * seed for way in (*augment.WAYS, "teacher")}
+        return {**ways, "augment": 0.6 + 0.03 * seed, "fit": 60.0, "made": 9.0}
+
+    monkeypatch.setattr(augment, "measured", measured)
+    words = ["--data", "digits", "--labels", "20,all", "--seeds", "0,1", "--out", str(tmp_path)]
+    assert augment.main(words) == augment.main(words) == 0
+    assert seen == [(20, 0), (20, 1), (0, 0), (0, 1)]  # the second time nothing is done
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| digits | 20 | 2 | 50.5 ± 0.7 |") and "| 11.0 ± 1.4 | 60 | 9 |" in lines[2]
+    assert augment.main([*words, "--budget", "1m"]) == 0 and len(seen) == 8

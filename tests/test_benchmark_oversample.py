@@ -1,0 +1,65 @@
+"""What stands beside made rows of a rare class: SMOTE above all; and that records are kept."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sfumato.data import Column
+from tests.loading import load_benchmark
+
+
+@pytest.fixture
+def oversample(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_benchmark("oversample", monkeypatch)
+
+
+def test_smote_goes_between_neighbours(oversample: ModuleType):
+    """Two heaps far apart, each with a category of its own: no row is made between them, none is a copy."""
+    rng = np.random.default_rng(0)
+    heap = np.repeat([0.0, 1.0], 50)
+    rows = np.stack([100 * heap + rng.normal(size=100), rng.normal(size=100), heap], 1)
+    made = oversample.smote(rows, 400, np.array([False, False, True]), np.random.default_rng(1))
+    assert made.shape == (400, 3) and set(made[:, 2]) == {0.0, 1.0}
+    assert (abs(made[:, 0] - 100 * made[:, 2]) < 4).all()
+    for k in (0, 1):
+        inside, given = made[made[:, 2] == k, :2], rows[heap == k, :2]
+        assert (inside >= given.min(0)).all() and (inside <= given.max(0)).all()
+    assert not (made[:, None, :2] == rows[None, :, :2]).all(2).any()
+
+
+def test_good_rows_are_worth_more_than_noise(oversample: ModuleType):
+    """Average precision of each way, where the rare class lies around (2, 2)."""
+    rng = np.random.default_rng(0)
+
+    def rows(common: int, rare: int) -> np.ndarray:
+        x = rng.normal(size=(common + rare, 2))
+        x[common:] += 2
+        return np.column_stack([x, np.repeat([0.0, 1.0], [common, rare])])
+
+    columns = [Column("a", "number"), Column("b", "number"), Column("kind", "category", levels=["no", "yes"])]
+    train, test = rows(400, 20), rows(2_000, 200)
+    good = oversample.scores(train, columns, 2, np.concatenate([train, rows(0, 380)]), test, 0)
+    noise = rng.normal(size=(380, 2)) - 2
+    bad = oversample.scores(train, columns, 2, np.concatenate([train, np.column_stack([noise, np.ones(380)])]), test, 0)
+    assert set(good) == set(oversample.WAYS) and all(0 < value <= 1 for value in good.values())
+    assert good["real"] == bad["real"] and good["augment"] > max(bad["augment"], 0.5)
+
+
+def test_records_are_kept_by_what_was_asked(
+    oversample: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    seen: list[tuple[str, int]] = []
+
+    def measured(name: str, seed: int, options: Any) -> dict[str, Any]:
+        seen.append((name, seed))
+        return {**dict.fromkeys(oversample.WAYS, 0.4), "augment": 0.5 + 0.1 * seed, "fit": 300.0, "made": 20.0}
+
+    monkeypatch.setattr(oversample, "measured", measured)
+    words = ["--data", str(tmp_path), "--names", "default", "--seeds", "0,1", "--out", str(tmp_path / "out")]
+    assert oversample.main(words) == oversample.main(words) == 0
+    assert seen == [("default", 0), ("default", 1)]
+    assert capsys.readouterr().out.splitlines()[2].endswith("| 0.550 ± 0.071 | 300 | 20 |")
+    assert oversample.main([*words, "--budget", "1m"]) == 0 and len(seen) == 4
