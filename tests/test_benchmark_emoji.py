@@ -1,0 +1,72 @@
+"""The benchmark of emoji: no two pictures of a caption are learned, and test captions by nobody."""
+
+import argparse
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.loading import load_benchmark
+
+
+@pytest.fixture
+def emoji(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_benchmark("emoji", monkeypatch)
+
+
+@pytest.fixture
+def data(emoji: ModuleType, tmp_path: Path) -> Path:
+    """Two sets whose pictures say by their red which caption they are of, and by their size and blue of which set."""
+    for k, (folder, side) in enumerate(zip(emoji.STYLES.values(), (64, 128), strict=True)):
+        (tmp_path / folder / "images").mkdir(parents=True)
+        rows = []
+        for i in range(40 + 5 * (1 - k)):  # the first set has a few captions more
+            Image.new("RGB", (side, side), (5 * i, 0, 100 * k)).save(tmp_path / folder / "images" / f"{i}.png")
+            rows.append(json.dumps({"file_name": f"images/{i}.png", "text": f"caption {i}"}))
+        (tmp_path / folder / "metadata.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+def test_no_caption_is_learned_twice(emoji: ModuleType, data: Path):
+    found = emoji.read(data, test=10)
+    captions = {s: set(found.train[s][:, 0, 0, 0].tolist()) for s in emoji.STYLES}
+    tested = {s: found.test[s][:, 0, 0, 0].tolist() for s in emoji.STYLES}
+    assert tested["noto"] == tested["fluent"] and len(set(tested["noto"])) == 10
+    assert not captions["noto"] & captions["fluent"] and not (captions["noto"] | captions["fluent"]) & {*tested["noto"]}
+    assert [len(captions[s]) for s in emoji.STYLES] == [15, 15]
+    assert {x.shape[1:] for part in found for x in part.values()} == {(64, 64, 3)}
+    assert (found.train["fluent"][..., 2] == 100).all() and (found.test["noto"][..., 2] == 0).all()
+
+
+def test_the_nearest_is_found(emoji: ModuleType):
+    truth = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 3, 2, 2)
+    assert emoji.found(truth + 0.3, truth) == 1.0
+    assert emoji.found(truth.flip(0), truth) == 0.0
+
+
+def test_the_sheet_shows_all_four(emoji: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Made:
+        def __init__(self, items: torch.Tensor) -> None:
+            self.items = items
+
+    asked = []
+
+    def edit(run: Path, given: Path, label: str, strength: float) -> Made:
+        asked.append((label, strength))
+        return Made(torch.full((10, 3, 64, 64), 10 * abs(strength - 0.5)))
+
+    monkeypatch.setattr(emoji, "STEPS", 2)
+    monkeypatch.setattr(emoji, "trained", lambda found, options: tmp_path)
+    monkeypatch.setattr(emoji.sfumato, "edit", edit)
+    monkeypatch.setattr(emoji.sfumato, "transfer", lambda *_, **how: Made(torch.zeros(10, 3, 64, 64)))
+    options = argparse.Namespace(data=data, items=10, out=tmp_path / "out")
+    lines = list(emoji.table(options))
+    assert {label for label, _ in asked} == {"fluent"} and len(asked) == 8
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["transfer", "edit at 0.5", "nothing", "truth"]
+    assert lines[-1].endswith("| inf |") or float(lines[-1].split(" | ")[-1].strip("| ")) > 60
+    sheet = np.asarray(Image.open(tmp_path / "out" / "sheet.png"))
+    assert sheet.shape[0] / sheet.shape[1] == pytest.approx(4 / 10, abs=0.05)
