@@ -119,7 +119,7 @@ def table(options: argparse.Namespace) -> Iterator[str]:
         style = float((predict(styles, items) == list(STYLES).index(end)).float().mean())
         yield f"| {name} | {style:.3f} | {found(items, truth):.3f} | {psnr(items, truth):.1f} |"
     shown = torch.cat([items[:SHOWN] for items in (x, made["transfer"], tried[best], truth)])
-    sample_sheet(shown, SHOWN).save(options.out / "sheet.png")
+    sample_sheet(shown, len(shown) // 4).save(options.out / "sheet.png")
 
 
 def main(words: Sequence[str] | None = None) -> int:
