@@ -149,6 +149,10 @@ class TrainSettings(Section):
     denoiser: StageSettings = Field(default_factory=StageSettings, description="the second stage")
     precision: Precision = Field(default="auto", description="auto: bf16 where the machine is faster with it")
     encoded: int | None = Field(default=None, ge=1, description="training items that are encoded for the second stage")
+    watch: bool | None = Field(
+        default=None,
+        description="end the denoiser's training when the loss of held-out items has risen",
+    )
 
 
 class SampleSettings(Section):

@@ -50,7 +50,7 @@ from sfumato.types import UNKNOWN
 
 COPIED = 0.6  # a copy AUC above it, and the samples look copied: training rows are told from held-out ones by them
 NUMBERS = 16  # of a learned latent, at least
-PASSES = 75  # of the denoiser through the rows, at most: with twice as many of few rows it learns them by heart
+FEW, PASSES = 2_000, 75  # of so few rows the denoiser goes through them so often at most: more, and it copies some
 
 
 def columns_of(mode: Any) -> list[Column]:
@@ -84,10 +84,13 @@ def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
         codebook_size=512,
         groups=max(NUMBERS, 2 * facts.shape[0]) // 2,
     )
+    passes = PASSES if facts.count < FEW else None
     train = TrainSettings(
-        codec=StageSettings(batch=batch), denoiser=StageSettings(batch=min(256, batch), passes=PASSES)
+        codec=StageSettings(batch=batch),
+        denoiser=StageSettings(batch=min(256, batch), passes=passes),
+        watch=True,
     )
-    sample = SampleSettings(sampler="sde", steps=40, grid="ends", autoguidance=1.5)
+    sample = SampleSettings(sampler="sde", steps=40, grid="ends")
     denoiser = DenoiserSettings(net="mlp", width=512, depth=6, embed=32, gated=True)
     denoiser.times, denoiser.times_settings = "logit_normal", {"mean": -0.5, "std": 1.2}
     return Settings(codec=codec, denoiser=denoiser, train=train, sample=sample)

@@ -84,7 +84,7 @@ def augment(
     begun = time.perf_counter()
     check_counts(n=n, steps=steps, batch=batch)
     loaded = open_model(model, device)
-    how = sampling(loaded, steps, guidance, sampler)
+    how = sampling(loaded, steps, guidance, sampler, autoguidance=None)
     sheet = check_places(loaded, out, sheet, overwrite)
     given = read_given(model, loaded, source, unlabelled, target, overrides, skip_bad, progress)
     wanted = max(LEAST, max(given.counts)) if n is None else n

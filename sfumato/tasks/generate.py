@@ -140,9 +140,11 @@ def sampling(
     steps: int | None,
     guidance: float | None,
     sampler: str | None,
-    autoguidance: float | None = None,
+    autoguidance: float | None = 1.0,
 ) -> "Sampling":
     """The model's own sampling defaults with what the user fixed, checked.
+
+    Autoguidance is for new items (None: as `fit` chose); what is made of given ones should stay as likely as it was.
 
     Of a few-step model `steps` means jumps; any other sampler takes as many as it took of the teacher.
     """

@@ -118,8 +118,6 @@ def inpaint(
 
 def repainting(model: "Model", method: Method | None, steps: int, guidance: float | None) -> "tuple[Method, Sampling]":
     """The method that the model allows, and how it samples, checked."""
-    from dataclasses import replace
-
     from sfumato.choice import choose
     from sfumato.errors import UserError
 
@@ -127,8 +125,7 @@ def repainting(model: "Model", method: Method | None, steps: int, guidance: floa
     choose(METHODS, "method", method)
     if method == "gradient" and not model.codec.graded:
         raise UserError("--method gradient: not for a model whose items are no smooth function; leave it out")
-    # what is filled in should vary as much as it may: autoguidance would have it too sure
-    return method, replace(sampling(model, steps, guidance, "ddpm"), autoguidance=1.0)
+    return method, sampling(model, steps, guidance, "ddpm")
 
 
 @dataclass

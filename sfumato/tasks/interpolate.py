@@ -97,7 +97,9 @@ def interpolate(
     inverted = path == "flow" and (begin.x is not None or end.x is not None)
     own = SAMPLERS.get(loaded.sampling.sampler)  # none of a few-step model: a jump is bound to one condition
     sampler = "heun" if inverted or own is None or own.stochastic else None
-    how = sampling(loaded, steps or (INVERT_STEPS if inverted else None), guidance, sampler)
+    # new items at the ends are what generate makes of them
+    autoguidance = 1.0 if inverted else None
+    how = sampling(loaded, steps or (INVERT_STEPS if inverted else None), guidance, sampler, autoguidance)
     shares = torch.linspace(0, 1, n)
     items = _items(loaded, way(loaded, begin, end, how, seed), shares, batch, progress)
     facts = {"path": path, "steps": how.steps, "guidance": how.guidance, "seed": seed}

@@ -58,6 +58,13 @@ class Horizon:
         self._next = NEARER * left if left > DEVIATION / 2 else 0.0
         return missed
 
+    def close(self, step: int, decay: float) -> None:
+        """Let the rate begin to decay now, so that `decay` is its share of all steps; the clock adds no more."""
+        total = math.ceil(step / (1 - decay))
+        if total < self.at(step):
+            self.amendments.append((step, total))
+            self.most = total
+
     def _left(self, step: int, elapsed: float) -> float:
         """Share of the stage that is left, by the clock or by the steps."""
         return max(0.0, min(1 - elapsed / self.seconds, 1 - step / self.at(step)))

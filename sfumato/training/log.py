@@ -54,7 +54,8 @@ class Log:
 
     def report(self, report: Report) -> None:
         """Record and show a report."""
-        facts = {"loss": report.losses["loss"], **speeds(report), "eta": report.eta}
+        held = {"held out": report.losses["held_out"]} if "held_out" in report.losses else {}
+        facts = {"loss": report.losses["loss"], **held, **speeds(report), "eta": report.eta}
         self.show(report.stage, report.step, report.steps, facts)
         self.record({k: v for k, v in asdict(report).items() if k not in ("losses", "eta")} | report.losses)
 

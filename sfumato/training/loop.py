@@ -20,6 +20,7 @@ from sfumato.training.early import Early
 from sfumato.training.ema import EMA
 from sfumato.training.horizon import Horizon
 from sfumato.training.steps import Phase, TrainStep, matrices
+from sfumato.training.watch import Watch
 from sfumato.types import Batch
 
 
@@ -97,6 +98,7 @@ class Trainer:
         flops: Floating-point operations of a step; 0 where they were not counted.
         peak: The machine's measured peak, in operations per second.
         early: Who keeps an early average; None if nobody does.
+        watch: Who looks at held-out items; None if nobody does.
     """
 
     def __init__(
@@ -111,10 +113,11 @@ class Trainer:
         flops: float = 0.0,
         peak: float = 1.0,
         early: Early | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.inner, self.settings, self.horizon = step, settings, horizon
         self.stage, self.seed, self.accelerator = stage, seed, accelerator
-        self.flops, self.peak, self.early = flops, peak, early
+        self.flops, self.peak, self.early, self.watch = flops, peak, early, watch
         self.module: nn.Module = accelerator.prepare_model(step)
         self.phases = step.phases()
         self.optimizers = {phase.name: make_optimizers(phase, settings) for phase in self.phases}
@@ -153,6 +156,8 @@ class Trainer:
         since, sums = self.done, dict[str, Tensor]()
         while not self.finished:
             self._add(sums, self.advance(feed.batch(self.done)))
+            if self.watch is not None and self.watch.due(self.done):
+                self._look(self.watch)
             now = time.perf_counter()
             self.seconds = before + now - start
             self.horizon.amend(self.done, now - start)
@@ -185,6 +190,20 @@ class Trainer:
             self.early.after(self.done, self.steps, self.ema)
         return terms
 
+    @torch.no_grad()
+    def _look(self, watch: Watch) -> None:
+        """The loss of held-out items under the average, with the same noise each time; where it rises, end soon."""
+        self.inner.eval()
+        losses: list[Tensor] = []
+        with self.averaged():
+            for i, batch in enumerate(watch.batches):
+                generator = step_generator(self.seed, f"{self.stage}/held out", i)
+                losses.append(self.module(batch, self.phases[0].name, self.done, generator)["loss"])
+        self.inner.train()
+        watch.losses.append((self.done, float(torch.stack(losses).mean())))
+        if watch.risen(self.done):
+            self.horizon.close(self.done, self.settings.decay or 0.0)
+
     def _advance(self, phase: Phase, lr: float) -> None:
         for optimizer in self.optimizers[phase.name]:
             for group in optimizer.param_groups:
@@ -206,6 +225,8 @@ class Trainer:
                 f"(--set train.{self.stage}.lr={(self.settings.lr or 0) / 3:.1g}) and start again with --overwrite",
                 code=1,
             )
+        if self.watch is not None and self.watch.losses:
+            losses["held_out"] = self.watch.losses[-1][1]
         speed = count / max(seconds, 1e-9)
         scale = rate(self.done, self.horizon, self.settings.warmup or 0, self.settings.decay or 0.0)
         return Report(
@@ -253,6 +274,7 @@ class Trainer:
                     tensors |= {f"optimizer/{name}/{i}/{j}/{k}": torch.as_tensor(v) for k, v in values.items()}
         facts = {"stage": self.stage, "done": self.done, "seconds": self.seconds}
         kept, told = ({}, {}) if self.early is None else self.early.state()
+        told |= {} if self.watch is None else self.watch.state()
         return tensors | kept, facts | {"amendments": self.horizon.amendments} | told
 
     def load(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -275,6 +297,8 @@ class Trainer:
         self.horizon.seconds = math.inf
         if self.early is not None:
             self.early.load(tensors, facts)
+        if self.watch is not None:
+            self.watch.load(facts)
 
 
 @contextmanager

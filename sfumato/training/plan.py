@@ -97,7 +97,7 @@ def most_steps(stage: StageSettings, count: int) -> float:
 
 def plan_sample(given: SampleSettings, precision: str) -> SampleSettings:
     """How samples are drawn; the guidance that is left open is chosen by measurement at the end."""
-    planned = {"sampler": "abm2", "steps": 10, "grid": "ends", "autoguidance": 1.0, "precision": precision}
+    planned = {"sampler": "abm2", "steps": 10, "grid": "ends", "autoguidance": 1.5, "precision": precision}
     return filled(given, SampleSettings.model_validate(planned))
 
 
@@ -143,6 +143,7 @@ def make_plan(
                     "codec": plan_stage(settings.train.codec, "codec", facts),
                     "denoiser": plan_stage(settings.train.denoiser, "denoiser", facts),
                     "precision": precision,
+                    "watch": bool(settings.train.watch),
                 }
             ),
             "sample": plan_sample(settings.sample, precision),

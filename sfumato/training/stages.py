@@ -38,11 +38,13 @@ from sfumato.training.loop import Feed, Trainer, held_interrupts
 from sfumato.training.plan import most_steps
 from sfumato.training.state import State, save_state
 from sfumato.training.steps import TrainStep
-from sfumato.types import at_once
+from sfumato.training.watch import FIRST, Watch
+from sfumato.types import Batch, at_once
 
 PAIRS = 32  # items on a reconstruction sheet
 CHECKED, CHECKED_NUMBERS = 2_000, 2**26  # held-out items the codec is measured on, and numbers in them
 ENCODED = 500  # items encoded at once
+WATCHED_BATCHES, FEWEST_WATCHED, MOST_WATCHED = 8, 512, 2_048  # held-out items in a look
 GUIDE_SHARE = 0.125  # of the steps, after which the average is kept that autoguidance leads away from
 
 Sheet = Callable[[], tuple[str, Any]]
@@ -68,7 +70,7 @@ def train_stages(job: Job, state: State | None) -> Model:
     if not job.done("codec"):
         save_part(job.folder / "codec", model.codec, model.card.codec)
         job.finish("codec", **measure_codec(job, model, network))
-    train_denoiser(job, model, z, training_labels(job, network, data), state)
+    train_denoiser(job, model, network, z, training_labels(job, network, data), state)
     model.eval()
     if job.settings.sample.guidance is None:
         job.log.show("choose", 0, 1)
@@ -95,7 +97,7 @@ def features(job: Job) -> Classifier:
 
 
 def make_trainer(
-    job: Job, step: TrainStep, settings: StageSettings, stage: str, state: State | None, early: Early | None = None
+    job: Job, step: TrainStep, settings: StageSettings, stage: str, state: State | None, **kept: Any
 ) -> Trainer:
     """A stage's trainer, where its checkpoint left it."""
     planned = job.record.get("seconds", {}).get(stage, math.inf)
@@ -118,7 +120,7 @@ def make_trainer(
         accelerator=job.accelerator,
         flops=job.record.get("measured", {}).get(stage, {}).get("flops", 0.0),
         peak=job.record["peak"],
-        early=early,
+        **kept,
     )
     if state is not None and state[1]["stage"] == stage:
         trainer.load(*state)
@@ -227,12 +229,31 @@ def measure_codec(job: Job, model: Model, network: Classifier | None) -> dict[st
     return {"codec": {k: round(v, 4) for k, v in report.items()}}
 
 
-def train_denoiser(job: Job, model: Model, z: Tensor, label: Tensor | None, state: State | None) -> None:
+def make_watch(job: Job, model: Model, network: Classifier | None) -> Watch:
+    """Held-out items, gone through until there are enough, as the denoiser's batches have them."""
+    held, batch = job.held, job.settings.train.denoiser.batch or 1
+    count = min(max(WATCHED_BATCHES * batch, FEWEST_WATCHED), MOST_WATCHED)
+    some = torch.arange(count) % min(len(held), count)
+    label = training_labels(job, network, held)
+
+    def given(index: Tensor) -> Batch:
+        x = held.batch(index).data
+        z = x if model.codec.draws else model.encode(x)
+        return Batch(z.to(job.device), index, None if label is None else label[index])
+
+    first = math.ceil(FIRST * len(job.train) / batch)
+    return Watch([given(index) for index in some.split(max(batch, FEWEST_WATCHED))], first)
+
+
+def train_denoiser(
+    job: Job, model: Model, network: Classifier | None, z: Tensor, label: Tensor | None, state: State | None
+) -> None:
     """Second stage, on latents z (N, *latent_shape) under their labels (N,)."""
     settings = job.settings.train.denoiser
     step = denoiser_step(model, job.settings).to(job.device)
     early = None if job.settings.sample.autoguidance in (None, 1) else Early(GUIDE_SHARE)  # None: an older plan
-    trainer = make_trainer(job, step, settings, "denoiser", state, early)
+    watch = make_watch(job, model, network) if job.settings.train.watch else None
+    trainer = make_trainer(job, step, settings, "denoiser", state, early=early, watch=watch)
     feed = latent_feed(job, model, z, label)
     items = range(job.modality.shown)
 

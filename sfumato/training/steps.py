@@ -183,7 +183,8 @@ class DiffusionStep(TrainStep):
         label = None if batch.label is None else self.conditioner.drop(batch.label, generator)
         cond = self.conditioner(label, len(z))
         loss = self.objective.loss(self.denoiser, z, cond, None, t, eps)
-        self.objective.observe(t, loss)
+        if self.training:
+            self.objective.observe(t, loss)
         return {"loss": loss.mean()}
 
 

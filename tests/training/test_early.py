@@ -80,13 +80,13 @@ def test_a_weaker_self_is_written_and_read_again(source: Path, tmp_path: Path):
 
 
 def test_none_is_kept_unless_it_is_used(source: Path, tmp_path: Path):
-    model = small_fit(source, tmp_path / "run", *MANY, steps=40)
+    model = small_fit(source, tmp_path / "run", *MANY, "sample.autoguidance=1", steps=40)
     assert model.guide is None and not (tmp_path / "run" / "guide").exists()
 
 
 def test_a_run_without_one_replaces_a_run_with_one(source: Path, tmp_path: Path):
     small_fit(source, tmp_path / "run", *MANY, "sample.autoguidance=2", steps=20)
-    small_fit(source, tmp_path / "run", *MANY, steps=20, overwrite=True)
+    small_fit(source, tmp_path / "run", *MANY, "sample.autoguidance=1", steps=20, overwrite=True)
     assert not (tmp_path / "run" / "guide").exists()
 
 
@@ -110,7 +110,7 @@ def test_both_sides_of_guidance_are_led_away_from_their_weaker_self(source: Path
 
 
 def test_its_file_is_counted_and_missed(source: Path, tmp_path: Path):
-    small_fit(source, tmp_path / "run", *MANY, "sample.autoguidance=2", steps=20)
+    small_fit(source, tmp_path / "run", *MANY, steps=20)
     told = info(tmp_path / "run")["parameters"]
     assert told["guide"] == told["denoiser"] + told["conditioner"]
     (tmp_path / "run" / "guide" / "model.safetensors").unlink()
@@ -118,7 +118,7 @@ def test_its_file_is_counted_and_missed(source: Path, tmp_path: Path):
         load(tmp_path / "run", device="cpu")
 
 
-def test_tables_are_led_away_from_it_and_gone_through_so_often_at_most(tmp_path: Path):
+def test_few_rows_are_gone_through_so_often_at_most(tmp_path: Path):
     (tmp_path / "t.csv").write_text("size,kind\n" + "".join(f"{1.5 + i % 7},{'ab'[i % 2]}\n" for i in range(40)))
     model = small_fit(tmp_path / "t.csv", tmp_path / "run", "train.denoiser.batch=16")
     assert model.guide is not None and model.sampling.autoguidance == 1.5
