@@ -7,7 +7,7 @@ from sfumato.types import Batch
 
 FIRST = 4  # times that the training items are gone through before the first look
 RATIO = 1.15  # of the steps of one look to those of the one before
-PATIENCE = 1.3  # steps gone without a smaller loss, as a multiple of those that the smallest one took
+PATIENCE = 1.5  # steps gone without a smaller loss, as a multiple of those that the smallest one took
 
 
 class Watch:

@@ -1,5 +1,6 @@
 """Held-out items, looked at as training goes on; where their loss rises, training comes to an end."""
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def test_where_the_loss_rises_the_rate_decays_as_it_would_have_at_the_end():
     best = min(watch.losses, key=lambda look: look[1])[0]
     (start, total), *more = trainer.horizon.amendments
     assert abs(best - 100) <= 15 and not more
-    assert PATIENCE * best <= start < 1.2 * PATIENCE * best and trainer.done == total == -(-start // 0.7)
+    assert PATIENCE * best <= start < 1.2 * PATIENCE * best and trainer.done == total == math.ceil(start / 0.7)
     rates = [trainer.horizon.level(step, 0.3) for step in range(total)]
     assert set(rates[: start + 1]) == {1.0} and rates[start + 1 :] == sorted(rates[start + 1 :], reverse=True)
     assert 0 < rates[-1] < 2 / (total - start)
