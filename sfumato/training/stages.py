@@ -45,6 +45,7 @@ PAIRS = 32  # items on a reconstruction sheet
 CHECKED, CHECKED_NUMBERS = 2_000, 2**26  # held-out items the codec is measured on, and numbers in them
 ENCODED = 500  # items encoded at once
 WATCHED_BATCHES, FEWEST_WATCHED, MOST_WATCHED = 8, 512, 2_048  # held-out items in a look
+GUIDE_STEPS = 50  # of the denoiser that autoguidance leads away from: before, it knows nothing
 GUIDE_SHARE = 0.125  # of the steps, after which the average is kept that autoguidance leads away from
 
 Sheet = Callable[[], tuple[str, Any]]
@@ -258,7 +259,7 @@ def train_denoiser(
     items = range(job.modality.shown)
 
     def lend_guide() -> None:
-        if early is not None and early.step and model.guide is None:
+        if early is not None and early.step >= GUIDE_STEPS and model.guide is None:
             model.add_guide({k.removeprefix("denoiser."): v for k, v in early.weights.items()}, early.step)
 
     def sheet() -> tuple[str, Any]:
@@ -270,3 +271,5 @@ def train_denoiser(
 
     drive(job, trainer, feed, sheet)
     lend_guide()
+    if model.guide is None:
+        model.card.sample["autoguidance"] = 1.0

@@ -369,7 +369,8 @@ def test_without_classes(tmp_path: Path):
     assert len(sfumato.generate(student, n=3).items) == 3
 
 
-def test_a_table(tmp_path: Path):
+def test_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sfumato.training.stages.GUIDE_STEPS", 1)
     lines = ["size,kind", *(f"{1.5 + i % 7},{'ab'[i % 2]}" for i in range(400))]
     (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
     small_fit(tmp_path / "t.csv", tmp_path / "teacher", "denoiser.width=32", "train.denoiser.batch=16")

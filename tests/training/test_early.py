@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from sfumato.errors import UserError
 from sfumato.model import Sampling, load
 from sfumato.tasks.info import info
+from sfumato.training import stages
 from sfumato.training.early import Early
 from sfumato.training.loop import Trainer
 from tests.training.common import PLAIN, pictures, record, small_fit
@@ -61,6 +62,12 @@ def test_it_goes_through_a_checkpoint(cut: int):
 # in a run
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few steps as these tests take count as enough."""
+    monkeypatch.setattr(stages, "GUIDE_STEPS", 1)
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     x, label = pictures(40, (1, 8, 8))
@@ -77,6 +84,13 @@ def test_a_weaker_self_is_written_and_read_again(source: Path, tmp_path: Path):
     assert again.sampling.autoguidance == 2 and again.card.guide == 5
     ours, theirs, plain = (m.generate(4, autoguidance=w).items for m, w in ((model, None), (again, 2.0), (again, 1.0)))
     assert torch.equal(ours, theirs) and not torch.equal(ours, plain)
+
+
+def test_one_of_hardly_any_steps_is_not_used(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stages, "GUIDE_STEPS", 6)
+    model = small_fit(source, tmp_path / "run", *MANY, "sample.autoguidance=2", steps=40)
+    assert model.guide is None and model.sampling.autoguidance == 1.0
+    assert load(tmp_path / "run", device="cpu").sampling.autoguidance == 1.0
 
 
 def test_none_is_kept_unless_it_is_used(source: Path, tmp_path: Path):

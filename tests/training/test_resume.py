@@ -114,6 +114,7 @@ MOMENTS = {
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step is recorded and every third one saved, so that some are lost."""
+    monkeypatch.setattr(stages, "GUIDE_STEPS", 1)
     save, calls = stages.save_state, [0]
 
     def seldom(folder: Path, state: Any) -> None:
