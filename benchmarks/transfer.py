@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from quality import Failed, call
+from quality import call, print_all
 from scipy import ndimage
 from torch import Tensor
 
@@ -179,13 +179,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the run")
     options = parser.parse_args(words)
-    try:
-        for line in table(options):
-            print(line, flush=True)
-    except Failed as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return print_all([("transfer", lambda: table(options))])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from .schedule import Schedule
 CLOCK_LIMIT = 1.75  # log(sigma / alpha) within +-7: beyond it training sees next to nothing and a sampler starts there
 ALPHA_MIN = 1e-3  # the row eps divides by alpha
 
+_UNTOLD = Cond()  # made once: torch.compile cannot
+
 
 class Weaker(NamedTuple):
     """A weaker network, what it is told, and the weight w of autoguidance: from F to F_weak + w (F - F_weak).
@@ -31,9 +33,6 @@ class Weaker(NamedTuple):
     net: nn.Module
     cond: Cond | None
     weight: float
-
-
-_UNTOLD = Cond()  # made once: torch.compile cannot
 
 
 class Row(NamedTuple):

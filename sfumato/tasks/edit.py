@@ -95,9 +95,8 @@ def edit(
     new = own if label is None else class_numbers(loaded, label, inputs)
     change = (_Inversion if method == "invert" else _Noise)(loaded, own, new, start, how, seed)
     items = changed(loaded, inputs, change, batch, "edit", progress)
-    facts: dict[str, Any] = {"method": method, "strength": strength, "steps": how.steps, "guidance": how.guidance}
-    facts |= {"sampler": how.sampler} if method == "noise" else {}
-    facts |= {"seed": seed}
+    facts: dict[str, Any] = {"method": method, "strength": strength, "seed": seed}
+    facts |= {"sampler": how.sampler, "steps": how.steps, "guidance": how.guidance}
     rows = changed_rows(loaded, inputs, new, facts)
     facts |= change.told(rows) | inputs.told()
     deliver(loaded, inputs, items, rows, out, sheet, overwrite)
@@ -114,7 +113,9 @@ def _sampling(
     choose(STRENGTH, "method", method)
     if method == "invert" and sampler is not None:
         raise UserError("--sampler is for --method noise; inversion goes by heun")
-    return sampling(model, steps or (INVERT_STEPS if method == "invert" else None), guidance, sampler)
+    if method == "invert":
+        return sampling(model, steps or INVERT_STEPS, guidance, "heun")
+    return sampling(model, steps, guidance, sampler)
 
 
 @dataclass

@@ -63,8 +63,8 @@ def generate(
         balance: Column of a table of whose categories there should be as many rows each.
         steps: Steps of the sampler (default: what fit chose).
         guidance: Weight of the condition; 1 is off (default: what fit chose).
-        autoguidance: Weight by which the model's weaker self is left behind; 1 is off, and twice as fast (default:
-            what fit chose).
+        autoguidance: Weight by which the model's weaker self is left behind; 1 is off, with half the calls of a network
+            (default: what fit chose).
         sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc, abm2 or sde; jump for few-step models (default: what fit
             chose).
         seed: Seed of the noise.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,9 +122,9 @@ class _Windows:
         height, width = x.shape[-2:]
         canvas = x.new_zeros(*x.shape[:2], height + sum(self.rows), width + sum(self.columns))
         missing = torch.ones(canvas.shape[-2:], dtype=torch.bool)
-        places = [(y, x) for y in offsets(height, *self.rows) for x in offsets(width, *self.columns)]
-        for number, (y, x0) in enumerate(places):
-            window = (..., slice(y, y + height), slice(x0, x0 + width))
+        places = product(offsets(height, *self.rows), offsets(width, *self.columns))
+        for number, (first, left) in enumerate(places):
+            window = (..., slice(first, first + height), slice(left, left + width))
             if number == 0:
                 canvas[window] = x
             else:

@@ -98,7 +98,13 @@ def features(job: Job) -> Classifier:
 
 
 def make_trainer(
-    job: Job, step: TrainStep, settings: StageSettings, stage: str, state: State | None, **kept: Any
+    job: Job,
+    step: TrainStep,
+    settings: StageSettings,
+    stage: str,
+    state: State | None,
+    early: Early | None = None,
+    watch: Watch | None = None,
 ) -> Trainer:
     """A stage's trainer, where its checkpoint left it."""
     planned = job.record.get("seconds", {}).get(stage, math.inf)
@@ -121,7 +127,8 @@ def make_trainer(
         accelerator=job.accelerator,
         flops=job.record.get("measured", {}).get(stage, {}).get("flops", 0.0),
         peak=job.record["peak"],
-        **kept,
+        early=early,
+        watch=watch,
     )
     if state is not None and state[1]["stage"] == stage:
         trainer.load(*state)
@@ -254,7 +261,7 @@ def train_denoiser(
     step = denoiser_step(model, job.settings).to(job.device)
     early = None if job.settings.sample.autoguidance in (None, 1) else Early(GUIDE_SHARE)  # None: an older plan
     watch = make_watch(job, model, network) if job.settings.train.watch else None
-    trainer = make_trainer(job, step, settings, "denoiser", state, early=early, watch=watch)
+    trainer = make_trainer(job, step, settings, "denoiser", state, early, watch)
     feed = latent_feed(job, model, z, label)
     items = range(job.modality.shown)
 
@@ -269,7 +276,6 @@ def train_denoiser(
         x = model.decode(model.sample(items, labels, seed=job.settings.seed))
         return "samples", job.modality.sheet(x, job.train.mode, None)
 
-    drive(job, trainer, feed, sheet)
-    lend_guide()
+    drive(job, trainer, feed, sheet)  # its last sheet is of the model as it is then, with the guide
     if model.guide is None:
         model.card.sample["autoguidance"] = 1.0

@@ -122,6 +122,7 @@ def test_a_model_of_another_modality(make_model: Callable[..., Model], tmp_path:
 
 def test_without_strength_inversion_is_the_codec_alone(model: Model, digits: Path, x: torch.Tensor):
     result = edit(model, digits, method="invert", strength=0, label="3")
+    assert result.facts["sampler"] == "heun"
     assert torch.allclose(result.items, model.reconstruct(x).clamp(-1, 1), **CLOSE)
     assert result.facts["inversion_error"] == 0
 

@@ -153,6 +153,13 @@ def test_many_latent_numbers_call_for_a_transformer():
     assert planned(600, FLOWERS, None, "codec.latent=vector", "codec.latent_dim=100").denoiser.net == "mlp"
 
 
+@pytest.mark.parametrize(("rows", "passes"), [(100, 75), (1_999, 75), (2_000, None)])
+def test_few_rows_are_not_gone_through_for_ever(rows: int, passes: int | None):
+    facts = Facts((4,), {"columns": []}, rows, 0, "fp32")
+    plan = TABLE.plan(Settings(), facts, 600)
+    assert plan.train.denoiser.passes == passes and plan.train.watch
+
+
 def test_few_images_make_small_batches():
     few = make_plan(IMAGE, Settings(), replace(FACTS, count=100), 600, None)
     assert few.train.denoiser.batch < 100 and few.train.codec.batch < 100
