@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 import sfumato
 from sfumato.apps import cli
@@ -34,9 +33,8 @@ def command_lines(text: str, program: str) -> list[list[str]]:
 
 
 def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
-    """The command of a line and the values of its parameters, without running it; raises what typer would."""
-    commands: Any = typer.main.get_command(cli.app)
-    command = commands.commands[words[1]]
+    """The command of a line and the values of its parameters, without running it; raises what click would."""
+    command = cli.app.commands[words[1]]
     context = command.make_context(words[1], words[2:])
     return words[1], context.params
 
@@ -65,8 +63,7 @@ def test_there_is_something_to_parse():
 
 @pytest.mark.parametrize("words", LINES, ids=shlex.join)
 def test_commands_exist(words: list[str]):
-    commands: Any = typer.main.get_command(cli.app)
-    assert words[1].startswith("--") or words[1] in commands.commands
+    assert words[1].startswith("--") or words[1] in cli.app.commands
 
 
 @pytest.mark.parametrize("words", [w for w in COMPLETE if "--help" not in w], ids=shlex.join)

@@ -11,11 +11,11 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Any, Literal, get_args, get_origin
 
-import typer
+import click
 
 from sfumato import __version__
 from sfumato.apps.doctor import doctor
@@ -40,25 +40,25 @@ FLAGS = {
     "overrides": ("--set", "KEY=VALUE"),
     "where": ("--where", "COL=VALUE"),
 }  # flags not called what the parameter is called, and what follows them
-JSON = typer.Option("--json", help="Print the result as JSON.")
-QUIET = typer.Option("--quiet", "-q", help="Show no progress.")
-DEBUG = typer.Option("--debug", help="Show where an error comes from (also: SFUMATO_DEBUG=1).")
-ADDED = {"as_json": JSON, "quiet": QUIET, "debug": DEBUG}
-
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"sfumato {__version__}")
-        raise typer.Exit
+ADDED = {
+    "as_json": (("--json",), "Print the result as JSON."),
+    "quiet": (("--quiet", "-q"), "Show no progress."),
+    "debug": (("--debug",), "Show where an error comes from (also: SFUMATO_DEBUG=1)."),
+}
 
 
-VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+class Group(click.Group):
+    """Commands that help lists in the order in which they were added."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names."""
+        return list(self.commands)
 
 
-@app.callback(invoke_without_command=True)
-def _root(context: typer.Context, version: Annotated[bool, VERSION] = False) -> None:
+@click.group(cls=Group, invoke_without_command=True)
+@click.version_option(__version__, prog_name="sfumato", message="%(prog)s %(version)s", help="Show the version.")
+@click.pass_context
+def app(context: click.Context) -> None:
     """Latent diffusion models for anything you have.
 
     sfumato fit photos/ --out runs/photos --budget 10m, then sfumato generate runs/photos -n 64 --out samples/
@@ -67,8 +67,29 @@ def _root(context: typer.Context, version: Annotated[bool, VERSION] = False) -> 
         print(context.get_help())
 
 
+class Command(click.Command):
+    """A command whose help lists its arguments with what they mean, as it does its options.
+
+    Args:
+        name: What it is called.
+        arguments: Name and meaning of each argument.
+        kwargs: As of `click.Command`.
+    """
+
+    def __init__(self, name: str, *, arguments: Sequence[tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(name, **kwargs)
+        self.arguments = arguments
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write both lists."""
+        if self.arguments:
+            with formatter.section("Arguments"):
+                formatter.write_dl(self.arguments)
+        super().format_options(ctx, formatter)
+
+
 def command(
-    app: typer.Typer,
+    app: click.Group,
     task: Callable[..., Any],
     report: Callable[[Any, Mapping[str, Any]], dict[str, Any]],
     required: Collection[str] = (),
@@ -97,10 +118,9 @@ def command(
                 show(report(result, values), as_json)
 
     parameters = [_parameter(field, field.name in required) for field in fields]
-    parameters += [_keyword(name, Annotated[bool, option], False) for name, option in ADDED.items()]
-    run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command(task.__name__, help=summary(task))(run)
+    parameters += [click.Option([name, *flags], is_flag=True, help=help) for name, (flags, help) in ADDED.items()]
+    arguments = [(field.name.upper(), _argument_help(field)) for field in fields if field.positional]
+    app.add_command(Command(task.__name__, callback=run, params=parameters, help=summary(task), arguments=arguments))
 
 
 def is_first_process() -> bool:
@@ -113,21 +133,21 @@ def show(result: Mapping[str, Any], as_json: bool) -> None:
     print(json.dumps(result, indent=2, default=str) if as_json else "\n".join(result_lines(result)))
 
 
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _parameter(field: Field, required: bool) -> inspect.Parameter:
-    """A field as typer understands it."""
-    kind = list[field.kind] if field.many else field.kind
-    default = REQUIRED if required else list(field.default or ()) if field.many else field.default
+def _parameter(field: Field, required: bool) -> click.Parameter:
+    """A field as click understands it."""
+    required = required or field.default is REQUIRED
+    kind = click.Choice(get_args(field.kind)) if get_origin(field.kind) is Literal else field.kind
+    common: dict[str, Any] = {"type": kind, "required": required} | ({} if required else {"default": field.default})
     if field.positional:
-        argument = typer.Argument(help=field.help, metavar=field.name.upper())
-        return _keyword(field.name, Annotated[kind, argument], default)
+        return click.Argument([field.name], nargs=-1 if field.many else 1, **common)
     plain = ("-" if len(field.name) == 1 else "--") + field.name.replace("_", "-")
     flag, metavar = FLAGS.get(field.name, (plain, "PATH" if field.path else None))
-    optional = kind | None if default is None else kind
-    return _keyword(field.name, Annotated[optional, typer.Option(flag, help=field.help, metavar=metavar)], default)
+    common |= {"help": field.help, "metavar": metavar, "show_default": True}
+    return click.Option([field.name, flag], is_flag=kind is bool, multiple=field.many, **common)
+
+
+def _argument_help(field: Field) -> str:
+    return field.help if field.default in (REQUIRED, None) else f"{field.help}  [default: {field.default}]"
 
 
 @contextmanager
@@ -136,14 +156,14 @@ def errors_as_lines(debug: bool = False, resumable: bool = False) -> Iterator[No
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, typer.Exit):
+        if isinstance(error, click.exceptions.Exit):
             raise
         debug = debug or os.environ.get("SFUMATO_DEBUG", "") not in ("", "0")
         if debug:
             traceback.print_exc()
         line, code = describe(error, resumable)
         print(f"sfumato: {' '.join(line.split())}", file=sys.stderr)
-        raise typer.Exit(code) from None
+        raise click.exceptions.Exit(code) from None
 
 
 def describe(error: BaseException, resumable: bool = False) -> tuple[str, int]:
@@ -202,13 +222,11 @@ def main() -> None:
     """The program."""
     try:
         code = app(prog_name="sfumato", standalone_mode=False)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         code = 130
-    except Exception as error:  # those of typer about the words of the command line, whose classes are not public
-        code = getattr(error, "exit_code", None)
-        if code is None:
-            raise
-        message = getattr(error, "format_message", lambda: "stopped")()
-        path = getattr(getattr(error, "ctx", None), "command_path", "sfumato")
-        print(f"sfumato: {' '.join(message.split())} (see: {path} --help)", file=sys.stderr)
+    except click.ClickException as error:
+        code = error.exit_code
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        path = context.command_path if context else "sfumato"
+        print(f"sfumato: {' '.join(error.format_message().split())} (see: {path} --help)", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
