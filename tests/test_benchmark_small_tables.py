@@ -21,6 +21,9 @@ def test_copies_are_found_out_and_new_rows_are_not(
 
     monkeypatch.setattr(small, "call", call)
     assert small.main(["--names", "diabetes", "--seeds", "0", "--out", str(tmp_path)]) == 0
-    made, copy = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[3] for line in lines[1:3]] == ["independent columns", "gaussian copula"]
+    assert all(float(line[4]) < 0.65 for line in lines[1:3])  # no row of them is one of the half
+    made, copy = lines[0], lines[3]
     assert made[3] == "sfumato" and float(made[4]) < 0.1 and float(made[5]) == 0
     assert copy[3] == "bootstrap copy" and float(copy[4]) > 0.75 and float(copy[5]) == 1
