@@ -1,6 +1,7 @@
 """Labels handed on from few images to all others, along a graph of which images are alike."""
 
 import math
+import time
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from scipy import sparse
 from torch import Tensor
 
 NEIGHBOURS = 10  # of each image in the graph
+COMPARED = 1_000  # images compared with all others at once
 POWER = 3  # of the likeness of two neighbours
 REACH = 0.99  # share that an image takes from its neighbours in a round
 ROUNDS = 60
@@ -50,15 +52,29 @@ def shortened(x: Tensor, numbers: int = NUMBERS, most: int = 8_000) -> Tensor:
     return x / x[:, 0].std().clamp(min=1e-6)
 
 
-def alike(features: Tensor, chunk: int = 1_000) -> sparse.csr_array:
+def nearest(unit: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Likeness and numbers (B, k) of the nearest others of `COMPARED` of the unit vectors (N, D), from `first` on."""
+    part = unit[first : first + COMPARED] @ unit.T
+    own = torch.arange(len(part))
+    part[own, own + first] = -1
+    values, index = part.topk(min(NEIGHBOURS, len(unit) - 1), dim=1)
+    return values, index
+
+
+def comparing(count: int) -> float:
+    """Seconds in which each of so many images is compared with every other, judged by a part of it."""
+    unit = F.normalize(torch.randn(count, 2 * NUMBERS, generator=torch.Generator().manual_seed(0)), dim=1)
+    began = time.perf_counter()
+    nearest(unit, 0)
+    return (time.perf_counter() - began) * max(1.0, count / COMPARED)
+
+
+def alike(features: Tensor) -> sparse.csr_array:
     """A graph of images by features (N, D): sparse (N, N), symmetric and normalised, S = D^-1/2 W D^-1/2."""
-    unit, k = F.normalize(features, dim=1), min(NEIGHBOURS, len(features) - 1)
-    index, weight = torch.empty(len(unit), k, dtype=torch.long), torch.empty(len(unit), k)
-    for first in range(0, len(unit), chunk):
-        part = unit[first : first + chunk] @ unit.T
-        own = torch.arange(len(part))
-        part[own, own + first] = -1
-        weight[first : first + chunk], index[first : first + chunk] = part.topk(k, dim=1)
+    unit = F.normalize(features, dim=1)
+    parts = [nearest(unit, first) for first in range(0, len(unit), COMPARED)]
+    weight, index = (torch.cat(part) for part in zip(*parts, strict=True))
+    k = weight.shape[1]
     rows = np.repeat(np.arange(len(unit)), k)
     weights = weight.clamp(min=1e-3).double().pow(POWER).flatten().numpy()
     graph = sparse.csr_array((weights, (rows, index.flatten().numpy())), (len(unit), len(unit)))

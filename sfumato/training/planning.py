@@ -14,7 +14,8 @@ from sfumato.errors import UserError
 from sfumato.machine import measure_peak
 from sfumato.modality import Facts
 from sfumato.nn.classifier import Classifier
-from sfumato.nn.semi import MOST
+from sfumato.nn.semi import MOST, ROUNDS
+from sfumato.nn.spread import comparing
 from sfumato.training.build import (
     codec_step,
     denoiser_step,
@@ -49,7 +50,7 @@ LATE = 99  # a step of a hundred at which every term of the loss plays
 ENCODING_SHARE = 0.15  # of the budget; of more items than can be encoded in it, so many are drawn
 FEWEST_ENCODED = 5_000
 BRIEF = 0.2  # seconds that the steps of a plan that is only tried take, at least
-COMPARED = 2_000  # images that comparing is measured on
+LOOKED_AT, GUESSED = 2_000, 12  # images and steps that guessing labels is measured on
 WITHOUT_BUDGET = 600.0  # seconds that sizes are planned for where steps are given
 
 
@@ -169,7 +170,8 @@ def stage_copies(job: Job, network: Classifier | None) -> dict[str, tuple[TrainS
 def measure_network(job: Job) -> tuple[Classifier | None, dict[str, Speed]]:
     """The small network, hardly trained; seconds of its steps (`features`), and those `beside` them.
 
-    The latter go into comparing every image with every other where labels have to be guessed: measured on a few.
+    The latter go into looking at all images, and comparing each with every other, where labels have to be guessed: the
+    one is measured on a few images, the other on a part of the comparisons of all.
     """
 
     def timed(of: Job, steps: int) -> tuple[Classifier, float]:
@@ -183,11 +185,14 @@ def measure_network(job: Job) -> tuple[Classifier | None, dict[str, Speed]]:
         network, seconds = timed(job, 5)
         return network, {"features": Speed(seconds / 5, 0.0), "beside": Speed(0.0, 0.0)}
     order = torch.from_numpy(job.train.labels).argsort(descending=True)  # labelled ones first
-    some = torch.cat([order[: COMPARED // 4], order[-3 * COMPARED // 4 :]]).unique()
-    few = replace(job, train=job.train.subset(some))
-    looks, (network, seconds) = timed(few, 0)[1], timed(few, 6)
-    scale = min(len(job.train), MOST) / len(some)
-    return network, {"features": Speed(max(0.0, seconds - looks) / 5, 0.0), "beside": Speed(looks * scale**2, 0.0)}
+    some = torch.cat([order[: LOOKED_AT // 4], order[-3 * LOOKED_AT // 4 :]]).unique()
+    few, all_ = replace(job, train=job.train.subset(some)), min(len(job.train), MOST)
+    timed(few, 0), comparing(len(some))  # what a process does for the first time is slow
+    looks, (network, seconds) = timed(few, 0)[1], timed(few, GUESSED)
+    step = max(seconds - looks, seconds / 10) / GUESSED  # the difference of two noisy times, which may be none
+    part, whole = (ROUNDS * comparing(count) for count in (len(some), all_))
+    beside = max(looks - part, 0.0) * all_ / len(some) + whole
+    return network, {"features": Speed(step, 0.0), "beside": Speed(beside, 0.0)}
 
 
 def measured_pace(job: Job, facts: Facts, seconds: float) -> Callable[[str, Settings], float]:

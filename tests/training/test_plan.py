@@ -8,16 +8,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from sfumato.config import Settings, StageSettings, apply_overrides
-from sfumato.data import Column
+from sfumato.data import Column, Data
 from sfumato.errors import UserError
 from sfumato.modality import Facts
 from sfumato.modality.image import IMAGE, latent_grid
 from sfumato.modality.table import TABLE
 from sfumato.training import fit, planning
+from sfumato.training.job import Job
 from sfumato.training.measure import Speed
 from sfumato.training.plan import make_plan, most_steps
 from tests.training.common import record, small_fit
@@ -46,6 +48,26 @@ def paced(by: float) -> Callable[[str, Settings], float]:
         return by * 1e3 * (64 / settings.codec.width) ** 2
 
     return pace
+
+
+def test_guessing_labels_is_measured_on_few_images(monkeypatch: pytest.MonkeyPatch):
+    """Looking at an image takes a millisecond, a step a tenth of a second, comparing two images a nanosecond."""
+    clock = SimpleNamespace(now=0.0)
+
+    def network(job: Any, steps: int) -> None:
+        count = len(job.train)
+        clock.now += 0.1 * steps + 1e-3 * count + 3e-9 * count**2
+
+    labels = np.full(20_000, -1)
+    labels[:40] = np.arange(40) % 4
+    data = Data(np.zeros((20_000, 16, 16, 1), np.uint8), "L", labels=labels, label_names=list("abcd"))
+    job: Any = Job("x", None, Settings(), IMAGE, data, data, None, None, 0.0)  # type: ignore[arg-type]
+    monkeypatch.setattr(planning, "feature_network", network)
+    monkeypatch.setattr(planning, "comparing", lambda count: 1e-9 * count**2)  # pyright: ignore[reportUnknownLambdaType]
+    monkeypatch.setattr(planning, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    speeds = planning.measure_network(job)[1]
+    assert speeds["features"].seconds == pytest.approx(0.1)
+    assert speeds["beside"].seconds == pytest.approx(20 + 1.2)
 
 
 def test_mnist_gets_4_by_4_by_4():
