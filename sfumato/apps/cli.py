@@ -12,7 +12,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, get_args, get_origin
 
 import click
@@ -106,7 +106,10 @@ def command(
     wants = [name for name in PROGRESS if name in inspect.signature(task).parameters]
 
     def run(**values: Any) -> None:
+        import logging
+
         as_json, quiet, debug = (values.pop(name) for name in ADDED)
+        logging.getLogger("sfumato").setLevel(logging.ERROR if quiet else logging.NOTSET)
         with (
             errors_as_lines(debug, resumable="resume" in values),
             ProgressLine(quiet or not is_first_process()) as progress,
@@ -190,7 +193,8 @@ def resume_line() -> str:
 
 def _fitted(model: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """What was trained, and what to do with it."""
-    return info(values["out"]) | {"next": shlex.join(["sfumato", "generate", str(values["out"]), "--out", "samples"])}
+    words = ["sfumato", "generate", str(values["out"]), "--out", model.modality.example]
+    return info(values["out"]) | {"next": shlex.join(words)}
 
 
 def _written(result: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,6 +224,17 @@ command(app, doctor, report=_told)
 
 def main() -> None:
     """The program."""
+    code = run()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # whoever read it may be gone
+            stream.flush()
+    if code:
+        os._exit(code)  # threads of libraries may still be reading, and some abort a process that ends the usual way
+    sys.exit(0)
+
+
+def run() -> int:
+    """Do what the command line says; gives the exit code."""
     try:
         code = app(prog_name="sfumato", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
@@ -229,4 +244,4 @@ def main() -> None:
         context = error.ctx if isinstance(error, click.UsageError) else None
         path = context.command_path if context else "sfumato"
         print(f"sfumato: {' '.join(error.format_message().split())} (see: {path} --help)", file=sys.stderr)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0

@@ -84,11 +84,12 @@ class Codec(nn.Module):
         """Which positions of a latent are levels of categories; here none."""
         return None
 
-    def untouched(self, mask: Tensor) -> Tensor:
+    def untouched(self, mask: Tensor, present: bool = True) -> Tensor:
         """The positions of a latent that stand for data outside a mask alone.
 
         Args:
             mask: (B, *axes of an item), true where the data may not be used.
+            present: Whether what is made there has to be something, where data can be missing.
 
         Returns:
             Bool, broadcasts with latents (B, *latent_shape). Here each position stands for the whole item.

@@ -228,7 +228,7 @@ class ImageCodec(Codec):
         """Images (B, C, H, W) in [−1, 1] of latents z."""
         return super().decode(latent).clamp(-1, 1)
 
-    def untouched(self, mask: Tensor) -> Tensor:
+    def untouched(self, mask: Tensor, present: bool = True) -> Tensor:
         if len(self.latent_shape) == 1:
             return super().untouched(mask)
         f = self.downsample

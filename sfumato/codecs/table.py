@@ -1,5 +1,6 @@
 """Codecs for rows of a table: numbers as normal scores, levels as corners, with or without a learned code."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -176,7 +177,7 @@ class TableCodec(Codec):
     since decoding snaps them to the nearest corner. The others put a perceptron and a bottleneck between.
 
     Args:
-        columns: For each modelled column `name` and what `Features` asks for.
+        columns: For each modelled column what `Features` asks for, and `low` and `high`, how far numbers reach.
         bottleneck: `identity`; or `kl`, `vq`, `fsq`, `none` on a learned vector.
         latent_dim: Length of that vector.
         width: Hidden width of encoder and decoder.
@@ -212,12 +213,16 @@ class TableCodec(Codec):
         options |= {"levels": tuple(levels)} if bottleneck == "fsq" and levels else {}
         neck = Plain(count) if whole else make_bottleneck(bottleneck, latent_dim, **options)
         super().__init__((neck.out_channels,))
+        self.ends = [[column.get(end) for column in columns] for end in ("low", "high")]
         self.features, self.bottleneck, self.whole = features, neck, whole
         self.encoder = nn.Identity() if whole else Perceptron(count, neck.in_channels, width, depth)
         self.decoder = nn.Identity() if whole else Perceptron(neck.out_channels, count, width, depth)
 
     def prepare(self, x: Tensor) -> None:
-        """Learn how the numbers of rows x (N, D) are distributed."""
+        """Learn how the numbers of rows x (N, D) are distributed; of a part of them, that the others reach as far."""
+        if len(x) >= self.prepares:
+            known = [[math.nan if cell is None else cell for cell in row] for row in self.ends]
+            x = torch.cat([x, x.new_tensor(known)])
         self.features.scores.fit(self.features.others(x))
 
     def codes(self, x: Tensor) -> Tensor:
@@ -260,10 +265,10 @@ class TableCodec(Codec):
             shared = [(group.square().sum().sqrt() / APART).expand_as(group) for group in groups]
             self.latent_std.copy_(torch.cat([scores, *shared], 1)[0])
 
-    def untouched(self, mask: Tensor) -> Tensor:
-        """The positions (B, D) that stand for cells outside a mask (B, columns); and those that say a cell is missing.
+    def untouched(self, mask: Tensor, present: bool = True) -> Tensor:
+        """The positions (B, D) that stand for cells outside a mask (B, columns).
 
-        So a cell within the mask is known for one thing: not to be missing.
+        If cells have to be present, so do those that say a cell is missing: it is known that it is not.
 
         Raises:
             UserError: The latent is a learned one, where each position stands for the whole row.
@@ -276,7 +281,7 @@ class TableCodec(Codec):
         end = len(self.features.numbers)
         for levels in self.features.groups:
             end += levels.width
-            known[:, end - 1] |= levels.missing
+            known[:, end - 1] |= levels.missing and present
         return known
 
     def corners(self) -> Corners | None:

@@ -91,6 +91,15 @@ class Data:
         text = None if self.captions is None else [self.captions[i] for i in where]
         return Batch(data, torch.from_numpy(where), label, text)
 
+    def described(self) -> list[str]:
+        """What there is to say of what was read: nothing that is not plain to see."""
+        return []
+
+    @property
+    def origin(self) -> str:
+        """What the choice of held-out items hangs on: the content."""
+        return self.fingerprint
+
     def subset(self, index: Index) -> "Data":
         """The items `index` (B,) as Data of their own; the pixels are shared, not copied."""
         where = np.asarray(index, dtype=np.int64).reshape(-1)
@@ -170,8 +179,8 @@ class Splittable(Protocol):
 
     labels: NDArray[np.int64] | None
 
-    @cached_property
-    def fingerprint(self) -> str: ...
+    @property
+    def origin(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -190,7 +199,7 @@ def split(data: S, fraction: float = 0.1, cap: int = 5000) -> tuple[S, S]:
         cap: Most items held out.
     """
     assert len(data) >= 2, "one item cannot be split"
-    order = permutation(len(data), int(data.fingerprint[:16], 16))
+    order = permutation(len(data), int(data.origin[:16], 16))
     count = min(max(1, round(len(data) * fraction)), cap, len(data) - 1)
     held = order[:count]
     if data.labels is not None:

@@ -34,6 +34,10 @@ else:
 FEWEST = 20  # rows from which a model can be trained at all
 HELD = ("test", "validation", "val")  # names of the held-out file beside train.csv
 PIECE = 2**16  # rows read at a time
+PLURALS = {
+    **{"number": "numbers", "integer": "integers", "category": "categories", "boolean": "yes or no", "date": "dates"},
+    **{"id": "names of rows, not learned", "constant": "always the same, not learned"},
+}
 
 
 @dataclass(eq=False)
@@ -47,6 +51,7 @@ class TableData:
         dialect: How a text source is written.
         rows: Which rows of `store` are the items (N,); default all of them.
         notes: Lines worth telling the user about how the data were read.
+        file: sha256 of the file they are from, if they are from one.
     """
 
     classes: ClassVar[int] = 0
@@ -58,6 +63,7 @@ class TableData:
     dialect: Dialect = field(default_factory=Dialect)
     rows: NDArray[np.int64] | None = None
     notes: list[str] = field(default_factory=list)
+    file: str = ""
     labels: NDArray[np.int64] | None = None
     label_names: list[str] = field(default_factory=list)
 
@@ -78,6 +84,11 @@ class TableData:
         """(D,) of one row."""
         return (self.store.shape[1],)
 
+    def described(self) -> list[str]:
+        """What the columns were found to be: a line for each kind."""
+        kinds = {column.kind: [c.name for c in self.columns if c.kind == column.kind] for column in self.columns}
+        return [f"{PLURALS[kind]}: {', '.join(names)}" for kind, names in kinds.items()]
+
     @property
     def values(self) -> Values:
         """The rows (N, D); a copy when this is a subset."""
@@ -93,6 +104,11 @@ class TableData:
         digest.update(b"-" if self.rows is None else self.rows.tobytes())
         return digest.hexdigest()
 
+    @property
+    def origin(self) -> str:
+        """What the choice of held-out rows hangs on: the file, however its columns are read."""
+        return self.file or self.fingerprint
+
     def batch(self, index: Index) -> Batch:
         """The rows `index` (B,) in float64 (B, D)."""
         where = np.asarray(index, dtype=np.int64).reshape(-1)
@@ -102,7 +118,7 @@ class TableData:
     def subset(self, index: Index) -> TableData:
         """The rows `index` (B,) as TableData of their own; the values are shared, not copied."""
         where = np.asarray(index, dtype=np.int64).reshape(-1)
-        part = replace(self, rows=where if self.rows is None else self.rows[where])
+        part = replace(self, rows=where if self.rows is None else self.rows[where], file="")
         part.__dict__["fingerprint"] = hashlib.sha256(self.fingerprint.encode() + where.tobytes()).hexdigest()
         return part
 
@@ -127,7 +143,7 @@ def read_table(
         source: A .csv, .tsv (also .gz) or .parquet with a header; or a folder with train.csv and, held out, test.csv.
         categorical: Columns that are categories though they look like numbers.
         exclude: Columns to leave out.
-        held_out: Share held out where there is no test.csv: a tenth, 5,000 rows at most (see `split`).
+        held_out: Share held out where there is no test.csv: a tenth, 5,000 rows at most (see `hold_out`).
 
     Raises:
         UserError: What is wrong with the source, and what to do.
@@ -147,7 +163,8 @@ def read_table(
         start += count
     data.notes = notes
     if len(counts) == 1:
-        return _with_range(*split(data, held_out))
+        data.file = _hashed(files[0].path)
+        return _with_range(*hold_out(data, held_out))
     return _with_range(data.subset(np.arange(counts[0])), data.subset(np.arange(counts[0], start)))
 
 
@@ -172,9 +189,20 @@ def read_rows(path: str | Path, columns: Sequence[Column]) -> TableData:
     count = sum(len(piece[0]) for piece in file.pieces())
     if not count:
         raise UserError(f"{path}: holds no rows", code=1)
-    data = TableData(allocate((count, len(modelled(columns))), np.float64), list(columns), file.dialect, notes=notes)
+    store = allocate((count, len(modelled(columns))), np.float64)
+    data = TableData(store, list(columns), file.dialect, notes=notes, file=_hashed(file.path))
     _fill(data.store, data.columns, file, notes)
     return data
+
+
+def hold_out(data: TableData, fraction: float) -> tuple[TableData, TableData]:
+    """As `split`, but at least 20 rows, which comparing needs; of fewer than 80 a quarter."""
+    return split(data, max(fraction, min(FEWEST / len(data), 0.25)))
+
+
+def _hashed(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def table_files(path: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """Rows of a table as points: are samples where the real rows are, everywhere they are, and not on top of them?"""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,15 +105,18 @@ def closer_share(fake: Tensor, train: Tensor, held: Tensor) -> float:
     return float((to_train < to_held).double().mean() + (to_train == to_held).double().mean() / 2)
 
 
-def copy_auc(fake: Tensor, train: Tensor, held: Tensor) -> float:
+def copy_auc(fake: Iterable[Tensor], train: Tensor, held: Tensor) -> float:
     """How well the distance to the nearest sample tells training points from held-out ones, as an AUC.
 
     0.5 where nothing is copied; about 0.8 where the samples are training rows, drawn with replacement.
 
     Args:
-        fake: All samples (N, P).
+        fake: All samples, in pieces (N, P).
         train: Training points (M, P).
         held: Held-out points (K, P).
     """
-    near = [-neighbours(points, fake)[0].numpy() for points in (train, held)]
-    return auc(near[0], near[1])
+    both = torch.cat([train, held])
+    far = torch.full((len(both),), torch.inf, dtype=both.dtype)
+    for piece in fake:
+        far = torch.minimum(far, neighbours(both, piece)[0])
+    return auc(-far[: len(train)].numpy(), -far[len(train) :].numpy())

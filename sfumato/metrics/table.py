@@ -174,7 +174,8 @@ def _copying(fake: Rows, train: Rows, held: Rows, space: Space, seed: int) -> di
         few = min(CHECKED, len(train), len(new))
         seen, unseen = space(_some(train, few, seed)), space(_some(new, few, seed))
         report[f"dcr_share{suffix}"] = closer_share(space(_some(made, NEIGHBOURS, seed)), seen, unseen)
-        report[f"copy_auc{suffix}"] = copy_auc(space(made), seen, unseen)
+        pieces = (space(made[start : start + PIECE]) for start in range(0, len(made), PIECE))
+        report[f"copy_auc{suffix}"] = copy_auc(pieces, seen, unseen)
     return report
 
 

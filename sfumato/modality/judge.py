@@ -49,9 +49,16 @@ class ImageJudge:
         train: The training part.
         device: Where to compute; default the best at hand.
         progress: Who shows how far it is.
+        target: Not for images: they have labels.
     """
 
-    def __init__(self, train: Data, device: str | None = None, progress: Progress | None = None) -> None:
+    by_label = True
+
+    def __init__(
+        self, train: Data, device: str | None = None, progress: Progress | None = None, target: str | None = None
+    ) -> None:
+        if target is not None:
+            raise UserError("--column: is a column of a table; images have labels")
         self.train, self.device, self.progress = train, device or default_device(), progress
         self.classes = train.classes
 

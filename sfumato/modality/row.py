@@ -55,7 +55,13 @@ class Kinds:
 
 
 class Judge(Protocol[D_contra]):
-    """What measures samples against one source."""
+    """What measures samples against one source.
+
+    Attributes:
+        by_label: Whether `cas` is about the items' labels, which both sets must have.
+    """
+
+    by_label: bool
 
     def report(self, fake: D_contra, held: D_contra, cas: bool, seed: int) -> dict[str, Any]:
         """Numbers about samples, each beside its floor, what real held-out items score; `memorised` among them."""
@@ -112,7 +118,7 @@ class Modality(Generic[D]):
         codec_share: Share of the training time that the first stage gets, where the codec has anything to learn.
         codec: The codec's class; its constructor's arguments are stored in `codec/config.json`.
         codec_options: (settings of the codec, shape, mode) -> those arguments.
-        judge: (training part, device, progress) -> who measures samples.
+        judge: (training part, device, progress, what --column says) -> who measures samples.
         compare: (x, x̂, mode, features or None) -> how close reconstructions are.
         kinds: (what the user typed after --where, and after --balance if anything, mode) -> what is asked for.
         check_fit: (name, shape, mode, source, data) -> refuses data of another kind than `name` makes.
@@ -128,6 +134,8 @@ class Modality(Generic[D]):
         sorter: (given items, whose labels are class numbers of the model; items without labels; the model's classes;
             column of the classes or None; device; progress) -> who sorts made items into classes. None: there are none.
         shown: Items that a sheet takes while training.
+        fewest: Items of each set without which two sets cannot be compared.
+        example: What new items could be written to.
     """
 
     name: str
@@ -139,7 +147,7 @@ class Modality(Generic[D]):
     codec_share: float
     codec: Callable[..., Codec]
     codec_options: Callable[[CodecSettings, tuple[int, ...], Any], dict[str, Any]]
-    judge: Callable[[D, str | None, Progress | None], Judge[D]]
+    judge: Callable[[D, str | None, Progress | None, str | None], Judge[D]]
     compare: Callable[[Tensor, Tensor, Any, Extractor | None], dict[str, float]]
     kinds: Callable[[Sequence[str], str | None, Any], Kinds]
     check_fit: Callable[[str, tuple[int, ...], Any, object, D], None]
@@ -148,6 +156,8 @@ class Modality(Generic[D]):
     sheet: Callable[[Tensor, Any, int | None], Any]
     pairs: Callable[[Tensor, Tensor, Any], Any]
     shown: int
+    fewest: int
+    example: str
     masks: Callable[[Path | None, str, Sequence[D], DataSettings], Tensor] | None = None
     fill: Callable[[Path, str, Any, bool], Callable[[Tensor], None]] | None = None
     animation: Callable[[Path], Callable[[Tensor], None]] | None = None

@@ -32,19 +32,20 @@ from sfumato.data import (
     equalities,
     fill_table,
     histograms,
+    hold_out,
     is_table,
     level_of,
     modelled,
     on_grid,
     read_rows,
     read_table,
-    split,
     table_files,
     write_table,
 )
 from sfumato.errors import UserError
 from sfumato.metrics import Copies, Extractor, measured_space, pick, plausible, table_report
 from sfumato.metrics.copies import CHECKED
+from sfumato.metrics.table import FEWEST
 from sfumato.modality.row import Facts, Kinds, Modality, Progress
 from sfumato.types import UNKNOWN
 
@@ -105,6 +106,8 @@ def codec_options(codec: CodecSettings, shape: tuple[int, ...], mode: Any) -> di
             "missing": c.missing is not None,
             "spikes": c.spikes,
             "other": c.other,
+            "low": c.low,
+            "high": c.high,
         }
         for c in modelled(columns_of(mode))
     ]
@@ -134,7 +137,7 @@ def read(source: str, settings: DataSettings, mode: Any = None) -> tuple[TableDa
             source, categorical=settings.categorical, exclude=settings.exclude, held_out=settings.held_out
         )
     data, held = parts(source, settings, mode)
-    return split(data, settings.held_out) if held is None else (data, held)
+    return hold_out(data, settings.held_out) if held is None else (data, held)
 
 
 def made(items: Tensor, labels: Tensor | None, mode: Any, label_names: list[str]) -> TableData:
@@ -190,22 +193,33 @@ class TableJudge:
         train: The training part.
         device: Not needed.
         progress: Who shows how far it is.
+        target: The column that is foretold; default the last one that is learned.
     """
 
-    def __init__(self, train: TableData, device: str | None = None, progress: Progress | None = None) -> None:
-        self.train, self.progress = train, progress
+    by_label = False
+
+    def __init__(
+        self,
+        train: TableData,
+        device: str | None = None,
+        progress: Progress | None = None,
+        target: str | None = None,
+    ) -> None:
+        names = [column.name for column in modelled(train.columns)]
+        if target is not None and target not in names:
+            raise UserError(f"--column {target}: no such column among those that are learned; {nearest(target, names)}")
+        self.train, self.progress, self.target = train, progress, target or names[-1]
 
     def report(self, fake: TableData, held: TableData, cas: bool, seed: int) -> dict[str, Any]:
-        """What `sfumato.metrics.table_report` says; with `cas` also how well the last column is foretold.
+        """What `sfumato.metrics.table_report` says; with `cas` also how well the target is foretold.
 
         `memorised` says whether training rows can be told from held-out ones by how near the samples come to them.
         """
         if self.progress is not None:
             self.progress("measure", 0, 1)
         columns = modelled(self.train.columns)
-        report = table_report(
-            fake.values, self.train.values, held.values, columns, target=columns[-1].name if cas else None, seed=seed
-        )
+        target = self.target if cas else None
+        report = table_report(fake.values, self.train.values, held.values, columns, target=target, seed=seed)
         if self.progress is not None:
             self.progress("measure", 1, 1)
         return {**report, "memorised": float(report["copy_auc"]) > COPIED}
@@ -341,6 +355,8 @@ TABLE: Modality[TableData] = Modality(
     sheet=sheet,
     pairs=pairs,
     shown=2000,
+    fewest=FEWEST,
+    example="samples.csv",
     masks=masks,
     fill=fill,
     sorter=TableSorter,

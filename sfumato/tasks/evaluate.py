@@ -20,6 +20,7 @@ def evaluate(
     *,
     n: int | None = None,
     cas: bool = False,
+    column: str | None = None,
     skip_bad: bool = False,
     overrides: Sequence[str] = (),
     seed: int = 0,
@@ -37,6 +38,7 @@ def evaluate(
         source: The real data: a built-in set, a folder, a file or hf://owner/name.
         n: How many items to generate (default: as many as held out, 1,000 to 10,000) or to take of the samples.
         cas: Also train a classifier on the samples, and test it on held-out data.
+        column: Column of a table that --cas foretells from the others (default: the last one).
         skip_bad: Leave out files that cannot be read.
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of what is generated or drawn.
@@ -55,23 +57,24 @@ def evaluate(
 
     from sfumato.modality import recognise
     from sfumato.tasks.common import check_counts, open_model, source_settings, title
-    from sfumato.tasks.samples import FEWEST, check_samples, draw_samples, read_real, read_samples, relabelled
+    from sfumato.tasks.samples import check_samples, draw_samples, read_real, read_samples, relabelled
 
     start, name = time.perf_counter(), title(target)
     check_counts(batch=batch)
-    check_counts(FEWEST, n=n)
     model = open_model(target, device) if _is_model(target) else None
     settings = source_settings(None if model is None else target, overrides, skip_bad, labels=True)
     row = recognise(str(source)) if model is None else model.modality
+    check_counts(row.fewest, n=n)
     train, held = read_real(row, source, settings, None if model is None else model.card.mode)
+    judge = row.judge(train, device or (None if model is None else str(model.device)), progress, column)
+    cas = cas or column is not None
     if model is None:
         samples = read_samples(row, str(target), n, skip_bad, train.mode, seed)
-        check_samples(row, name, samples, source, train, cas)
+        check_samples(row, name, samples, source, train, cas and judge.by_label)
     else:
-        check_samples(row, name, model.card, source, train, cas)
+        check_samples(row, name, model.card, source, train, cas and judge.by_label)
         samples = draw_samples(model, n or min(MOST, max(LEAST, len(held))), seed, batch, progress)
     samples = relabelled(samples, train)
-    judge = row.judge(train, device or (None if model is None else str(model.device)), progress)
     report = {"target": name, "source": str(source), **judge.report(samples, held, cas, seed)}
     if model is not None:
         report |= _measure_codec(judge, model, held, seed)

@@ -167,12 +167,20 @@ class _Gradient:
 class _Repaint(_Gradient):
     """Items to what they become when latent positions outside the mask are put back, noised, after every step."""
 
+    present = True  # a hole that is filled in is no hole
+
     def constrained(self, denoise: "Denoise", x: "Tensor", mask: "Tensor") -> "tuple[Denoise, Step]":
         from sfumato.core import SAMPLERS, Known
 
-        known = self.model.codec.untouched(mask).to(self.model.device)
+        known = self.model.codec.untouched(mask, self.present).to(self.model.device)
         z = self.model.encode(x.nan_to_num())  # what is missing is not among the known
         return denoise, Known(SAMPLERS[self.how.sampler], z.to(self.model.device), known)
+
+
+class _Around(_Repaint):
+    """New items, of which a part is known; the rest is as the model makes it, missing at times."""
+
+    present = False
 
 
 def around(model: "Model", items: "Sequence[int]", known: "Tensor", how: "Sampling", seed: int) -> "Tensor":
@@ -180,7 +188,7 @@ def around(model: "Model", items: "Sequence[int]", known: "Tensor", how: "Sampli
     from dataclasses import replace
 
     free = known.isnan()[None].expand(max(items) + 1, *known.shape)
-    change = _Repaint(model, free, None, replace(how, sampler="ddpm"), RESAMPLE, seed)
+    change = _Around(model, free, None, replace(how, sampler="ddpm"), RESAMPLE, seed)
     return change(list(items), known[None].expand(len(items), *known.shape))
 
 

@@ -17,8 +17,6 @@ from sfumato.model import Card, Model, find_class
 from sfumato.tasks.common import Progress
 from sfumato.tasks.generate import generate
 
-FEWEST = 2  # items of each set: one has no variance
-
 
 def class_numbers(names: Sequence[str], known: Data) -> NDArray[np.int64] | None:
     """The class in `known` of each name; None without classes, or where a name is not one of them."""
@@ -50,17 +48,19 @@ def relabelled(data: Data, known: Data) -> Data:
 def read_real(row: Modality[Any], source: str | Path, settings: DataSettings, mode: Any = None) -> tuple[Data, Data]:
     """Training and held-out part of a source; its numbers are meant as `mode` says, if there is a model."""
     train, held = row.read(str(source), settings, mode)
-    if len(held) < FEWEST:
-        remedy = "take more data, or a larger share with --set data.held_out=0.3"
-        raise UserError(f"{source}: only {len(held)} held-out item, at least {FEWEST} are needed; {remedy}", code=1)
+    if len(held) < row.fewest:
+        remedy = "take more data, or a larger share with --set data.held_out=0.3 (of a model when it is trained, too)"
+        found = f"only {len(held)} held-out item{'s' * (len(held) != 1)}"
+        raise UserError(f"{source}: {found}, at least {row.fewest} are needed; {remedy}", code=1)
     return train, held
 
 
 def read_samples(row: Modality[Any], folder: str | Path, n: int | None, skip_bad: bool, mode: Any, seed: int) -> Data:
     """Samples from files, read as the source of this mode; n of them at random, or all."""
     data, _ = row.parts(str(folder), DataSettings(skip_bad=skip_bad), mode)
-    if len(data) < FEWEST:
-        raise UserError(f"{folder}: only {len(data)} sample, at least {FEWEST} are needed", code=1)
+    if len(data) < row.fewest:
+        found = f"only {len(data)} sample{'s' * (len(data) != 1)}"
+        raise UserError(f"{folder}: {found}, at least {row.fewest} are needed", code=1)
     return data if n is None or n >= len(data) else data.subset(pick(len(data), n, seed))
 
 

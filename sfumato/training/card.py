@@ -24,11 +24,12 @@ def write_card(job: Job, model: Model) -> None:
         "",
         *([f"Held-out reconstructions: {', '.join(f'{k} {v}' for k, v in codec.items())}.", ""] if codec else []),
         "```",
-        f"sfumato generate {job.folder} -n 64 --out samples/",
+        f"sfumato generate {job.folder} -n 64 --out {job.modality.example}",
         f"sfumato evaluate {job.folder} {job.source}",
         "```",
         "",
-        "It repeats what its training data hold, biases included; look at `evaluate`'s novelty before sharing it.",
+        "It repeats what its training data hold, biases included; look at what `evaluate` says of copying before "
+        "sharing it.",
         "",
     ]
     (job.folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
@@ -39,7 +40,7 @@ def head(folder: Path) -> list[str]:
     return ["---", "library_name: sfumato", "tags: [latent-diffusion, sfumato]", "---", f"# {folder.name}"]
 
 
-def write_few_step_card(folder: Path, out: Path, told: dict[str, Any], seconds: float) -> None:
+def write_few_step_card(folder: Path, out: Path, told: dict[str, Any], seconds: float, example: str) -> None:
     """Say of a few-step model what it was made from, and how to use it.
 
     Args:
@@ -47,6 +48,7 @@ def write_few_step_card(folder: Path, out: Path, told: dict[str, Any], seconds: 
         out: What the folder will be called.
         told: What the run recorded of its distillation.
         seconds: How long it took.
+        example: What new items could be written to.
     """
     misses = ", ".join(f"{miss} in {jumps}" for jumps, miss in told["miss"].items())
     lines = [
@@ -57,8 +59,8 @@ def write_few_step_card(folder: Path, out: Path, told: dict[str, Any], seconds: 
         f"(root mean square) by {misses}.",
         "",
         "```",
-        f"sfumato generate {out} -n 64 --out samples/",
-        f"sfumato generate {out} -n 64 --steps 1 --out samples-1/",
+        f"sfumato generate {out} -n 64 --out {example}",
+        f"sfumato generate {out} -n 64 --steps 1 --overwrite --out {example}",
         "```",
         "",
         "It repeats what its teacher's training data hold, biases included.",

@@ -315,4 +315,4 @@ class Lesson:
             "device": str(self.student.device),
         }
         write_json(folder / "run.json", written | {"metrics": metrics, "distilled": told, "seconds_taken": seconds})
-        write_few_step_card(folder, self.out, told, seconds)
+        write_few_step_card(folder, self.out, told, seconds, self.student.modality.example)

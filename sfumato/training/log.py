@@ -1,7 +1,8 @@
 """What a run tells: `metrics.jsonl`, TensorBoard files, sample sheets, progress."""
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ class Log:
         folder.mkdir(exist_ok=True)
         image.save(folder / f"{name}-{step:06d}.png")
         self.writer.add_image(name, np.atleast_3d(np.asarray(image.convert("RGB"))), step, dataformats="HWC")
+
+    def tell(self, lines: Sequence[str]) -> None:
+        """Say what the user should know before it starts: to the logger `sfumato`, by default on the error stream."""
+        for line in lines if self.main else ():
+            logging.getLogger("sfumato").warning("%s", line)
 
     def show(self, stage: str, done: int, total: int, facts: Mapping[str, float] | None = None) -> None:
         """Progress without a record."""

@@ -79,6 +79,7 @@ def decide(job: Job, steps: int | None, size: str | None) -> None:
                 "shape": list(job.train.shape),
                 "mode": job.train.mode,
                 "classes": job.classes,
+                **({"notes": job.train.notes} if job.train.notes else {}),
             },
         }
     )
@@ -187,7 +188,7 @@ def measure_network(job: Job) -> tuple[Classifier | None, dict[str, Speed]]:
     order = torch.from_numpy(job.train.labels).argsort(descending=True)  # labelled ones first
     some = torch.cat([order[: LOOKED_AT // 4], order[-3 * LOOKED_AT // 4 :]]).unique()
     few, all_ = replace(job, train=job.train.subset(some)), min(len(job.train), MOST)
-    timed(few, 0), comparing(len(some))  # what a process does for the first time is slow
+    timed(few, 0)  # what a process does for the first time is slow
     looks, (network, seconds) = timed(few, 0)[1], timed(few, GUESSED)
     step = max(seconds - looks, seconds / 10) / GUESSED  # the difference of two noisy times, which may be none
     part, whole = (ROUNDS * comparing(count) for count in (len(some), all_))

@@ -164,6 +164,7 @@ def run(
     job = Job(source, folder, settings, modality, train, held, accelerator, log, started, record or {}, record is None)
     try:
         if record is None:
+            log.tell([f"{source}: {line}" for line in train.described()] + train.notes)
             plan(job, steps, size)
         elif job.done("denoiser"):
             return load(folder, device)

@@ -1,8 +1,11 @@
 """The command line: flags from signatures, errors in one line, exit codes."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import click
@@ -12,6 +15,7 @@ from click.testing import CliRunner
 from sfumato import __version__
 from sfumato.apps import cli
 from sfumato.errors import UserError
+from sfumato.modality.table import TABLE
 
 seen: dict[str, Any] = {}
 
@@ -141,11 +145,19 @@ def test_other_processes_say_nothing(app: click.Command, monkeypatch: pytest.Mon
     assert seen["progress"].quiet
 
 
-def run_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | str | None:
+def run_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr("sys.argv", ["sfumato", *words])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return stopped.value.code
+    return cli.run()
+
+
+def test_a_file_cut_off_in_the_middle_is_an_error_and_no_crash(tmp_path: Path):
+    """Its reader's threads may still be at work when the program ends."""
+    lines = ["a,b,c", *(f"{i},{i % 7},{i % 3}" for i in range(300)), "1,2"]
+    (tmp_path / "ragged.csv").write_text("\n".join(lines))
+    for _ in range(3):
+        words = [sys.executable, "-m", "sfumato", "fit", str(tmp_path / "ragged.csv"), "--out", str(tmp_path / "run")]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "line 302 has 2 cells" in done.stderr
 
 
 def test_wrong_words_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -160,8 +172,8 @@ def test_wrong_words_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_fit_ends_with_the_next_command(tmp_path: Path):
     (tmp_path / "model.json").write_text('{"modality": "image"}')
     (tmp_path / "run.json").write_text('{"metrics": {"psnr": {"value": 25.0, "floor": 30.0}}}')
-    told = cli._fitted(None, {"out": tmp_path})
-    assert told["next"] == f"sfumato generate {tmp_path} --out samples"
+    told = cli._fitted(SimpleNamespace(modality=TABLE), {"out": tmp_path})
+    assert told["next"] == f"sfumato generate {tmp_path} --out samples.csv"
     assert told["metrics"]["psnr"]["value"] == 25.0
 
 

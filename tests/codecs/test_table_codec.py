@@ -44,6 +44,17 @@ def same(a: Tensor, b: Tensor) -> Tensor:
     return (a == b) | (a.isnan() & b.isnan())
 
 
+def test_of_a_part_of_the_rows_numbers_reach_as_far_as_all(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(TableCodec, "prepares", 1_000)
+    x = rows(1_000)
+    far = [{**column, "low": -500.0, "high": 900.0} if column["name"] == "height" else column for column in COLUMNS]
+    for columns, ends in ((COLUMNS, (float(x[:, 0].min()), float(x[:, 0].max()))), (far, (-500.0, 900.0))):
+        codec = TableCodec(columns)
+        codec.prepare(x)
+        back = codec.features.scores.inverse(torch.tensor([[-9.0] * 3, [9.0] * 3]))[:, 0]
+        assert back.tolist() == pytest.approx(ends, rel=1e-3)
+
+
 @pytest.mark.parametrize("drawn", [False, True])
 def test_rows_come_back_from_their_features(drawn: bool):
     x, features = rows(), make_codec("identity").features

@@ -2,6 +2,7 @@
 
 import csv
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from sfumato.tasks.augment import augment
 from sfumato.tasks.evaluate import evaluate
 from sfumato.tasks.generate import generate
 from sfumato.tasks.info import info
+from sfumato.tasks.inpaint import _Around, _Repaint
 from sfumato.tasks.reconstruct import reconstruct
 from tests.training.common import assert_same_run, small_fit
 
@@ -74,6 +76,28 @@ def test_what_is_made_has_the_columns_types_and_holes_of_the_original(table_run:
         assert min(sheet.size) > 100
 
 
+def test_what_is_found_is_said_before_training(
+    table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    small_fit(table, tmp_path / "run", *TINY)
+    said = [record.message for record in caplog.records if record.name == "sfumato"]
+    assert f"{table}: categories: kind" in said and f"{table}: always the same, not learned: country" in said
+    assert any("name" in line and "every row" in line for line in said)
+    assert info(tmp_path / "run")["data"]["notes"] == read_table(table)[0].notes
+    assert "--out samples.csv" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_rows_around_a_rare_kind_have_holes_too(table_run: Path):
+    model = load(table_run, "cpu")
+    known = torch.full((5,), torch.nan, dtype=torch.float64)
+    known[1] = 2  # of the rarest kind
+    for make, holes in ((_Around, True), (_Repaint, False)):
+        free = known.isnan()[None].expand(400, 5)
+        made = make(model, free, None, replace(model.sampling, sampler="ddpm", steps=3), 1, 0)
+        items = made(list(range(400)), known[None].expand(400, 5))
+        assert (items[:, 1] == 2).all() and bool(items[:, 0].isnan().any()) == holes
+
+
 def test_a_row_is_the_same_whatever_the_number_and_the_batch(table_run: Path):
     model = load(table_run, "cpu")
     many = generate(model, n=40, batch=7).items
@@ -95,6 +119,11 @@ def test_rows_come_back_through_the_codec(table_run: Path, table: Path, tmp_path
 
 def test_parquet_is_written_when_its_name_says_so(table_run: Path, table: Path, tmp_path: Path):
     generate(table_run, n=30, out=tmp_path / "made.parquet")
+    for how in ({}, {"column": "kind"}, {"column": "height"}, {"cas": True}):
+        report = evaluate(tmp_path / "made.parquet", table, **how)
+        assert ("downstream" in report) == bool(how), how
+    with pytest.raises(UserError, match="--column kin: no such column"):
+        evaluate(tmp_path / "made.parquet", table, column="kin")
     report = evaluate(tmp_path / "made.parquet", table)
     assert report["n"] == 30 and 0 <= report["c2st"] <= 1
 

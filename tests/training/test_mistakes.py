@@ -293,9 +293,7 @@ def run_cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     """Exit code and what was said on the error stream."""
     cli = pytest.importorskip("sfumato.apps.cli")
     monkeypatch.setattr(sys, "argv", ["sfumato", *(str(word) for word in words)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    return int(left.value.code or 0), capsys.readouterr().err
+    return cli.run(), capsys.readouterr().err
 
 
 def test_exit_codes(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
