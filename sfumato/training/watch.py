@@ -8,6 +8,7 @@ from sfumato.types import Batch
 FIRST = 4  # times that the training items are gone through before the first look
 RATIO = 1.15  # of the steps of one look to those of the one before
 PATIENCE = 1.5  # steps gone without a smaller loss, as a multiple of those that the smallest one took
+RISE, LAST = 1.002, 2  # how far above the smallest loss the mean of the last looks then has to be: it is noisy
 
 
 class Watch:
@@ -30,8 +31,12 @@ class Watch:
         return step >= (RATIO * self.losses[-1][0] if self.losses else self.first)
 
     def risen(self, step: int) -> bool:
-        """Whether the smallest loss is of so long ago that no smaller one is to be expected."""
-        return bool(self.losses) and step >= PATIENCE * min(self.losses, key=lambda look: look[1])[0]
+        """Whether the smallest loss is of so long ago, and the last ones are so much larger, that it falls no more."""
+        if not self.losses:
+            return False
+        first, smallest = min(self.losses, key=lambda look: look[1])
+        last = [loss for _, loss in self.losses[-LAST:]]
+        return step >= PATIENCE * first and sum(last) > RISE * smallest * len(last)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON can hold it."""

@@ -62,6 +62,12 @@ def test_where_the_loss_rises_the_rate_decays_as_it_would_have_at_the_end():
     assert 0 < rates[-1] < 2 / (total - start)
 
 
+def test_a_loss_that_only_wavers_ends_nothing():
+    """At a rate that does not fall looks go up and down by a thousandth (adult), and on down later."""
+    trainer = trained(Bent(lambda step: 1 + 1e-3 * math.sin(step)), Watch([batch()], 4))
+    assert trainer.done == 1_000 and not trainer.horizon.amendments
+
+
 def test_in_the_decay_nothing_changes():
     """A loss that rises where the rate falls anyway does not end training."""
     trainer = trained(Bent(lambda step: abs(step - 600)), Watch([batch()], 4))
