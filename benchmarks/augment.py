@@ -4,13 +4,16 @@
     python benchmarks/augment.py --data fashion-mnist --labels all --made 1000
 
 For each number of labels a class and each seed: labels are drawn, the others left open; `sfumato fit` trains on all of
-it, `sfumato augment` makes a balanced set; and one small network is trained, always in the same way, on
+it (a thousand of the open images are held out), `sfumato augment` makes a balanced set; and one small network is
+trained, always in the same way, on
 
 * real: the labelled images as they are;
-* classical: the same moved, mirrored and cut into, as much as is best on a third of the labels, held back twice;
+* classical: the same moved, mirrored and cut into, as much as is best on a third of other labels, held back twice (a
+  draw of as many that is no seed of the table);
 * pseudo: classical, and the open images under the labels that the classifier of `augment` sees in them (no generation);
 * augment: classical, and the made images.
 
+A step sees as many labelled images each way; the others come on top, and count the less the more labels there are.
 `teacher` is the classifier of `augment` itself. All are measured on the official test images. Everything runs from
 commands as a user would type them; what is done is kept in OUT and skipped the next time.
 """
@@ -39,10 +42,11 @@ from sfumato.nn.semi import moved
 
 Facts = dict[str, Any]
 WAYS = ("real", "classical", "pseudo", "augment")
-WIDTH, BATCH, RATE = 16, 128, 4e-3
-STEPS = 1_500  # of a classifier that sees more than the labelled images
-REAL = 0.25  # least share of labelled images in a batch
-HELD = 0.05  # share that `fit` holds out for its own checks
+WIDTH, BATCH, RATE = 16, 128, 4e-3  # as many labelled images a step, and as many others
+SHORT, LONG, LONGEST = 500, 1_500, 4_000  # steps; the last where all images are labelled
+ENOUGH = 2_000  # labelled images from which on others count less: as much in all as so many labelled ones
+HELD = 1_000  # images that `fit` holds out for its own checks
+TUNING = 1_000  # seed of the labels that classical augmentation is tuned on
 
 
 class Moves(NamedTuple):
@@ -51,11 +55,10 @@ class Moves(NamedTuple):
     shift: int = 0
     mirror: bool = False
     cut: int = 0
-    steps: int = 500
+    steps: int = SHORT
 
 
-GRID = [Moves(*one) for one in product((0, 1, 2, 3), (False, True), (0, 8), (500, STEPS))]
-FEW = [Moves(*one, STEPS) for one in product((0, 1, 2), (False, True), (0, 8))]  # where there are many labels
+GRID = [Moves(*one) for one in product((0, 1, 2, 3), (False, True), (0, 8))]
 
 
 def moved_about(x: Tensor, how: Moves, generator: torch.Generator) -> Tensor:
@@ -76,10 +79,9 @@ def moved_about(x: Tensor, how: Moves, generator: torch.Generator) -> Tensor:
 def train(given: Data, more: Joined | None, classes: int, how: Moves, seed: int) -> Classifier:
     """The network that all ways share, trained on labelled images and perhaps on more."""
     generator = torch.Generator().manual_seed(seed)
-    share = 1.0 if more is None else max(REAL, len(given) / (len(given) + len(more)))
-    count = round(BATCH * share)
-    order = endless(len(given), count, generator)
-    other_order = endless(len(more), BATCH - count, generator) if more is not None and count < BATCH else None
+    order = endless(len(given), min(BATCH, len(given)), generator)
+    other_order = None if more is None else endless(len(more), min(BATCH, len(more)), generator)
+    weight = min(1.0, ENOUGH / len(given))
     net = fresh(given.shape, classes, WIDTH, seed, torch.device("cpu"))
     optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=0.02, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=how.steps, pct_start=0.2)
@@ -88,12 +90,15 @@ def train(given: Data, more: Joined | None, classes: int, how: Moves, seed: int)
         batch = given.batch(next(order))
         x, y = batch.data, batch.label
         assert y is not None
+        counts = torch.ones(len(y))
         if more is not None and other_order is not None:
             other = more.batch(next(other_order))
             assert other.label is not None
             x, y = torch.cat([x, other.data]), torch.cat([y, other.label])
+            counts = torch.cat([counts, torch.full((len(other.data),), weight)])
         x = moved_about(x, how, generator).contiguous(memory_format=torch.channels_last)
-        loss = F.cross_entropy(net(x), y, label_smoothing=0.05)
+        losses = F.cross_entropy(net(x), y, label_smoothing=0.05, reduction="none")
+        loss = (counts * losses).sum() / counts.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -110,16 +115,20 @@ def accuracy(net: Classifier, data: Data) -> float:
 
 
 def tuned(given: Data, classes: int, seed: int) -> Moves:
-    """The classical augmentation that is best on a third of the labels, held back twice."""
-    grid = GRID if len(given) < 10_000 else FEW
-    scores = dict.fromkeys(grid, 0.0)
-    for fold in range(2 if grid is GRID else 1):
-        order = np.random.default_rng([seed, fold]).permutation(len(given))
-        third = min(len(given) // 3, 5_000)
-        held, rest = given.subset(order[:third]), given.subset(order[third:])
-        for how in grid:
-            scores[how] += accuracy(train(rest, None, classes, how, seed), held)
-    return max(scores, key=lambda how: scores[how])
+    """The classical augmentation that is best on a third of the labels, held back twice; then how long is best."""
+
+    def best(grid: Sequence[Moves]) -> Moves:
+        scores = dict.fromkeys(grid, 0.0)
+        for fold in range(2):
+            order = np.random.default_rng([seed, fold]).permutation(len(given))
+            third = min(len(given) // 3, 5_000)
+            held, rest = given.subset(order[:third]), given.subset(order[third:])
+            for how in grid:
+                scores[how] += accuracy(train(rest, None, classes, how, seed), held)
+        return max(scores, key=lambda how: scores[how])
+
+    moves = best(GRID)
+    return best([moves, moves._replace(steps=LONG)])
 
 
 def drawn(data: Data, labels: int, seed: int) -> Data:
@@ -132,30 +141,38 @@ def drawn(data: Data, labels: int, seed: int) -> Data:
     return replace(data, labels=kept)
 
 
-def write_source(data: Data, path: Path) -> None:
-    """An .npz that `fit` and `augment` read; labels left open are not numbers."""
+def write_source(data: Data, path: Path, seed: int) -> None:
+    """An .npz that `fit` and `augment` read; open images are held out if there are any; open labels are not numbers."""
     assert data.labels is not None
+    free = np.flatnonzero(data.labels < 0)
+    free = np.random.default_rng([seed, 1]).permutation(free if len(free) else len(data))
+    held = np.isin(np.arange(len(data)), free[: min(HELD, len(free) // 2)])
     labels = np.where(data.labels < 0, np.nan, data.labels)
-    np.savez(path, images=data.pixels, labels=labels)
+    parts = {"x_train": data.pixels[~held], "y_train": labels[~held]}
+    np.savez(path, **parts, x_test=data.pixels[held], y_test=labels[held])
 
 
 def made_by(source: Path, run: Path, n: int, seed: int, options: argparse.Namespace) -> tuple[Data, Facts]:
     """The images that `augment` made, and what the commands said and took."""
-    held, often = ["--set", f"data.held_out={HELD}"], ["--seed", str(seed), "--overwrite", "--quiet"]
-    fit = call(["-m", "sfumato", "fit", str(source), "--out", str(run), "--budget", options.budget, *held, *often])
-    out = f"{run}-set"
-    words = ["-m", "sfumato", "augment", str(run), str(source), "--out", out, "-n", str(n), *often, "--json"]
-    done = call(words)
+    often, out = ["--seed", str(seed), "--overwrite", "--quiet"], f"{run}-set"
+
+    def make() -> Facts:
+        fit = call(["-m", "sfumato", "fit", str(source), "--out", str(run), "--budget", options.budget, *often])
+        words = ["-m", "sfumato", "augment", str(run), str(source), "--out", out, "-n", str(n), *often, "--json"]
+        done = call([*words, *(word for part in options.draw for word in part.split("="))])
+        facts = {"fit": fit.seconds, "made": done.seconds, "gib": round(max(fit.gib, done.gib), 2)}
+        return facts | {"report": json.loads(done.output)}
+
+    facts = kept(run.with_name(f"{run.name}-made.json"), make)
     whole, _ = read_images(out)
     rows = [json.loads(line) for line in Path(out, "metadata.jsonl").read_text().splitlines()]
-    facts = {"fit": fit.seconds, "made": done.seconds, "gib": round(max(fit.gib, done.gib), 2)}
-    made = whole.subset([i for i, row in enumerate(rows) if "item" in row])
-    return made, facts | {"report": json.loads(done.output)}
+    return whole.subset([i for i, row in enumerate(rows) if "item" in row]), facts
 
 
 def run_name(labels: int, seed: int, options: argparse.Namespace) -> str:
     """What a run and its record are called."""
-    return f"{Path(options.data).name}-{labels or 'all'}-{options.budget}-{options.made}-{seed}"
+    how = "".join(part.lstrip("-") for part in options.draw)
+    return f"{Path(options.data).name}-{labels or 'all'}-{options.budget}-{options.made}{how}-{seed}"
 
 
 def measured(labels: int, seed: int, options: argparse.Namespace) -> Facts:
@@ -164,17 +181,20 @@ def measured(labels: int, seed: int, options: argparse.Namespace) -> Facts:
     (data, test), name = read_images(options.data), run_name(labels, seed, options)
     assert test is not None
     source = options.out / f"{name}.npz"
-    write_source(drawn(data, labels, seed), source)
+    write_source(drawn(data, labels, seed), source, seed)
     part, classes = read_images(source)[0], data.classes
-    assert part.labels is not None
-    given = part.subset(np.flatnonzero(part.labels >= 0))
+    given = labelled(part)
     most = int(np.bincount(given.labels).max())
     made, facts = made_by(source, options.out / name, most + options.made, seed, options)
-    how = tuned(given, classes, seed)
+    record = options.out / f"{Path(options.data).name}-{labels or 'all'}-moves.json"
+    others_drawn = labelled(drawn(data, labels, TUNING))
+    how = Moves(**kept(record, lambda: tuned(others_drawn, classes, TUNING)._asdict()))
+    how = how if labels else how._replace(steps=LONGEST)
     teacher = ImageSorter(part, [], part.label_names).network  # as `augment` trained and kept it
+    assert part.labels is not None
     others = part.subset(np.flatnonzero(part.labels < 0))
     guessed = Joined([replace(others, labels=predict_all(teacher, others))]) if len(others) else None
-    longer = how._replace(steps=STEPS)
+    longer = how._replace(steps=max(LONG, how.steps))
     jobs: dict[str, Callable[[], Classifier]] = {
         "real": lambda: train(given, None, classes, Moves(steps=how.steps), seed),
         "classical": lambda: train(given, None, classes, how, seed),
@@ -183,6 +203,12 @@ def measured(labels: int, seed: int, options: argparse.Namespace) -> Facts:
         "teacher": lambda: teacher,
     }
     return facts | {"moves": how._asdict(), **{way: accuracy(make(), test) for way, make in jobs.items()}}
+
+
+def labelled(data: Data) -> Data:
+    """The images that have a label."""
+    assert data.labels is not None
+    return data.subset(np.flatnonzero(data.labels >= 0))
 
 
 def predict_all(net: Classifier, data: Data) -> np.ndarray:
@@ -199,6 +225,7 @@ def table_row(name: str, labels: int, facts: Sequence[Facts]) -> str:
     cells = [name, labels or "all", len(facts), *(shown([f[way] for f in facts]) for way in (*WAYS, "teacher"))]
     cells.append(shown([f["augment"] - f["classical"] for f in facts]))
     cells += [f"{mean(f[part] for f in facts):.0f}" for part in ("fit", "made")]
+    cells.append(max(sum(f["report"].get("short", {}).values()) for f in facts))
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -212,6 +239,8 @@ def read_options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=counts, default=[0, 1, 2, 3, 4])
     parser.add_argument("--budget", default="10m", help="of each fit")
     parser.add_argument("--made", type=int, default=2_000, help="images of each class that are made")
+    listed_draw = "an option of augment and its value"
+    parser.add_argument("--draw", action="append", default=[], metavar="--steps=20", help=listed_draw)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/augment"), help="where runs and records go")
     return parser.parse_args(words)
@@ -221,7 +250,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Print the table; 1 if a run failed."""
     options, failed = read_options(words), 0
     options.out.mkdir(parents=True, exist_ok=True)
-    head = ["data", "labels", "seeds", *WAYS, "teacher", "gain", "fit s", "augment s"]
+    head = ["data", "labels", "seeds", *WAYS, "teacher", "gain", "fit s", "augment s", "short"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
     for labels in options.labels:
         found: list[Facts] = []

@@ -19,15 +19,23 @@ def augment(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("labels", [3, 0])
-def test_so_many_labels_of_each_class_are_left(augment: ModuleType, tmp_path: Path, labels: int):
+def test_so_many_labels_of_each_class_are_left(
+    augment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: int
+):
     data, _ = read_images("digits")
     few = augment.drawn(data, labels, seed=1)
     counts = np.bincount(few.labels[few.labels >= 0], minlength=10)
     assert (counts == (labels or np.bincount(data.labels, minlength=10))).all()
     assert (few.labels[few.labels >= 0] == data.labels[few.labels >= 0]).all()
-    augment.write_source(few, tmp_path / "x.npz")
-    back, _ = read_images(tmp_path / "x.npz")
-    assert (back.labels == np.where(few.labels < 0, UNKNOWN, few.labels)).all() and (back.pixels == data.pixels).all()
+    monkeypatch.setattr(augment, "HELD", 200)
+    augment.write_source(few, tmp_path / "x.npz", 1)
+    train, held = read_images(tmp_path / "x.npz")
+    assert (len(train), len(held)) == (len(data) - 200, 200)
+    if labels:  # none of the labelled ones is held out
+        assert (held.labels == UNKNOWN).all() and len(augment.labelled(train)) == 10 * labels
+    place = {image.tobytes(): i for i, image in enumerate(data.pixels)}
+    for part in (train, held):
+        assert (part.labels == few.labels[[place[image.tobytes()] for image in part.pixels]]).all()
 
 
 def test_classical_augmentation_does_what_it_says(augment: ModuleType):
@@ -41,7 +49,7 @@ def test_classical_augmentation_does_what_it_says(augment: ModuleType):
     assert (cut > 0).all() and (cut <= 25).all() and len(cut.unique()) > 1  # at borders less is left of the square
 
 
-def test_a_network_learns_from_labelled_and_other_images(augment: ModuleType):
+def test_a_network_learns_from_labelled_and_other_images(augment: ModuleType, monkeypatch: pytest.MonkeyPatch):
     """Of the digits two thirds teach what the others are; more images with wrong labels spoil it."""
     data, _ = read_images("digits")
     order = np.random.default_rng(0).permutation(len(data))
@@ -51,6 +59,9 @@ def test_a_network_learns_from_labelled_and_other_images(augment: ModuleType):
     wrong = augment.replace(train, labels=(train.labels + 1) % 10)
     spoilt = augment.accuracy(augment.train(train.subset(range(30)), augment.Joined([wrong]), 10, how, 0), test)
     assert good > 0.9 and spoilt < 0.3
+    monkeypatch.setattr(augment, "ENOUGH", 20)  # labelled images that are many more than that are listened to
+    kept = augment.accuracy(augment.train(train, augment.Joined([wrong]), 10, how, 0), test)
+    assert kept > 0.9 > spoilt
 
 
 def test_records_are_kept_by_what_was_asked(
@@ -61,12 +72,13 @@ def test_records_are_kept_by_what_was_asked(
     def measured(labels: int, seed: int, options: Any) -> dict[str, Any]:
         seen.append((labels, seed))
         ways = {way: 0.5 + 0.01 * seed for way in (*augment.WAYS, "teacher")}
-        return {**ways, "augment": 0.6 + 0.03 * seed, "fit": 60.0, "made": 9.0}
+        report = {"short": {"7": 2, "9": 1}} if seed else {}
+        return {**ways, "augment": 0.6 + 0.03 * seed, "fit": 60.0, "made": 9.0, "report": report}
 
     monkeypatch.setattr(augment, "measured", measured)
     words = ["--data", "digits", "--labels", "20,all", "--seeds", "0,1", "--out", str(tmp_path)]
     assert augment.main(words) == augment.main(words) == 0
     assert seen == [(20, 0), (20, 1), (0, 0), (0, 1)]  # the second time nothing is done
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| digits | 20 | 2 | 50.5 ± 0.7 |") and "| 11.0 ± 1.4 | 60 | 9 |" in lines[2]
+    assert lines[2].startswith("| digits | 20 | 2 | 50.5 ± 0.7 |") and "| 11.0 ± 1.4 | 60 | 9 | 3 |" in lines[2]
     assert augment.main([*words, "--budget", "1m"]) == 0 and len(seen) == 8

@@ -19,6 +19,7 @@ from sfumato.nn.classifier import SMALLEST, Classifier, predict
 from sfumato.nn.semi import fit_semi, partly_labelled
 
 STEPS, SEMI_STEPS = 500, 2_000  # of the classifier, where all images are labelled, and where some are not
+PASSES, MOST_STEPS, BATCH = 3, 2_000, 128  # through many labelled images, which say more than `STEPS` can take in
 WIDTH = 24  # channels of its stem
 CHUNK = 1_000  # images that are compared at once
 SEED = 54321  # of its weights: not those of the network that `fit` labels by
@@ -62,7 +63,7 @@ class ImageSorter:
     def network(self) -> Classifier:
         """The classifier, trained once and kept."""
         partly, classes = partly_labelled(self.all.numbers), len(self.names)
-        steps = SEMI_STEPS if partly else STEPS
+        steps = SEMI_STEPS if partly else min(MOST_STEPS, max(STEPS, PASSES * len(self.all) // BATCH))
         key = key_of("sorter", 1, self.all.fingerprint, classes, steps, WIDTH, SEED)[:24]
         cache = judge_cache()
         if self.progress is not None:
