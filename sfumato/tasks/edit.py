@@ -140,7 +140,8 @@ class _Noise:
         from sfumato.core import sample, time_grid
         from sfumato.tasks.inputs import picked
 
-        denoiser, draw = self.model.denoiser, self.model.noise(items, self.seed)
+        # not the noise that generate makes items of: given again what it was made of, an item would only come back
+        denoiser, draw = self.model.denoiser, self.model.noise(items, self.seed, "edit")
         denoise = self.denoise(self.new, items)
         z_t = denoiser.noised(z, draw(), torch.full((len(z),), self.start))
         grid = time_grid(denoiser.schedule, self.how.steps, self.how.grid, self.start)

@@ -144,7 +144,7 @@ class _Gradient:
 
         from sfumato.core import Again, prior, sample, time_grid
 
-        schedule, draw = self.model.denoiser.schedule, self.model.noise(items, self.seed)
+        schedule, draw = self.model.denoiser.schedule, self.model.noise(items, self.seed, "inpaint")
         mask = self.masks[items]  # (B, *axes), without the channels
         free = self.model.denoise(None if self.labels is None else self.labels[items], len(items), self.how)
         denoise, step = self.constrained(free, x, mask)

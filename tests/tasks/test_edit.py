@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfumato.core import prior, sample, time_grid
 from sfumato.data import read_images, write_images
 from sfumato.errors import UserError
 from sfumato.model import Model
 from sfumato.tasks.edit import edit
+from sfumato.tasks.generate import generate
 
 CLOSE = {"atol": 1e-4, "rtol": 0.0}
 
@@ -36,10 +38,18 @@ def test_strength_goes_from_the_codec_to_all_noise(model: Model, digits: Path, x
     assert torch.allclose(made[0], codec, **CLOSE)
     away = [float((items - codec).abs().mean()) for items in made]
     assert away == sorted(away) and away[3] > 5 * away[1] > 0
-    z = model.sample(range(6), read_images(digits)[0].batch(range(6)).label, how=replace(model.sampling, guidance=1.0))
-    assert torch.allclose(
-        made[3], model.decode(z).clamp(-1, 1), **CLOSE
-    )  # nothing of x is left, and the noise is item i's
+    how = replace(model.sampling, guidance=1.0)
+    labels, schedule = read_images(digits)[0].batch(range(6)).label, model.denoiser.schedule
+    grid, draw = time_grid(schedule, how.steps, how.grid), model.noise(range(6), 0, "edit")
+    z = sample(model.denoise(labels, 6, how), schedule, prior(schedule, draw), grid, model.rule(labels, 6, how), draw)
+    assert torch.allclose(made[3], model.decode(z).clamp(-1, 1), **CLOSE)  # nothing of x is left, the noise is item i's
+
+
+def test_noise_is_not_what_generate_makes_the_same_items_of(model: Model, digits: Path):
+    """Given again the noise it was made of, a generated item would come back as if nothing had been asked."""
+    how = {"label": "3", "guidance": 1.0, "seed": 2}
+    made, edited = generate(model, n=6, **how).items, edit(model, digits, strength=1, **how).items
+    assert not torch.allclose(made, edited, atol=1e-2)
 
 
 @pytest.mark.parametrize("method", ["noise", "invert"])

@@ -91,6 +91,13 @@ def test_an_item_is_the_same_whatever_the_batch(model: Model, source: Path, hole
     assert not torch.allclose(whole[:, 0, inside], other[:, 0, inside], atol=1e-2)
 
 
+def test_noise_is_not_what_generate_makes_the_same_items_of(model: Model, source: Path, tmp_path: Path):
+    everything = save(tmp_path / "mask.png", np.ones((8, 8), bool))
+    made = inpaint(model, source, mask=everything, method="repaint", steps=1, resample=1, guidance=1.0).items
+    new = model.sample(range(6), how=replace(model.sampling, sampler="ddpm", steps=1, guidance=1.0))
+    assert not torch.allclose(made, model.decode(new), atol=1e-2)
+
+
 def lossless(card: Card) -> Model:
     """A model whose latents are the pixels of each patch of 4x4."""
     model = Model(replace(card, codec={"shape": [1, 8, 8], "downsample": 4, "channels": 16, "bottleneck": "none"}))
