@@ -1,4 +1,6 @@
 """Parts of real items made anew, the rest kept as it is."""
+# scipy's own annotations are incomplete:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportMissingTypeStubs=false
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,13 +149,13 @@ class _Gradient:
         schedule, draw = self.model.denoiser.schedule, self.model.noise(items, self.seed, "inpaint")
         mask = self.masks[items]  # (B, *axes), without the channels
         free = self.model.denoise(None if self.labels is None else self.labels[items], len(items), self.how)
-        denoise, step = self.constrained(free, x, mask)
+        denoise, step = self.constrained(free, covered(x, mask), mask)
         grid = time_grid(schedule, self.how.steps)  # the grid fit chose is for another sampler
         z = sample(denoise, schedule, prior(schedule, draw), grid, Again(step, self.resample), draw)
         return torch.where(covering(mask, x), self.model.decode(z), x)
 
     def constrained(self, denoise: "Denoise", x: "Tensor", mask: "Tensor") -> "tuple[Denoise, Step]":
-        """The denoiser and the step that heed x (B, ...) where the mask (B, *axes) is false."""
+        """The denoiser and the step that heed x (B, ...), `covered`, where the mask (B, *axes) is false."""
         from sfumato.core import SAMPLERS, consistent
 
         place, kept = self.model.device, ~covering(mask, x)
@@ -171,8 +173,7 @@ class _Repaint(_Gradient):
         from sfumato.core import SAMPLERS, Known
 
         known = self.model.codec.untouched(mask).to(self.model.device)
-        z = self.model.encode(x.nan_to_num())  # what is missing is not among the known
-        return denoise, Known(SAMPLERS[self.how.sampler], z.to(self.model.device), known)
+        return denoise, Known(SAMPLERS[self.how.sampler], self.model.encode(x).to(self.model.device), known)
 
 
 def around(model: "Model", items: "Sequence[int]", known: "Tensor", how: "Sampling", seed: int) -> "Tensor":
@@ -182,6 +183,23 @@ def around(model: "Model", items: "Sequence[int]", known: "Tensor", how: "Sampli
     free = known.isnan()[None].expand(max(items) + 1, *known.shape)
     change = _Repaint(model, free, None, replace(how, sampler="ddpm"), RESAMPLE, seed)
     return change(list(items), known[None].expand(len(items), *known.shape))
+
+
+def covered(x: "Tensor", mask: "Tensor") -> "Tensor":
+    """Items x (B, ...) without what a mask (B, *axes) hides, so that nothing of it gets into latents beside it.
+
+    A hidden pixel takes the value of the nearest kept one; a cell, or a pixel where none is kept, becomes 0.
+    """
+    import torch
+    from scipy.ndimage import distance_transform_edt
+
+    filled = x.masked_fill(covering(mask, x), 0.0)
+    if mask.ndim < x.ndim:  # cells have no neighbours
+        for item, hidden in zip(filled, mask, strict=True):
+            if not hidden.all():
+                nearest = distance_transform_edt(hidden.numpy(), return_distances=False, return_indices=True)
+                item.copy_(item[:, *torch.from_numpy(nearest).long()])
+    return filled
 
 
 def covering(mask: "Tensor", x: "Tensor") -> "Tensor":
