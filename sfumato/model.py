@@ -175,7 +175,7 @@ class Model(Methods):
         with self.autocast():
             return torch.cat([self.codec.decode(Latent(part.to(self.device))).cpu() for part in parts])
 
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def autoencode(self, x: Tensor) -> Tensor:
         """Encode and decode: what the codec keeps of data (N, ...)."""
         return self.decode(self.encode(x))
 

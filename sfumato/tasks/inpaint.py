@@ -65,7 +65,7 @@ def inpaint(
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the noise.
         batch: Items computed at once (default: 32, of tables 1000).
-        overwrite: Replace what is in the output folder.
+        overwrite: Replace what is in the output folder, and the sheet.
         device: Where to compute, such as cpu or cuda.
         progress: Called with the stage, how much of it is done, and how much there is.
 
@@ -83,15 +83,8 @@ def inpaint(
 
     from sfumato.errors import UserError
     from sfumato.tasks.common import check_counts, open_model
-    from sfumato.tasks.inputs import (
-        changed,
-        changed_rows,
-        check_places,
-        class_numbers,
-        deliver,
-        offered,
-        read_inputs,
-    )
+    from sfumato.tasks.inputs import changed, changed_rows, class_numbers, deliver, offered, read_inputs
+    from sfumato.tasks.places import check_places
 
     begun = time.perf_counter()
     check_counts(steps=steps, resample=resample, batch=batch)
@@ -99,7 +92,7 @@ def inpaint(
         raise UserError("--invert-mask needs --mask")
     loaded = open_model(model, device)
     method, how = repainting(loaded, method, steps, guidance)
-    sheet = check_places(loaded, out, sheet, overwrite)
+    sheet = check_places(loaded, out, sheet, overwrite, sources=[source, mask])
     write = None
     if out is not None and loaded.modality.fill is not None:
         write = loaded.modality.fill(Path(out), str(source), loaded.card.mode, overwrite)
@@ -159,7 +152,7 @@ class _Gradient:
         from sfumato.core import SAMPLERS, consistent
 
         place, kept = self.model.device, ~covering(mask, x)
-        missed = ((self.model.reconstruct(x) - x) * kept).flatten(1).square().sum(1)
+        missed = ((self.model.autoencode(x) - x) * kept).flatten(1).square().sum(1)
         std = (missed / kept.expand_as(x).flatten(1).sum(1).clamp_min(1)).sqrt().clamp_min(STD_MIN)
         schedule, draft = self.model.denoiser.schedule, self.model.codec.draft
         held = consistent(denoise, schedule, draft, x.to(place), kept.to(place), std.to(place))

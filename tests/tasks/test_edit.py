@@ -33,7 +33,7 @@ def x(digits: Path) -> torch.Tensor:
 
 
 def test_strength_goes_from_the_codec_to_all_noise(model: Model, digits: Path, x: torch.Tensor):
-    codec = model.reconstruct(x).clamp(-1, 1)
+    codec = model.autoencode(x).clamp(-1, 1)
     made = [edit(model, digits, strength=s, guidance=1.0).items for s in (0, 0.05, 0.3, 1)]
     assert torch.allclose(made[0], codec, **CLOSE)
     away = [float((items - codec).abs().mean()) for items in made]
@@ -64,7 +64,7 @@ def test_an_item_is_the_same_whatever_the_batch(model: Model, digits: Path, meth
 
 def test_inverted_and_regenerated_under_its_own_label_an_item_comes_back(model: Model, digits: Path, x: torch.Tensor):
     result = edit(model, digits, method="invert", guidance=1.5)
-    assert torch.allclose(result.items, model.reconstruct(x).clamp(-1, 1), atol=2e-3)
+    assert torch.allclose(result.items, model.autoencode(x).clamp(-1, 1), atol=2e-3)
     assert result.facts["steps"] == 50 and 0 < result.facts["inversion_error"] <= 1e-3
     assert max(row["inversion_error"] for row in result.rows) <= 1e-3
 
@@ -133,7 +133,7 @@ def test_a_model_of_another_modality(make_model: Callable[..., Model], tmp_path:
 def test_without_strength_inversion_is_the_codec_alone(model: Model, digits: Path, x: torch.Tensor):
     result = edit(model, digits, method="invert", strength=0, label="3")
     assert result.facts["sampler"] == "heun"
-    assert torch.allclose(result.items, model.reconstruct(x).clamp(-1, 1), **CLOSE)
+    assert torch.allclose(result.items, model.autoencode(x).clamp(-1, 1), **CLOSE)
     assert result.facts["inversion_error"] == 0
 
 

@@ -136,14 +136,14 @@ def test_the_gradient_heeds_kept_pixels_of_positions_that_are_partly_hidden(
     """All four positions are partly hidden: nothing to put back, but three quarters of the pixels to heed."""
     model, whole = lossless(make_model(0).card), {}
     x, kept = read_images(source)[0].batch(range(6)).data, ~torch.from_numpy(np.roll(HOLE, 2, 1))
-    assert torch.allclose(model.reconstruct(x), x, atol=1e-5)
+    assert torch.allclose(model.autoencode(x), x, atol=1e-5)
     mask = save(hole.with_name("middle.png"), ~kept.numpy())
     decode = Model.decode
     for method in ("gradient", "repaint"):
         keep = lambda self, z, m=method: whole.setdefault(m, decode(self, z)) if len(z) == 6 else None
         with monkeypatch.context() as patch:
             patch.setattr(Model, "decode", keep)
-            patch.setattr(Model, "reconstruct", lambda self, x: x)
+            patch.setattr(Model, "autoencode", lambda self, x: x)
             inpaint(model, source, mask=mask, method=method, steps=10, resample=1)
     miss = {method: float((made - x)[:, 0, kept].square().mean().sqrt()) for method, made in whole.items()}
     assert miss["gradient"] < 0.05 and miss["repaint"] > 0.5, miss
