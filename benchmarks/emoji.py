@@ -11,7 +11,8 @@ Test emoji of the first set are carried over into the second by `transfer`, by `
 `style` is the share in which a classifier of styles, trained on the same pictures, sees the second style. PSNR is to
 the picture of the same caption there; `found` is the share whose nearest one among all test pictures of the second
 style it is (by pixels; 1 in as many by chance). The row `truth` is these pictures themselves. OUT/sheet.png shows, from
-above: given, transfer, edit, truth. The model is kept in OUT and not made again.
+above: given, transfer, edit, truth. The model is kept in OUT and not made again; of other --items, which it may have
+learned from, or of other --set it is refused.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from quality import call, print_all
+from quality import fit_once, print_all
 from torch import Tensor
 
 import sfumato
@@ -91,13 +92,14 @@ def judge(emoji: Emoji) -> Classifier:
 
 def trained(emoji: Emoji, options: argparse.Namespace) -> Path:
     """The model's folder."""
-    run, source = options.out / f"{options.budget}-{options.seed}", options.out / "styles"
-    if not source.is_dir():
+    run = options.out / f"{options.budget}-{options.seed}"
+
+    def source() -> Path:
         rows = [{"label": style} for style in STYLES for _ in emoji.train[style]]
-        write_images(source, tensor(np.concatenate([emoji.train[style] for style in STYLES])), rows)
-    if not (run / "model.json").is_file():
-        words = ["--out", str(run), "--budget", options.budget, "--seed", str(options.seed), "--overwrite"]
-        call(["-m", "sfumato", "fit", str(source), *words, *(w for s in options.set for w in ("--set", s))])
+        x = tensor(np.concatenate([emoji.train[style] for style in STYLES]))
+        return write_images(options.out / "styles", x, rows, overwrite=True)
+
+    fit_once(source, run, {"set": options.set, "items": options.items}, options)
     return run
 
 

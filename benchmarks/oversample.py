@@ -3,8 +3,9 @@
     python benchmarks/oversample.py --data TABLES --names default,shoppers --seeds 0,1,2 --budget 5m
 
 TABLES holds a folder for each table with train.csv, test.csv and schema.json, which names the `target` (of two
-classes) and the columns that are `categorical`. `sfumato fit` trains on train.csv, `sfumato augment` fills up the rare
-class, and boosted trees are trained on
+classes) and the columns that are `categorical`. `sfumato fit` trains on train.csv (holding out no more of it than it
+needs to know when to end, as the other ways see all of it), `sfumato augment` fills up the rare class, and boosted
+trees are trained on
 
 * real: the rows as they are;
 * weights: the same, a row of the rare class counting as much more as it is rarer;
@@ -36,6 +37,7 @@ from sfumato.metrics.table import tree_features
 
 Facts = dict[str, Any]
 Rows = NDArray[np.float64]
+HELD_OUT = 0.02  # of the training rows
 WAYS = ("real", "weights", "copies", "SMOTE", "augment")
 
 
@@ -95,7 +97,7 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> Facts:
     schema = json.loads((folder / "schema.json").read_text())
     source, out, often = str(folder / "train.csv"), str(run) + ".csv", ["--seed", str(seed), "--overwrite", "--quiet"]
     words = ["--out", str(run), "--budget", options.budget, "--categorical", ",".join(schema["categorical"])]
-    fit = call(["-m", "sfumato", "fit", source, *words, *often])
+    fit = call(["-m", "sfumato", "fit", source, *words, "--set", f"data.held_out={HELD_OUT}", *often])
     words = ["--target", schema["target"], "--out", out, "--json"]
     data, _ = read_table(folder, categorical=schema["categorical"])
     done = call(["-m", "sfumato", "augment", str(run), source, *words, *often])

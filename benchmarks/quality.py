@@ -72,6 +72,32 @@ def call(words: Sequence[str], python: str = sys.executable) -> Done:
     return Done(output, round(time.perf_counter() - start, 1), usage.ru_maxrss * unit / 2**30)
 
 
+def recorded(record: Path, asked: Facts) -> Facts:
+    """What is known of a run that was asked this; of a new one nothing else."""
+    facts: Facts = json.loads(record.read_text()) if record.is_file() else asked
+    if {key: facts.get(key) for key in asked} != asked:
+        raise Failed(f"{record} is of other {' or '.join(f'--{key}' for key in asked)}; name another --out")
+    return facts
+
+
+def fit(source: str, run: Path, budget: str, seed: int, settings: Sequence[str]) -> Done:
+    """Train, with what the plan decides but for some settings."""
+    where = ["--out", str(run), "--budget", budget, "--seed", str(seed), "--overwrite"]
+    return call(
+        ["-m", "sfumato", "fit", source, *where, *(word for setting in settings for word in ("--set", setting))]
+    )
+
+
+def fit_once(make_source: Callable[[], Path], run: Path, asked: Facts, options: argparse.Namespace) -> None:
+    """Train, if there is no model of which the same was asked; what is asked is kept beside it."""
+    record = run.with_name(f"{run.name}.json")
+    if record.is_file() and (run / "model.json").is_file():
+        recorded(record, asked)
+        return
+    fit(str(make_source()), run, options.budget, options.seed, options.set)
+    keep(record, asked)
+
+
 def print_all(jobs: Iterable[tuple[str, Callable[[], Iterable[str]]]]) -> int:
     """Print the lines of named jobs as they come, and say which failed; 1 if one did, else 0."""
     failed = 0
@@ -86,10 +112,8 @@ def print_all(jobs: Iterable[tuple[str, Callable[[], Iterable[str]]]]) -> int:
 
 
 def train(spec: Spec, run: Path, options: argparse.Namespace) -> Facts:
-    """Fit, with what the plan decides but for the settings given to all runs."""
-    fixed = [word for setting in options.set for word in ("--set", setting)]
-    where = ["--out", str(run), "--budget", spec.budget, "--seed", str(spec.seed), "--overwrite"]
-    done = call(["-m", "sfumato", "fit", spec.data, *where, *fixed])
+    """Fit, with the settings given to all runs."""
+    done = fit(spec.data, run, spec.budget, spec.seed, options.set)
     record = json.loads((run / "run.json").read_text())
     model = json.loads((run / "model.json").read_text())
     metrics = record["metrics"]
@@ -138,10 +162,7 @@ def complete(spec: Spec, options: argparse.Namespace) -> Facts:
     """Everything about a run: what is known already, and what is done now."""
     run = options.out / spec.name
     record = options.out / f"{spec.name}.json"
-    asked: Facts = {"set": options.set, "items": options.items}
-    facts: Facts = json.loads(record.read_text()) if record.is_file() else asked
-    if {key: facts.get(key) for key in asked} != asked:
-        raise Failed(f"{record} is of other --set or --items; name another --out")
+    facts = recorded(record, {"set": options.set, "items": options.items})
     for part, work in PARTS.items():
         missing = not facts.get(part) or (part == "evaluate" and options.cas and "cas" not in facts[part])
         if not missing or (part == "judge" and options.judge is None):

@@ -15,7 +15,7 @@ Test digits are then carried over from plain into each style and back by
 
 `label` is the share in which a classifier of digits (trained on all styles) sees the digit, `style` the share in which
 a classifier of styles sees the style, PSNR is to the very same digit in that style; the row `truth` is that digit
-itself. The model is kept in OUT and not made again. Keep the machine quiet meanwhile.
+itself. The model is kept in OUT and not made again; of other --set it is refused. Keep the machine quiet meanwhile.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from quality import call, print_all
+from quality import fit_once, print_all
 from scipy import ndimage
 from torch import Tensor
 
@@ -146,11 +146,8 @@ def table(options: argparse.Namespace) -> Iterator[str]:
     options.out.mkdir(parents=True, exist_ok=True)
     name = Path(options.data).name
     source, run = options.out / f"{name}-styles.npz", options.out / f"{name}-{options.budget}-{options.seed}"
-    if not source.is_file():
-        np.savez(source, images=made, labels=np.array(names))
-    if not (run / "model.json").is_file():
-        words = ["--out", str(run), "--budget", options.budget, "--seed", str(options.seed), "--overwrite"]
-        call(["-m", "sfumato", "fit", str(source), *words, *(w for s in options.set for w in ("--set", s))])
+    np.savez(source, images=made, labels=np.array(names))
+    fit_once(lambda: source, run, {"set": options.set}, options)
     judged = judges(made, names, digits)
     few = test.batch(np.arange(options.items))
     assert few.label is not None

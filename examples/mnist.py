@@ -51,7 +51,7 @@ def main(source="mnist", budget="5m", out="runs/mnist-example", steps=None, over
         columns = [model.decode(z_t) for z_t in states]  # a row shows one item, from left to right
         columns = [x, *columns] if name == "reconstructions" else columns
         sample_sheet(torch.stack(columns, 1).flatten(0, 1), len(columns)).save(pictures / f"{name}.png")
-    model.generate(100, seed=0, sheet=pictures / "samples.png")
+    model.generate(100, seed=0, sheet=pictures / "samples.png", overwrite=True)
     return pictures
 
 

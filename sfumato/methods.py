@@ -14,6 +14,10 @@ class Methods:
         """From one item to another: see `sfumato.interpolate`."""
         return self._task("interpolate", a, b, **settings)
 
+    def reconstruct(self, source: Any, **settings: Any) -> Any:
+        """Items through the codec and back: see `sfumato.reconstruct`."""
+        return self._task("reconstruct", source, **settings)
+
     def edit(self, source: Any, **settings: Any) -> Any:
         """Items under another label: see `sfumato.edit`."""
         return self._task("edit", source, **settings)

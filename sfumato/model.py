@@ -175,7 +175,7 @@ class Model(Methods):
         with self.autocast():
             return torch.cat([self.codec.decode(Latent(part.to(self.device))).cpu() for part in parts])
 
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def autoencode(self, x: Tensor) -> Tensor:
         """Encode and decode: what the codec keeps of data (N, ...)."""
         return self.decode(self.encode(x))
 
@@ -207,9 +207,15 @@ class Model(Methods):
         with self.autocast():
             return sample(denoise, schedule, prior(schedule, draw), grid, rule, draw, on_step)
 
-    def noise(self, items: Sequence[int], seed: int = 0) -> Draw:
-        """What draws the noise of these items, (B, *latent_shape) on the model's device, each time anew."""
-        draw = Noise(seed, items, self.codec.latent_shape)
+    def noise(self, items: Sequence[int], seed: int = 0, stream: str = "noise") -> Draw:
+        """What draws the noise of these items, (B, *latent_shape) on the model's device, each time anew.
+
+        Args:
+            items: Their numbers.
+            seed: Seed of the noise.
+            stream: "noise" is what new items are made of; another one is independent of it.
+        """
+        draw = Noise(seed, items, self.codec.latent_shape, stream)
         return lambda: draw().to(self.device)
 
     def denoise(self, label: Tensor | None, count: int, how: Sampling | None = None) -> Denoise:

@@ -48,6 +48,21 @@ def test_good_rows_are_worth_more_than_noise(oversample: ModuleType):
     assert good["real"] == bad["real"] and good["augment"] > max(bad["augment"], 0.5)
 
 
+def test_hardly_any_row_is_held_out(oversample: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The other ways see all of them."""
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default" / "schema.json").write_text('{"target": "kind", "categorical": ["kind"]}')
+    seen: list[str] = []
+
+    def call(words: list[str]) -> None:
+        seen.extend(words)
+        raise oversample.Failed("enough")
+
+    monkeypatch.setattr(oversample, "call", call)
+    assert oversample.main(["--data", str(tmp_path), "--names", "default", "--out", str(tmp_path / "out")]) == 1
+    assert seen[2] == "fit" and seen[seen.index("--set") + 1] == "data.held_out=0.02"
+
+
 def test_records_are_kept_by_what_was_asked(
     oversample: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

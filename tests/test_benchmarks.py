@@ -1,5 +1,6 @@
 """The benchmarks' bookkeeping: what is asked of whom, what is skipped, what the table says."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,38 @@ def test_failures_are_told_and_the_rest_goes_on(
     assert len(out.splitlines()) == 3 and "exit code 1" in err
     assert quality.main(["--data", "mnist", "--out", str(tmp_path), "--set", "codec.bottleneck=fsq"]) == 1
     assert "name another --out" in capsys.readouterr().err
+
+
+def test_a_model_is_kept_for_those_who_ask_the_same(quality: ModuleType, calls: list[list[str]], tmp_path: Path):
+    run = tmp_path / "5m-0"
+    options = argparse.Namespace(budget="5m", seed=0, set=["codec.width=32"])
+    make = lambda: tmp_path / "source"
+    for _ in range(2):
+        quality.fit_once(make, run, {"set": ["codec.width=32"], "items": 96}, options)
+    assert len(calls) == 1 and calls[0][2:4] == ["fit", str(tmp_path / "source")]
+    assert calls[0][-2:] == ["--set", "codec.width=32"]
+    for asked in ({"set": [], "items": 96}, {"set": ["codec.width=32"], "items": 200}):
+        with pytest.raises(quality.Failed, match=r"5m-0\.json is of other --set or --items; name another --out"):
+            quality.fit_once(make, run, asked, options)
+    (tmp_path / "5m-0.json").unlink()  # nobody knows what was asked of this one
+    quality.fit_once(make, run, {"set": [], "items": 200}, options)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["emoji", "transfer"])
+def test_other_settings_are_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Test captions may have been learned from when there were fewer of them."""
+    script = load_benchmark(name, monkeypatch)
+    seen: list[dict] = []
+    monkeypatch.setattr(script, "fit_once", lambda source, run, asked, options: seen.append(asked) or _stop())
+    options = argparse.Namespace(data="digits", budget="5m", seed=0, set=["a=b"], items=7, out=tmp_path)
+    with pytest.raises(InterruptedError):
+        script.trained(None, options) if name == "emoji" else list(script.table(options))
+    assert seen == [{"set": ["a=b"], "items": 7} if name == "emoji" else {"set": ["a=b"]}]
+
+
+def _stop() -> None:
+    raise InterruptedError
 
 
 def test_call_runs_a_process_of_its_own(quality: ModuleType):

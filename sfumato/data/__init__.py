@@ -14,7 +14,17 @@ from .masks import read_masks
 from .rows import Dialect
 from .table import TableData, hold_out, is_table, read_rows, read_table, table_files
 from .table_write import check_table_target, column_frame, write_table
-from .write import check_images_target, check_writable, replaced_folder, sample_sheet, swapped_folder, write_images
+from .write import (
+    check_file_target,
+    check_images_target,
+    check_writable,
+    picture_format,
+    replaced_folder,
+    sample_sheet,
+    save_picture,
+    swapped_folder,
+    write_images,
+)
 
 __all__ = [
     "BUILTINS",
@@ -26,6 +36,7 @@ __all__ = [
     "TableData",
     "animation",
     "cache_root",
+    "check_file_target",
     "check_fill_target",
     "check_images_target",
     "check_table_target",
@@ -41,6 +52,7 @@ __all__ = [
     "level_of",
     "modelled",
     "on_grid",
+    "picture_format",
     "read_builtin",
     "read_images",
     "read_masks",
@@ -50,6 +62,7 @@ __all__ = [
     "renumbered",
     "replaced_folder",
     "sample_sheet",
+    "save_picture",
     "split",
     "swapped_folder",
     "table_files",

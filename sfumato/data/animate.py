@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from .write import to_pixels
+from .write import to_pixels, written
 
 FORMATS = {".gif": "GIF", ".webp": "WEBP"}
 MILLISECONDS = 80  # a frame
@@ -26,16 +26,13 @@ def _frame(pixels: np.ndarray, scale: int, opaque: bool) -> Image.Image:
 
 
 def _write(path: Path, images: Tensor) -> None:
-    """The file itself, of frames (N, C, H, W) in [-1, 1]."""
+    """The file itself, whole or not at all, of frames (N, C, H, W) in [-1, 1]."""
     kind = FORMATS[path.suffix.lower()]
     scale = max(1, -(-_SMALLEST // max(images.shape[2:])))
     frames = [_frame(pixels, scale, kind == "GIF") for pixels in to_pixels(images.clamp(-1, 1))]
     options = {"lossless": True} if kind == "WEBP" else {}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        frames[0].save(path, kind, save_all=True, append_images=frames[1:], duration=MILLISECONDS, loop=0, **options)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error})", code=1) from error
+    with written(path) as draft:
+        frames[0].save(draft, kind, save_all=True, append_images=frames[1:], duration=MILLISECONDS, loop=0, **options)
 
 
 def animation(path: Path) -> Callable[[Tensor], None]:

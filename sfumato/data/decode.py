@@ -56,13 +56,13 @@ def _wide(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.asarray(image.convert("L"), np.float32) * 257)
 
 
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    """The image in `mode`; "I;16" comes as floats 0..65535, and transparent pixels end on white."""
+def _convert(image: Image.Image, mode: str, ground: str = "white") -> Image.Image:
+    """The image in `mode`; "I;16" comes as floats 0..65535, and transparent pixels end on the ground's colour."""
     if image.mode in _WIDE and mode != "I;16":
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if mode != "RGBA" and (image.mode in _WITH_ALPHA or "transparency" in image.info):
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
     if mode == "I;16":
         return _wide(image)
     return image if image.mode == mode else image.convert(mode)
@@ -92,13 +92,16 @@ def _refuse(image: Image.Image) -> None:
             raise Unsupported(f"pixels from {low} to {high}")
 
 
-def decode(payload: bytes, resolution: int | None = None, mode: str | None = None) -> tuple[Pixels, str]:
+def decode(
+    payload: bytes, resolution: int | None = None, mode: str | None = None, ground: str = "white"
+) -> tuple[Pixels, str]:
     """One file's pixels (H, W, C) and mode.
 
     Args:
         payload: The bytes of the file.
         resolution: Side of the square to crop and resize to; None keeps the size.
         mode: Mode to convert to; None keeps what the file holds.
+        ground: Colour that transparent pixels end on, in a mode without transparency.
     """
     with Image.open(BytesIO(payload)) as image:
         found = mode or native_mode(image, payload)
@@ -110,7 +113,7 @@ def decode(payload: bytes, resolution: int | None = None, mode: str | None = Non
         image.load()
         if "exif" in image.info or image.format == "TIFF":
             image = ImageOps.exif_transpose(image)
-        ready = image if image.mode == found != "I;16" else _convert(image, found)
+        ready = image if image.mode == found != "I;16" else _convert(image, found, ground)
         return _integers(centre_crop(ready, resolution) if resolution else ready, found), found
 
 

@@ -13,7 +13,8 @@ from ..errors import UserError
 from .columns import Column, Values, blanks, encode, modelled, pc, series, texts
 from .late import Late
 from .rows import Dialect, TableFile, open_table, plain
-from .table_write import arrow_cells, check_table_target, is_parquet, text_writer, written
+from .table_write import arrow_cells, check_table_target, is_parquet, text_writer
+from .write import written
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Masks of images, read from image files: white is to be painted anew, black stays."""
+"""Masks of images, read from image files: white is to be painted anew, black and transparent stays."""
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -12,7 +12,7 @@ from .base import Data
 from .decode import Pixels, decode, reshape
 from .files import ARCHIVE, Files, first_few, is_image, open_files
 
-WHITE = 128  # from this grey on (of 255) a pixel counts as white
+WHITE = 2**15  # from this grey on (of 65535) a pixel counts as white
 
 
 def _open(place: Path) -> Files:
@@ -25,9 +25,21 @@ def _open(place: Path) -> Files:
 def _pixels(files: Files, name: str, mode: str | None = None) -> Pixels:
     """An image file's pixels (H, W, C) at the size it has."""
     try:
-        return decode(files.read(name), None, mode)[0]
+        return decode(files.read(name), None, mode, ground="black")[0]
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{files.root}: {name} cannot be read as an image ({type(error).__name__})", code=1) from error
+
+
+def _mask(files: Files, name: str) -> Pixels:
+    """A mask file's greys (H, W, 1), 0..65535: all black, or somewhere white."""
+    pixels = _pixels(files, name, "I;16")
+    brightest = int(pixels.max())
+    if 0 < brightest < WHITE:
+        found = f"its brightest value is {brightest / 257:.3g} of 255"
+        raise UserError(
+            f"{files.root}: the mask {name} is nowhere white ({found}); white repaints, black stays", code=1
+        )
+    return pixels
 
 
 def _beside(files: Files, names: Sequence[str], source: str) -> list[str]:
@@ -46,13 +58,13 @@ def _size(shape: Sequence[int]) -> str:
     return f"{shape[1]}x{shape[0]}"
 
 
-def _original(source: str, name: str | None) -> Sequence[int]:
-    """Shape of an image's file; empty where the source is not of files."""
+def _originals(source: str, names: Sequence[str]) -> dict[str, Sequence[int]]:
+    """Shapes of some images' files; none where the source is not of files."""
     place = Path(source).expanduser()
-    if name is None or not place.exists():
-        return ()
+    if not names or not place.exists():
+        return {}
     with _open(place) as files:
-        return _pixels(files, name).shape
+        return {name: _pixels(files, name).shape for name in names}
 
 
 def _resized(mask: Pixels, what: str, size: Sequence[int], original: Sequence[int], side: int | None) -> Pixels:
@@ -60,7 +72,7 @@ def _resized(mask: Pixels, what: str, size: Sequence[int], original: Sequence[in
     if not side or tuple(original[:2]) != mask.shape[:2]:
         wanted = f" (its file {_size(original)})" if side and len(original) else ""
         raise UserError(f"{what} is {_size(mask.shape)}; its image is {_size(size)}{wanted}", code=1)
-    return reshape(mask, side, "L")
+    return reshape(mask, side, "I;16")
 
 
 def read_masks(place: Path, source: str, parts: Sequence[Data], resolution: int | None = None) -> Tensor:
@@ -76,7 +88,7 @@ def read_masks(place: Path, source: str, parts: Sequence[Data], resolution: int 
         resolution: What the images were resized to, if they were.
 
     Raises:
-        UserError: There is no such file, no mask for an image, or one of another size.
+        UserError: There is no such file, no mask for an image, one of another size, or one that is grey at most.
     """
     if not place.exists():
         raise UserError(f"{place}: no such mask file or folder")
@@ -85,13 +97,11 @@ def read_masks(place: Path, source: str, parts: Sequence[Data], resolution: int 
     with _open(place) as files:
         several = place.is_dir() or ARCHIVE.search(place.name) is not None
         chosen = _beside(files, names, source) if several else [place.name] * count
-        found = {name: _pixels(files, name, "L") for name in dict.fromkeys(chosen)}
-    masks = [
-        found[name]
-        if found[name].shape[:2] == size
-        else _resized(
-            found[name], f"{place}: the mask {name}", size, _original(source, names[i] if names else None), resolution
-        )
-        for i, name in enumerate(chosen)
-    ]
+        found = {name: _mask(files, name) for name in dict.fromkeys(chosen)}
+    other = [i for i, name in enumerate(chosen) if found[name].shape[:2] != size]
+    originals = _originals(source, [names[i] for i in other] if names else [])
+    masks = [found[name] for name in chosen]
+    for i in other:
+        original = originals.get(names[i], ()) if names else ()
+        masks[i] = _resized(masks[i], f"{place}: the mask {chosen[i]}", size, original, resolution)
     return torch.from_numpy(np.stack(masks)[..., 0] >= WHITE)

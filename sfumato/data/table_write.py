@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 
 from ..errors import UserError
-from .cache import atomic
 from .columns import Column, Values, modelled, series, texts
 from .late import Late
 from .rows import TABLE, Dialect, arrow_type
-from .write import check_writable, umask
+from .write import check_file_target, written
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,9 +52,7 @@ def check_table_target(path: Path, overwrite: bool) -> None:
     """Raise when no table may be written there."""
     if not TABLE.search(path.name):
         raise UserError(f"{path}: not the name of a table; want .csv, .tsv or .parquet")
-    if path.exists() and not (overwrite and path.is_file()):
-        raise UserError(f"{path}: exists; pass --overwrite or name another file")
-    check_writable(path)
+    check_file_target(path, overwrite)
 
 
 def write_table(
@@ -90,21 +87,6 @@ def write_table(
             with text_writer(draft, path) as text:
                 _write_lines(text, columns, values, dialect or Dialect("\t" if tabs else ","))
     return path
-
-
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A draft that becomes the file when the block is over, with the rights of new files.
-
-    Raises:
-        UserError: It cannot be written.
-    """
-    try:
-        with atomic(path) as draft:
-            yield draft
-            draft.chmod(0o666 & ~umask())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})", code=1) from error
 
 
 def is_parquet(path: Path) -> bool:

@@ -19,11 +19,21 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..types import at_once
-from .cache import allocate
+from .cache import allocate, atomic
 from .labels import METADATA
 
 _COLOUR_TYPE = {1: 0, 3: 2, 4: 6}  # PNG's number for grey, RGB, RGBA
 _WIDEST = 1024  # pixels a sample sheet is enlarged to at most
+PICTURES = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}  # formats of a picture to look at, by the suffix of its name
 
 
 def to_pixels(items: Tensor, mode: str | None = None) -> NDArray[Any]:
@@ -94,7 +104,7 @@ def swapped_folder(out: Path) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
         try:
             yield partial
-            partial.chmod(0o777 & ~umask())
+            partial.chmod(0o777 & ~_umask())
             if out.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
                 os.rename(out, old)
@@ -125,7 +135,44 @@ def check_writable(out: Path) -> None:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}); name another folder", code=1) from error
 
 
-def umask() -> int:
+def check_file_target(path: Path, overwrite: bool) -> None:
+    """Raise when no file may be written there."""
+    if path.exists() and not (overwrite and path.is_file()):
+        raise UserError(f"{path}: exists; pass --overwrite or name another file")
+    check_writable(path)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A draft that becomes the file when the block is over, with the rights of new files.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        with atomic(path) as draft:
+            yield draft
+            draft.chmod(0o666 & ~_umask())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})", code=1) from error
+
+
+def picture_format(path: Path) -> str:
+    """The format of a picture to look at, by the suffix of its name; raises UserError for another one."""
+    if path.suffix.lower() not in PICTURES:
+        raise UserError(f"{path}: not the name of a picture; it should end in one of {', '.join(PICTURES)}")
+    return PICTURES[path.suffix.lower()]
+
+
+def save_picture(picture: Any, path: Path | str) -> None:
+    """Write a picture to a file, whole or not at all, in the format that its name says."""
+    path = Path(path)
+    kind = picture_format(path)
+    with written(path) as draft:
+        picture.save(draft, kind)
+
+
+def _umask() -> int:
     """The bits that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)

@@ -130,6 +130,8 @@ class Modality(Generic[D]):
             true where an item is to be made anew. None: items have no parts that could be.
         fill: (where, source, mode, overwrite) -> what writes the source once more, with items (N, ...) for what is
             missing in it; refuses a place where that cannot be. None: items are written as new ones are.
+        check_whole: (source, its parts, mode) -> refuses items that lack what all those of the training had, and so
+            have no latent of their own. None: every item has one.
         animation: File -> what writes items (N, ...) into it, one after the other. None: they cannot be shown so.
         sorter: (given items, whose labels are class numbers of the model; items without labels; the model's classes;
             column of the classes or None; device; progress) -> who sorts made items into classes. None: there are none.
@@ -160,5 +162,6 @@ class Modality(Generic[D]):
     example: str
     masks: Callable[[Path | None, str, Sequence[D], DataSettings], Tensor] | None = None
     fill: Callable[[Path, str, Any, bool], Callable[[Tensor], None]] | None = None
+    check_whole: Callable[[str, Sequence[D], Any], None] | None = None
     animation: Callable[[Path], Callable[[Tensor], None]] | None = None
     sorter: Callable[[D, Sequence[D], Sequence[str], str | None, str | None, Progress | None], Sorter] | None = None

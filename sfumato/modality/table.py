@@ -172,6 +172,14 @@ def check_fit(name: str, shape: tuple[int, ...], mode: Any, source: object, data
         raise UserError(f"{name}: its columns are not those of {source}: {', '.join(map(repr, odd[:5]))}", code=1)
 
 
+def check_whole(source: str, parts: Sequence[TableData], mode: Any) -> None:
+    """Refuse rows that lack a cell, or have a level the model does not know, where training rows lacked none."""
+    for j, column in enumerate(modelled(columns_of(mode))):
+        if column.missing is None and any(np.isnan(part.values[:, j]).any() for part in parts):
+            found = f"the column '{column.name}' has missing or unknown cells, of which the model has seen none"
+            raise UserError(f"{source}: {found}; leave them empty, and fill them in first with inpaint", code=1)
+
+
 def compare(x: Tensor, x_hat: Tensor, mode: Any, features: Extractor | None) -> dict[str, float]:
     """`cells`: share of cells that are the same; `error`: mean absolute error of numbers, as share of their range."""
     columns = modelled(columns_of(mode))
@@ -359,5 +367,6 @@ TABLE: Modality[TableData] = Modality(
     example="samples.csv",
     masks=masks,
     fill=fill,
+    check_whole=check_whole,
     sorter=TableSorter,
 )

@@ -25,6 +25,7 @@ def augment(
     sheet: Path | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    autoguidance: float | None = None,
     sampler: str | None = None,
     skip_bad: bool = False,
     overrides: Sequence[str] = (),
@@ -52,21 +53,24 @@ def augment(
         sheet: Picture file that shows some made items (default: OUT-sheet.png).
         steps: Steps of the sampler (default: what fit chose).
         guidance: Weight of the condition; 1 is off (default: what fit chose).
+        autoguidance: Weight by which the model's weaker self is left behind; 1 is off, with half the calls of a network
+            (default: what fit chose).
         sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc, abm2 or sde; jump for few-step models (default: what fit
             chose).
         skip_bad: Leave out files that cannot be read.
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the noise.
         batch: Items computed at once.
-        overwrite: Replace what is in the output folder.
+        overwrite: Replace what is in the output folder, and the sheet.
         device: Where to compute, such as cpu or cuda.
         progress: Called with the stage, how much of it is done, and how much there is.
 
     Returns:
         The given items that have a label, then the made ones, and a row for each: `label`; of given ones `source`, the
         file; of made ones `item`, its number, and the settings. The facts say how many were tried, how many refused and
-        why (`label`: another class seen; `copy`: near a given item; `double`: near another made one), and where a class
-        is still short after 50 tries for each item that was needed.
+        why (`label`: another class seen; `copy`: near a given item; `double`: near another made one), and how many are
+        still missing of a class (`short`) that was given up: after 50 tries for each item it needs (at least 200), or
+        as soon as, after 1,000 tries for it, fewer than 1 in 200 were good.
 
     Raises:
         UserError: No such model, source or column; the source has other items than the model's, no labels, or one
@@ -76,16 +80,17 @@ def augment(
 
     import torch
 
-    from sfumato.tasks.common import check_counts, is_main, open_model, save_picture
+    from sfumato.data import save_picture
+    from sfumato.tasks.common import check_counts, is_main, open_model
     from sfumato.tasks.generate import sampling
-    from sfumato.tasks.inputs import check_places
+    from sfumato.tasks.places import check_places
     from sfumato.tasks.sorting import Maker, fill, read_given
 
     begun = time.perf_counter()
     check_counts(n=n, steps=steps, batch=batch)
     loaded = open_model(model, device)
-    how = sampling(loaded, steps, guidance, sampler, autoguidance=None)
-    sheet = check_places(loaded, out, sheet, overwrite)
+    how = sampling(loaded, steps, guidance, sampler, autoguidance)
+    sheet = check_places(loaded, out, sheet, overwrite, sources=[source, unlabelled])
     given = read_given(model, loaded, source, unlabelled, target, overrides, skip_bad, progress)
     wanted = max(LEAST, max(given.counts)) if n is None else n
     made = fill(Maker(loaded, given.sorter, how, seed, batch), given.counts, wanted, progress)

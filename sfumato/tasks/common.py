@@ -115,16 +115,6 @@ def check_counts(least: int = 1, **counts: int | None) -> None:
             raise UserError(f"{'-' if len(name) == 1 else '--'}{name} must be at least {least}, not {count}")
 
 
-def save_picture(picture: Any, path: Path | str) -> None:
-    """Write a picture to a file, in the format that its name says."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written ({error})", code=1) from error
-
-
 def source_settings(model: object, overrides: Sequence[str], skip_bad: bool, labels: bool) -> DataSettings:
     """How to read a source: as the run of a model read its own, changed by what the user says.
 

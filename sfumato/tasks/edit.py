@@ -60,7 +60,7 @@ def edit(
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the noise.
         batch: Items computed at once.
-        overwrite: Replace what is in the output folder.
+        overwrite: Replace what is in the output folder, and the sheet.
         device: Where to compute, such as cpu or cuda.
         progress: Called with the stage, how much of it is done, and how much there is.
 
@@ -80,7 +80,8 @@ def edit(
 
     from sfumato.core import strength_time
     from sfumato.tasks.common import check_counts, open_model
-    from sfumato.tasks.inputs import changed, changed_rows, check_places, class_numbers, deliver, read_inputs
+    from sfumato.tasks.inputs import changed, changed_rows, check_whole, class_numbers, deliver, read_inputs
+    from sfumato.tasks.places import check_places
 
     begun = time.perf_counter()
     check_counts(steps=steps, batch=batch)
@@ -88,8 +89,10 @@ def edit(
     how = _sampling(loaded, method, steps, guidance, sampler)
     strength = STRENGTH[method] if strength is None else strength
     start = strength_time(loaded.denoiser.schedule, strength)
-    sheet = check_places(loaded, out, sheet, overwrite)
+    sheet = check_places(loaded, out, sheet, overwrite, sources=[source])
     inputs = read_inputs(model, loaded, source, overrides, skip_bad)
+    if method == "invert":
+        check_whole(loaded, inputs)
     asked = method == "invert" or label is None  # else it does not matter what they are
     own = class_numbers(loaded, own_label, inputs) if asked else None
     new = own if label is None else class_numbers(loaded, label, inputs)
@@ -140,7 +143,8 @@ class _Noise:
         from sfumato.core import sample, time_grid
         from sfumato.tasks.inputs import picked
 
-        denoiser, draw = self.model.denoiser, self.model.noise(items, self.seed)
+        # not the noise that generate makes items of: given again what it was made of, an item would only come back
+        denoiser, draw = self.model.denoiser, self.model.noise(items, self.seed, "edit")
         denoise = self.denoise(self.new, items)
         z_t = denoiser.noised(z, draw(), torch.full((len(z),), self.start))
         grid = time_grid(denoiser.schedule, self.how.steps, self.how.grid, self.start)

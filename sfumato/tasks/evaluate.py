@@ -93,4 +93,4 @@ def _measure_codec(judge: "Judge[Data]", model: "Model", held: "Data", seed: int
     from sfumato.types import at_once
 
     x = held.batch(pick(len(held), at_once(held.shape, CHECKED, CHECKED_NUMBERS), seed)).data
-    return {"codec_n": len(x), **{f"codec_{name}": v for name, v in judge.compare(x, model.reconstruct(x)).items()}}
+    return {"codec_n": len(x), **{f"codec_{name}": v for name, v in judge.compare(x, model.autoencode(x)).items()}}

@@ -69,7 +69,7 @@ def generate(
             chose).
         seed: Seed of the noise.
         batch: Items computed at once.
-        overwrite: Replace what is in the output folder.
+        overwrite: Replace what is in the output folder, and the sheet.
         device: Where to compute, such as cpu or cuda.
         progress: Called with the stage, how much of it is done, and how much there is.
 
@@ -82,15 +82,16 @@ def generate(
     """
     import time
 
-    from sfumato.tasks.common import check_counts, is_main, open_model, save_picture
+    from sfumato.data import save_picture
+    from sfumato.tasks.common import check_counts, is_main, open_model
     from sfumato.tasks.kinds import of_kinds
+    from sfumato.tasks.places import check_places
 
     start = time.perf_counter()
     check_counts(n=n, steps=steps, batch=batch)
     loaded = open_model(model, device)
     how = sampling(loaded, steps, guidance, sampler, autoguidance)
-    if out is not None:
-        loaded.modality.check_target(Path(out), overwrite)
+    check_places(loaded, out, sheet, overwrite, beside=False)
     fixed = None if label is None else loaded.class_number(label)
     kinds = loaded.modality.kinds(where, balance, loaded.card.mode) if where or balance is not None else None
 

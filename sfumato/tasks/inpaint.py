@@ -1,4 +1,6 @@
 """Parts of real items made anew, the rest kept as it is."""
+# scipy's own annotations are incomplete:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportMissingTypeStubs=false
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +65,7 @@ def inpaint(
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the noise.
         batch: Items computed at once (default: 32, of tables 1000).
-        overwrite: Replace what is in the output folder.
+        overwrite: Replace what is in the output folder, and the sheet.
         device: Where to compute, such as cpu or cuda.
         progress: Called with the stage, how much of it is done, and how much there is.
 
@@ -81,15 +83,8 @@ def inpaint(
 
     from sfumato.errors import UserError
     from sfumato.tasks.common import check_counts, open_model
-    from sfumato.tasks.inputs import (
-        changed,
-        changed_rows,
-        check_places,
-        class_numbers,
-        deliver,
-        offered,
-        read_inputs,
-    )
+    from sfumato.tasks.inputs import changed, changed_rows, class_numbers, deliver, offered, read_inputs
+    from sfumato.tasks.places import check_places
 
     begun = time.perf_counter()
     check_counts(steps=steps, resample=resample, batch=batch)
@@ -97,7 +92,7 @@ def inpaint(
         raise UserError("--invert-mask needs --mask")
     loaded = open_model(model, device)
     method, how = repainting(loaded, method, steps, guidance)
-    sheet = check_places(loaded, out, sheet, overwrite)
+    sheet = check_places(loaded, out, sheet, overwrite, sources=[source, mask])
     write = None
     if out is not None and loaded.modality.fill is not None:
         write = loaded.modality.fill(Path(out), str(source), loaded.card.mode, overwrite)
@@ -144,20 +139,20 @@ class _Gradient:
 
         from sfumato.core import Again, prior, sample, time_grid
 
-        schedule, draw = self.model.denoiser.schedule, self.model.noise(items, self.seed)
+        schedule, draw = self.model.denoiser.schedule, self.model.noise(items, self.seed, "inpaint")
         mask = self.masks[items]  # (B, *axes), without the channels
         free = self.model.denoise(None if self.labels is None else self.labels[items], len(items), self.how)
-        denoise, step = self.constrained(free, x, mask)
+        denoise, step = self.constrained(free, covered(x, mask), mask)
         grid = time_grid(schedule, self.how.steps)  # the grid fit chose is for another sampler
         z = sample(denoise, schedule, prior(schedule, draw), grid, Again(step, self.resample), draw)
         return torch.where(covering(mask, x), self.model.decode(z), x)
 
     def constrained(self, denoise: "Denoise", x: "Tensor", mask: "Tensor") -> "tuple[Denoise, Step]":
-        """The denoiser and the step that heed x (B, ...) where the mask (B, *axes) is false."""
+        """The denoiser and the step that heed x (B, ...), `covered`, where the mask (B, *axes) is false."""
         from sfumato.core import SAMPLERS, consistent
 
         place, kept = self.model.device, ~covering(mask, x)
-        missed = ((self.model.reconstruct(x) - x) * kept).flatten(1).square().sum(1)
+        missed = ((self.model.autoencode(x) - x) * kept).flatten(1).square().sum(1)
         std = (missed / kept.expand_as(x).flatten(1).sum(1).clamp_min(1)).sqrt().clamp_min(STD_MIN)
         schedule, draft = self.model.denoiser.schedule, self.model.codec.draft
         held = consistent(denoise, schedule, draft, x.to(place), kept.to(place), std.to(place))
@@ -173,8 +168,7 @@ class _Repaint(_Gradient):
         from sfumato.core import SAMPLERS, Known
 
         known = self.model.codec.untouched(mask, self.present).to(self.model.device)
-        z = self.model.encode(x.nan_to_num())  # what is missing is not among the known
-        return denoise, Known(SAMPLERS[self.how.sampler], z.to(self.model.device), known)
+        return denoise, Known(SAMPLERS[self.how.sampler], self.model.encode(x).to(self.model.device), known)
 
 
 class _Around(_Repaint):
@@ -190,6 +184,23 @@ def around(model: "Model", items: "Sequence[int]", known: "Tensor", how: "Sampli
     free = known.isnan()[None].expand(max(items) + 1, *known.shape)
     change = _Around(model, free, None, replace(how, sampler="ddpm"), RESAMPLE, seed)
     return change(list(items), known[None].expand(len(items), *known.shape))
+
+
+def covered(x: "Tensor", mask: "Tensor") -> "Tensor":
+    """Items x (B, ...) without what a mask (B, *axes) hides, so that nothing of it gets into latents beside it.
+
+    A hidden pixel takes the value of the nearest kept one; a cell, or a pixel where none is kept, becomes 0.
+    """
+    import torch
+    from scipy.ndimage import distance_transform_edt
+
+    filled = x.masked_fill(covering(mask, x), 0.0)
+    if mask.ndim < x.ndim:  # cells have no neighbours
+        for item, hidden in zip(filled, mask, strict=True):
+            if not hidden.all():
+                nearest = distance_transform_edt(hidden.numpy(), return_distances=False, return_indices=True)
+                item.copy_(item[:, *torch.from_numpy(nearest).long()])
+    return filled
 
 
 def covering(mask: "Tensor", x: "Tensor") -> "Tensor":

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.config import DataSettings
-from sfumato.data import Data, renumbered
+from sfumato.data import Data, renumbered, save_picture
 from sfumato.errors import UserError
 from sfumato.model import Model
 from sfumato.tasks.common import (
@@ -20,7 +20,6 @@ from sfumato.tasks.common import (
     gathered,
     is_main,
     label_values,
-    save_picture,
     shard,
     source_settings,
     tell,
@@ -118,6 +117,12 @@ def read_inputs(
     return Inputs(str(source), [data] if held is None else [data, held], settings)
 
 
+def check_whole(model: Model, inputs: Inputs) -> None:
+    """Refuse items that have no latent of their own, and so no noise that could be found by inversion."""
+    if model.modality.check_whole is not None:
+        model.modality.check_whole(inputs.source, inputs.parts, model.card.mode)
+
+
 def class_numbers(model: Model, label: str | None, inputs: Inputs) -> Tensor | None:
     """Class numbers (N,): of the class called `label`, or else what the source says."""
     return inputs.labels(model) if label is None else torch.full((len(inputs),), model.class_number(label))
@@ -126,22 +131,6 @@ def class_numbers(model: Model, label: str | None, inputs: Inputs) -> Tensor | N
 def picked(labels: Tensor | None, items: Sequence[int]) -> Tensor | None:
     """The labels (B,) of some items, if there are labels."""
     return None if labels is None else labels[list(items)]
-
-
-def check_places(model: Model, out: Path | None, sheet: Path | None, overwrite: bool) -> Path | None:
-    """Refuse places that cannot be written to, before any work is done; the sheet's is next to `out` by default."""
-    if out is None:
-        return sheet
-    model.modality.check_target(Path(out), overwrite)
-    return sheet_beside(Path(out), overwrite) if sheet is None else sheet
-
-
-def sheet_beside(out: Path, overwrite: bool) -> Path:
-    """OUT-sheet.png, unless there is one that must stay."""
-    sheet = out.absolute().with_name(out.absolute().name + "-sheet.png")
-    if sheet.exists() and not overwrite:
-        raise UserError(f"{sheet}: exists; replace it with --overwrite, or name another file with --sheet")
-    return sheet
 
 
 @torch.no_grad()

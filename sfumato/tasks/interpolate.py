@@ -44,7 +44,8 @@ def interpolate(
 
     Each end is a file, or the number of a new item: the one that generate makes with that number and seed. Files are
     inverted to their noise along the deterministic flow; the way leads over a great circle of noise, and meanwhile the
-    condition of A gives way to that of B.
+    condition of A gives way to that of B. A new item is only about the one of generate where generate's sampler draws
+    noise or jumps, and beside a file: the flow then takes steps of its own, and no autoguidance.
 
     Args:
         model: Folder of the model.
@@ -63,7 +64,7 @@ def interpolate(
         overrides: Fix how a file is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the noise of new items.
         batch: Items computed at once.
-        overwrite: Replace what is in the output folder.
+        overwrite: Replace what is in the output folder, the sheet and the animation.
         device: Where to compute, such as cpu or cuda.
         progress: Called with the stage, how much of it is done, and how much there is.
 
@@ -83,8 +84,10 @@ def interpolate(
 
     from sfumato.choice import choose
     from sfumato.core.sampler import SAMPLERS
-    from sfumato.tasks.common import check_counts, is_main, open_model, save_picture
-    from sfumato.tasks.inputs import check_places, offered
+    from sfumato.data import save_picture
+    from sfumato.tasks.common import check_counts, is_main, open_model
+    from sfumato.tasks.inputs import offered
+    from sfumato.tasks.places import check_places
 
     begun = time.perf_counter()
     check_counts(least=2, n=n)
@@ -92,7 +95,8 @@ def interpolate(
     way = choose(PATHS, "path", path)
     loaded = open_model(model, device)
     animate = None if animation is None else offered(loaded, loaded.modality.animation, "--animation")(animation)
-    sheet = check_places(loaded, out, sheet, overwrite)
+    files = [end for end in (a, b) if not _is_number(end)]
+    sheet = check_places(loaded, out, sheet, overwrite, sources=files, animation=animation)
     begin, end = (_end(model, loaded, *given, overrides, seed) for given in ((a, label_a), (b, label_b)))
     inverted = path == "flow" and (begin.x is not None or end.x is not None)
     own = SAMPLERS.get(loaded.sampling.sampler)  # none of a few-step model: a jump is bound to one condition
@@ -102,7 +106,7 @@ def interpolate(
     how = sampling(loaded, steps or (INVERT_STEPS if inverted else None), guidance, sampler, autoguidance)
     shares = torch.linspace(0, 1, n)
     items = _items(loaded, way(loaded, begin, end, how, seed), shares, batch, progress)
-    facts = {"path": path, "steps": how.steps, "guidance": how.guidance, "seed": seed}
+    facts = {"path": path, "steps": how.steps, "guidance": how.guidance, "autoguidance": how.autoguidance, "seed": seed}
     rows = _rows(loaded, begin, end, [float(share) for share in shares], facts)
     if out is not None and is_main():
         loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)
@@ -128,6 +132,11 @@ class _End:
         return model.denoise(None if self.label is None else torch.full((count,), self.label), count, how)
 
 
+def _is_number(end: str | Path) -> bool:
+    """Whether an end is the number of a new item."""
+    return str(end).isdecimal() and not Path(end).is_file()
+
+
 def _end(
     model: "Path | str | Model",
     loaded: "Model",
@@ -138,15 +147,16 @@ def _end(
 ) -> _End:
     """An end as the user named it."""
     from sfumato.errors import UserError
-    from sfumato.tasks.inputs import read_inputs
+    from sfumato.tasks.inputs import check_whole, read_inputs
 
     name, number = str(given), None if label is None else loaded.class_number(label)
-    if name.isdecimal() and not Path(name).is_file():
+    if _is_number(given):
         labels = loaded.labels_for([int(name)], seed) if number is None else [number]
         return _End(name, None, None if labels is None else int(labels[0]))
     inputs = read_inputs(model, loaded, given, overrides, skip_bad=False)
     if len(inputs) != 1:
         raise UserError(f"{name}: holds {len(inputs)} items; name the file of one, or the number of a new one", code=1)
+    check_whole(loaded, inputs)
     return _End(name, inputs.take([0]), number)
 
 

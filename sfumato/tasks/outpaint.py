@@ -62,7 +62,7 @@ def outpaint(
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the noise.
         batch: Items computed at once.
-        overwrite: Replace what is in the output folder.
+        overwrite: Replace what is in the output folder, and the sheet.
         device: Where to compute, such as cpu or cuda.
         progress: Called with the stage, how much of it is done, and how much there is.
 
@@ -75,9 +75,11 @@ def outpaint(
     """
     import time
 
+    from sfumato.data import save_picture
     from sfumato.errors import UserError
-    from sfumato.tasks.common import check_counts, is_main, open_model, save_picture
-    from sfumato.tasks.inputs import SHOWN, changed, changed_rows, check_places, class_numbers, offered, read_inputs
+    from sfumato.tasks.common import check_counts, is_main, open_model
+    from sfumato.tasks.inputs import SHOWN, changed, changed_rows, class_numbers, offered, read_inputs
+    from sfumato.tasks.places import check_places
 
     begun = time.perf_counter()
     check_counts(least=0, left=left, right=right, top=top, bottom=bottom)
@@ -87,7 +89,7 @@ def outpaint(
     loaded = open_model(model, device)
     offered(loaded, loaded.modality.masks if len(loaded.card.shape) == 3 else None, "outpaint")
     method, how = repainting(loaded, method, steps, guidance)
-    sheet = check_places(loaded, out, sheet, overwrite)
+    sheet = check_places(loaded, out, sheet, overwrite, sources=[source])
     inputs = read_inputs(model, loaded, source, overrides, skip_bad)
     labels = class_numbers(loaded, label, inputs)
     change = _Windows(loaded, (top, bottom), (left, right), labels, method, how, resample, seed)

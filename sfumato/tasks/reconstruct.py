@@ -45,7 +45,7 @@ def reconstruct(
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the choice of n items.
         batch: Items computed at once.
-        overwrite: Replace what is in the output folder.
+        overwrite: Replace what is in the output folder, and the sheet.
         device: Where to compute, such as cpu or cuda.
         progress: Called with the stage, how much of it is done, and how much there is.
 
@@ -58,13 +58,14 @@ def reconstruct(
     """
     import time
 
-    from sfumato.tasks.common import check_counts, is_main, open_model, save_picture, source_settings, title
-    from sfumato.tasks.inputs import check_places
+    from sfumato.data import save_picture
+    from sfumato.tasks.common import check_counts, is_main, open_model, source_settings, title
+    from sfumato.tasks.places import check_places
 
     start = time.perf_counter()
     check_counts(n=n, batch=batch)
     loaded = open_model(model, device)
-    sheet = check_places(loaded, out, sheet, overwrite)
+    sheet = check_places(loaded, out, sheet, overwrite, sources=[source])
     parts = _read(loaded, str(source), source_settings(model, overrides, skip_bad, labels=False), n, seed)
     loaded.modality.check_fit(title(model), loaded.card.shape, loaded.card.mode, source, parts[0])
     items, rows, pairs, facts = _run(loaded, parts, batch, progress)
@@ -108,7 +109,7 @@ def _run(
         for first in range(0, len(data), batch):
             index = range(first, min(first + batch, len(data)))
             x = data.batch(index).data
-            x_hat = model.reconstruct(x)
+            x_hat = model.autoencode(x)
             scores += [row.compare(u[None], v[None], mode, None) for u, v in zip(x, x_hat, strict=True)]
             rows += rows_of(data, index)
             few = slice(-done % stride, None, stride)

@@ -19,7 +19,9 @@ from sfumato.tasks.inputs import known_classes, offered, rows_of
 from sfumato.types import UNKNOWN
 
 ROUND, LARGEST = 200, 4_000  # items tried at once
-MOST_TRIED = 50  # for each item that is needed
+MOST_TRIED = 50  # for each item that is needed of a class
+FEW = 4  # items that a class is taken to need at least, when it is given up after so many
+ENOUGH, RAREST = 1_000, 200  # a class is given up as well after so many, if fewer than one in so many was good
 
 
 @dataclass
@@ -126,7 +128,9 @@ class Made:
 
 
 def fill(make: Maker, counts: Sequence[int], wanted: int, progress: Progress | None) -> Made:
-    """Make items until each class that is there has `wanted`, with the given ones, or too many have been tried.
+    """Make items until each class that is there has `wanted`, with the given ones, or is given up.
+
+    It is after `MOST_TRIED` for each item it needs, or as soon as `ENOUGH` show that good ones are too rare.
 
     Args:
         make: Who makes and who sorts.
@@ -136,10 +140,10 @@ def fill(make: Maker, counts: Sequence[int], wanted: int, progress: Progress | N
     """
     short = torch.tensor([max(0, wanted - count) if count else 0 for count in counts])
     total = int(short.sum())
+    most = MOST_TRIED * short.clamp_min(FEW)
     found, tried = torch.zeros(len(counts)), torch.zeros(len(counts))  # of each class: good ones, and tried for it
     made = Made(torch.empty(0, *make.model.card.shape), torch.empty(0, dtype=torch.long))
-    while short.any() and made.tried < MOST_TRIED * max(total, ROUND):
-        needed = (short / ((found + 1) / (tried + 1))).ceil().long()
+    while (needed := _needed(short, found, tried, most)).any():
         asked = _cycled(needed) if make.sorter.asked else None
         size = int(needed.max().clamp(ROUND, LARGEST)) if asked is None else len(asked)
         numbers = range(made.tried, made.tried + size)
@@ -156,6 +160,20 @@ def fill(make: Maker, counts: Sequence[int], wanted: int, progress: Progress | N
         tell(progress, "augment", total - int(short.sum()), total)
     made.short = [int(count) for count in short]
     return made
+
+
+def _needed(short: Tensor, found: Tensor, tried: Tensor, most: Tensor) -> Tensor:
+    """How many to try next of each class (K,), `ENOUGH` at most: those that should fill it; none of one given up.
+
+    Args:
+        short: How many are missing.
+        found: How many were good so far, of those tried for the class.
+        tried: And how many these are.
+        most: How many may be tried in all.
+    """
+    needed = (short * (tried + 1) / (found + 1)).ceil().clamp_max(ENOUGH).minimum(most - tried)
+    rare = (tried >= ENOUGH) & (found * RAREST < tried)
+    return needed.masked_fill(rare, 0).clamp_min(0).long()
 
 
 def _cycled(needed: Tensor) -> Tensor:

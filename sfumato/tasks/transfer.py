@@ -63,7 +63,7 @@ def transfer(
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the new items and of the search.
         batch: Items computed at once.
-        overwrite: Replace what is in the output folder.
+        overwrite: Replace what is in the output folder, and the sheet.
         device: Where to compute, such as cpu or cuda.
         progress: Called with the stage, how much of it is done, and how much there is.
 
@@ -87,7 +87,8 @@ def transfer(
     from sfumato.errors import UserError
     from sfumato.tasks.common import check_counts, open_model
     from sfumato.tasks.generate import sampling
-    from sfumato.tasks.inputs import changed, changed_rows, check_places, class_numbers, deliver, read_inputs
+    from sfumato.tasks.inputs import changed, changed_rows, class_numbers, deliver, read_inputs
+    from sfumato.tasks.places import check_places
     from sfumato.types import UNKNOWN
 
     begun = time.perf_counter()
@@ -97,7 +98,7 @@ def transfer(
     loaded = open_model(model, device)
     goal, how = loaded.class_number(label), sampling(loaded, steps, guidance, "heun")
     start = strength_time(loaded.denoiser.schedule, strength)
-    sheet = check_places(loaded, out, sheet, overwrite)
+    sheet = check_places(loaded, out, sheet, overwrite, sources=[source])
     inputs = read_inputs(model, loaded, source, overrides, skip_bad)
     own = class_numbers(loaded, own_label, inputs)
     if own is None:

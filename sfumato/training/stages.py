@@ -174,7 +174,7 @@ def train_codec(job: Job, model: Model, network: Classifier | None, state: State
     def sheet() -> tuple[str, Any]:
         """Originals beside their reconstructions."""
         model.codec.eval()
-        x_hat = model.reconstruct(some)
+        x_hat = model.autoencode(some)
         model.codec.train()
         return "reconstructions", job.modality.pairs(some, x_hat, job.train.mode)
 
@@ -232,7 +232,7 @@ def measure_codec(job: Job, model: Model, network: Classifier | None) -> dict[st
     x = job.held.batch(torch.arange(count)).data
     few = len(x) < 2  # of one item there is no covariance
     extractor = None if network is None or few else NamedExtractor("features", network.features, job.device)
-    report = job.modality.compare(x, model.reconstruct(x), job.train.mode, extractor)
+    report = job.modality.compare(x, model.autoencode(x), job.train.mode, extractor)
     job.log.record({"stage": "reconstruction", "step": job.settings.train.codec.steps or 0, **report})
     return {"codec": {k: round(v, 4) for k, v in report.items()}}
 

@@ -111,6 +111,38 @@ def test_a_class_that_cannot_be_filled_is_said(model: Model, digits: Path, monke
     assert result.facts["short"] == {"0": 3} and result.facts["made"] == 29
 
 
+@pytest.mark.parametrize(("most", "enough"), [(50, 30), (2, 1_000)])
+def test_a_class_that_is_never_seen_is_given_up_by_itself(
+    model: Model, digits: Path, monkeypatch: pytest.MonkeyPatch, most: int, enough: int
+):
+    """Soon, whatever the others need; they are filled."""
+    for name, value in {"MOST_TRIED": most, "ENOUGH": enough, "RAREST": 20}.items():
+        monkeypatch.setattr(sorting, name, value)
+    asked = asked_of(monkeypatch)
+    seen_as(monkeypatch, lambda items: torch.tensor([k if k != 8 else 1 for k in asked[-len(items) :]]))
+    result = augment(model, digits, n=14)
+    assert result.facts["short"] == {"8": 10} and result.facts["made"] == 8 * 5
+    assert min(enough, most * 10) <= asked.count(8) <= min(2 * enough, most * 10)
+
+
+def test_a_class_that_is_seen_now_and_then_is_not_given_up(model: Model, digits: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sorting, "ENOUGH", 30)
+    monkeypatch.setattr(sorting, "RAREST", 20)
+    asked, turn = asked_of(monkeypatch), iter(range(10**6))
+    seen = lambda k: 1 if k == 8 and next(turn) % 15 else k
+    seen_as(monkeypatch, lambda items: torch.tensor([seen(k) for k in asked[-len(items) :]]))
+    result = augment(model, digits, n=10)
+    assert "short" not in result.facts and asked.count(8) > 30
+
+
+def test_autoguidance_may_be_left_out(model: Model, digits: Path, monkeypatch: pytest.MonkeyPatch):
+    asked_of(monkeypatch)
+    monkeypatch.setitem(model.card.sample, "autoguidance", 1.5)
+    assert [augment(model, digits, n=10, autoguidance=w).rows[-1]["autoguidance"] for w in (None, 1)] == [1.5, 1]
+    with pytest.raises(UserError, match="--autoguidance 2: this model has no weaker self"):
+        augment(model, digits, n=10, autoguidance=2)
+
+
 def test_a_set_that_is_large_enough_is_only_given_back(model: Model, digits: Path):
     result = augment(model, digits, n=4)
     assert result.facts["made"] == 0 and len(result.items) == 8 * 9 + 4

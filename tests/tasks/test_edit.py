@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfumato.core import prior, sample, time_grid
 from sfumato.data import read_images, write_images
 from sfumato.errors import UserError
 from sfumato.model import Model
 from sfumato.tasks.edit import edit
+from sfumato.tasks.generate import generate
 
 CLOSE = {"atol": 1e-4, "rtol": 0.0}
 
@@ -31,15 +33,23 @@ def x(digits: Path) -> torch.Tensor:
 
 
 def test_strength_goes_from_the_codec_to_all_noise(model: Model, digits: Path, x: torch.Tensor):
-    codec = model.reconstruct(x).clamp(-1, 1)
+    codec = model.autoencode(x).clamp(-1, 1)
     made = [edit(model, digits, strength=s, guidance=1.0).items for s in (0, 0.05, 0.3, 1)]
     assert torch.allclose(made[0], codec, **CLOSE)
     away = [float((items - codec).abs().mean()) for items in made]
     assert away == sorted(away) and away[3] > 5 * away[1] > 0
-    z = model.sample(range(6), read_images(digits)[0].batch(range(6)).label, how=replace(model.sampling, guidance=1.0))
-    assert torch.allclose(
-        made[3], model.decode(z).clamp(-1, 1), **CLOSE
-    )  # nothing of x is left, and the noise is item i's
+    how = replace(model.sampling, guidance=1.0)
+    labels, schedule = read_images(digits)[0].batch(range(6)).label, model.denoiser.schedule
+    grid, draw = time_grid(schedule, how.steps, how.grid), model.noise(range(6), 0, "edit")
+    z = sample(model.denoise(labels, 6, how), schedule, prior(schedule, draw), grid, model.rule(labels, 6, how), draw)
+    assert torch.allclose(made[3], model.decode(z).clamp(-1, 1), **CLOSE)  # nothing of x is left, the noise is item i's
+
+
+def test_noise_is_not_what_generate_makes_the_same_items_of(model: Model, digits: Path):
+    """Given again the noise it was made of, a generated item would come back as if nothing had been asked."""
+    how = {"label": "3", "guidance": 1.0, "seed": 2}
+    made, edited = generate(model, n=6, **how).items, edit(model, digits, strength=1, **how).items
+    assert not torch.allclose(made, edited, atol=1e-2)
 
 
 @pytest.mark.parametrize("method", ["noise", "invert"])
@@ -54,7 +64,7 @@ def test_an_item_is_the_same_whatever_the_batch(model: Model, digits: Path, meth
 
 def test_inverted_and_regenerated_under_its_own_label_an_item_comes_back(model: Model, digits: Path, x: torch.Tensor):
     result = edit(model, digits, method="invert", guidance=1.5)
-    assert torch.allclose(result.items, model.reconstruct(x).clamp(-1, 1), atol=2e-3)
+    assert torch.allclose(result.items, model.autoencode(x).clamp(-1, 1), atol=2e-3)
     assert result.facts["steps"] == 50 and 0 < result.facts["inversion_error"] <= 1e-3
     assert max(row["inversion_error"] for row in result.rows) <= 1e-3
 
@@ -123,7 +133,7 @@ def test_a_model_of_another_modality(make_model: Callable[..., Model], tmp_path:
 def test_without_strength_inversion_is_the_codec_alone(model: Model, digits: Path, x: torch.Tensor):
     result = edit(model, digits, method="invert", strength=0, label="3")
     assert result.facts["sampler"] == "heun"
-    assert torch.allclose(result.items, model.reconstruct(x).clamp(-1, 1), **CLOSE)
+    assert torch.allclose(result.items, model.autoencode(x).clamp(-1, 1), **CLOSE)
     assert result.facts["inversion_error"] == 0
 
 

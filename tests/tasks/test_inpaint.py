@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from sfumato.codecs import ImageCodec
-from sfumato.data import read_images, write_images
+from sfumato.data import masks, read_images, write_images
 from sfumato.data.write import png
 from sfumato.errors import UserError
 from sfumato.model import Card, Model
-from sfumato.tasks.inpaint import inpaint
+from sfumato.tasks.inpaint import covered, inpaint
 
 CLOSE = {"atol": 1e-4, "rtol": 0.0}
 QUICK = {"steps": 3, "resample": 2}
@@ -91,6 +91,35 @@ def test_an_item_is_the_same_whatever_the_batch(model: Model, source: Path, hole
     assert not torch.allclose(whole[:, 0, inside], other[:, 0, inside], atol=1e-2)
 
 
+def test_noise_is_not_what_generate_makes_the_same_items_of(model: Model, source: Path, tmp_path: Path):
+    everything = save(tmp_path / "mask.png", np.ones((8, 8), bool))
+    made = inpaint(model, source, mask=everything, method="repaint", steps=1, resample=1, guidance=1.0).items
+    new = model.sample(range(6), how=replace(model.sampling, sampler="ddpm", steps=1, guidance=1.0))
+    assert not torch.allclose(made, model.decode(new), atol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["gradient", "repaint"])
+def test_what_lies_under_the_mask_does_not_matter(model: Model, tmp_path: Path, method: str):
+    images = pixels((3, 8, 8, 1))
+    mask = np.zeros((8, 8), bool)
+    mask[4:] = True  # two of four positions, next to ones that are kept
+    made: list[torch.Tensor] = []
+    for name, hidden in {"black": 0, "white": 255, "noise": pixels((3, 8, 8, 1), seed=1)}.items():
+        folder = folder_of(tmp_path / name, np.where(mask[..., None], hidden, images).astype(np.uint8))
+        made.append(inpaint(model, folder, mask=save(tmp_path / "mask.png", mask), method=method, **QUICK).items)
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
+def test_hidden_pixels_take_the_value_of_the_nearest_kept_one():
+    x = torch.arange(1.0, 33).reshape(1, 2, 4, 4).repeat(2, 1, 1, 1)
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[0, 1:3] = mask[1] = True
+    seen = covered(x, mask)
+    assert torch.equal(seen[0], x[0, :, [0, 0, 3, 3]]) and not seen[1].any()
+    rows = torch.tensor([[1.0, torch.nan, 3.0]])
+    assert covered(rows, rows.isnan()).tolist() == [[1.0, 0.0, 3.0]]
+
+
 def lossless(card: Card) -> Model:
     """A model whose latents are the pixels of each patch of 4x4."""
     model = Model(replace(card, codec={"shape": [1, 8, 8], "downsample": 4, "channels": 16, "bottleneck": "none"}))
@@ -107,14 +136,14 @@ def test_the_gradient_heeds_kept_pixels_of_positions_that_are_partly_hidden(
     """All four positions are partly hidden: nothing to put back, but three quarters of the pixels to heed."""
     model, whole = lossless(make_model(0).card), {}
     x, kept = read_images(source)[0].batch(range(6)).data, ~torch.from_numpy(np.roll(HOLE, 2, 1))
-    assert torch.allclose(model.reconstruct(x), x, atol=1e-5)
+    assert torch.allclose(model.autoencode(x), x, atol=1e-5)
     mask = save(hole.with_name("middle.png"), ~kept.numpy())
     decode = Model.decode
     for method in ("gradient", "repaint"):
         keep = lambda self, z, m=method: whole.setdefault(m, decode(self, z)) if len(z) == 6 else None
         with monkeypatch.context() as patch:
             patch.setattr(Model, "decode", keep)
-            patch.setattr(Model, "reconstruct", lambda self, x: x)
+            patch.setattr(Model, "autoencode", lambda self, x: x)
             inpaint(model, source, mask=mask, method=method, steps=10, resample=1)
     miss = {method: float((made - x)[:, 0, kept].square().mean().sqrt()) for method, made in whole.items()}
     assert miss["gradient"] < 0.05 and miss["repaint"] > 0.5, miss
@@ -180,6 +209,38 @@ def test_a_mask_of_the_files_size_is_cropped_as_the_image_was(model: Model, tmp_
     assert torch.equal(inpaint(model, images, mask=save(tmp_path / "s.png", small), **how).items[:, 0], made)
     with pytest.raises(UserError, match=r"mask o\.png is 16x20; its image is 8x8 \(its file 16x24\)"):
         inpaint(model, images, mask=save(tmp_path / "o.png", np.zeros((20, 16), bool)), **how)
+
+
+def test_the_source_is_opened_once_for_all_masks(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    images, opened = folder_of(tmp_path / "large", pixels((5, 16, 16, 1))), []
+    mask = save(tmp_path / "m.png", np.ones((16, 16), bool))
+    real = masks.open_files
+    monkeypatch.setattr(masks, "open_files", lambda path: opened.append(path) or real(path))
+    inpaint(model, images, mask=mask, overrides=["data.resolution=8"], **QUICK)
+    assert opened == [images]
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "1", "I;16"])
+def test_white_strokes_on_a_transparent_ground_and_other_kinds_of_masks(
+    model: Model, source: Path, hole: Path, tmp_path: Path, kind: str
+):
+    white = Image.fromarray(HOLE.astype(np.uint8) * 255)
+    if kind in ("RGBA", "LA"):
+        drawn = Image.new(kind[:-1], white.size, "white")
+        drawn.putalpha(white)
+    else:
+        drawn = Image.fromarray(HOLE.astype(np.uint16) * 65535) if kind == "I;16" else white.convert(kind)
+    drawn.save(tmp_path / "strokes.png")
+    made, wanted = (inpaint(model, source, mask=mask, **QUICK) for mask in (tmp_path / "strokes.png", hole))
+    assert made.facts["repainted"] == HOLE.mean() and torch.equal(made.items, wanted.items)
+
+
+def test_a_mask_that_is_nowhere_white_is_refused(model: Model, source: Path, tmp_path: Path):
+    for kind, said in ((np.uint8, "1 of 255"), (np.uint16, "0.00389 of 255")):
+        Image.fromarray(HOLE.astype(kind)).save(tmp_path / "m.png")
+        with pytest.raises(UserError, match=rf"m\.png is nowhere white \(.* {said}\); white repaints") as told:
+            inpaint(model, source, mask=tmp_path / "m.png", **QUICK)
+        assert told.value.code == 1 and "\n" not in str(told.value)
 
 
 def test_what_is_written(model: Model, hole: Path, tmp_path: Path):

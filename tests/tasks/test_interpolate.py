@@ -29,7 +29,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def ends(model: Model, files: list[Path]) -> list[torch.Tensor]:
-    return [model.reconstruct(read_images(file)[0].batch([0]).data).clamp(-1, 1)[0] for file in files]
+    return [model.autoencode(read_images(file)[0].batch([0]).data).clamp(-1, 1)[0] for file in files]
 
 
 def test_new_items_are_those_of_generate(model: Model):
@@ -38,6 +38,18 @@ def test_new_items_are_those_of_generate(model: Model):
         way = interpolate(model, "1", "4", n=5, seed=4, path=path).items
         assert torch.allclose(way[[0, -1]], made[[1, 4]], **CLOSE)
     assert torch.equal(interpolate(model, n=2).items, interpolate(model, "0", "1", n=2).items)
+
+
+def test_autoguidance_is_told(model: Model, files: list[Path], monkeypatch: pytest.MonkeyPatch):
+    """New items have what generate gives them; beside a file that is inverted there is none."""
+    monkeypatch.setitem(model.card.sample, "autoguidance", 1.5)
+    for ends, path, told in (
+        (("0", "1"), "flow", 1.5),
+        ((files[0], "1"), "flow", 1.0),
+        ((files[0], "1"), "latent", 1.5),
+    ):
+        result = interpolate(model, *ends, n=2, path=path, steps=3)
+        assert result.facts["autoguidance"] == result.rows[0]["autoguidance"] == told
 
 
 @pytest.mark.parametrize("path", ["flow", "latent"])

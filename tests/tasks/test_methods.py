@@ -31,5 +31,5 @@ def _task(name: str) -> Any:
 
 
 def test_every_task_of_given_items_is_one():
-    tasks = {"generate", "interpolate", "edit", "inpaint", "outpaint", "transfer", "augment", "evaluate"}
-    assert set(NAMES) == tasks  # `Model.reconstruct` takes data, not a source
+    tasks = {"generate", "interpolate", "reconstruct", "edit", "inpaint", "outpaint", "transfer", "augment", "evaluate"}
+    assert set(NAMES) == tasks

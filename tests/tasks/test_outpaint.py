@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from sfumato.data import read_images, write_images
 from sfumato.errors import UserError
 from sfumato.model import Model
 from sfumato.tasks import outpaint as module
+from sfumato.tasks.inpaint import inpaint
 from sfumato.tasks.outpaint import offsets, outpaint
 
 QUICK = {"steps": 3, "resample": 1}
@@ -72,6 +74,21 @@ def test_each_window_has_noise_of_its_own_and_sees_what_was_painted(
     assert [int(mask.sum()) for _, mask, _ in seen] == [32, 32, 32, 16, 16]  # halves, then quarters in the corner
     assert (seen[1][2][:, :, :, :4] == 11).all()
     assert (items[:, :, :8, 8:12] == 11).all() and (items[:, :, 8:, 12:] == 15).all()
+
+
+@pytest.mark.parametrize("method", ["gradient", "repaint"])
+def test_a_window_is_inpainted_whatever_lay_there(model: Model, source: Path, tmp_path: Path, method: str):
+    """The second window is what inpaint makes of the same kept half with anything beside it."""
+    x, mask = read_images(source)[0].batch(range(4)).data, torch.zeros(8, 8)
+    mask[:, 4:] = 255
+    Image.fromarray(mask.byte().numpy()).save(tmp_path / "mask.png")
+    beside = torch.rand(4, 1, 8, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    given = write_images(tmp_path / "in", torch.cat([x[..., 4:], beside], -1))
+    how = {**QUICK, "method": method, "label": "3"}
+    wide = outpaint(model, source, right=4, seed=5, **how).items
+    assert torch.allclose(
+        inpaint(model, given, mask=tmp_path / "mask.png", seed=6, **how).items, wide[..., 4:], **CLOSE
+    )
 
 
 def test_a_table_has_no_borders(tmp_path: Path):

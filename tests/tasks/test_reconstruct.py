@@ -34,7 +34,7 @@ def test_what_comes_back(model: Model, pictures: Path, tmp_path: Path):
     result = reconstruct(model, pictures, out=tmp_path / "out", batch=7, progress=lambda *facts: told.append(facts))
     data, _ = read_images(pictures)
     x = data.batch(range(40)).data
-    x_hat = model.reconstruct(x).clamp(-1, 1)
+    x_hat = model.autoencode(x).clamp(-1, 1)
     assert torch.allclose(result.items, x_hat, atol=1e-5)
     assert [row["source"] for row in result.rows] == data.names
     assert [row["label"] for row in result.rows] == [int(name[0]) for name in data.names]
@@ -70,14 +70,14 @@ def test_the_sheet_shows_pairs_from_all_over(
     monkeypatch.setattr(model, "modality", replace(model.modality, pairs=pairs))
     x = read_images(pictures)[0].batch(range(40)).data
     for batch in (7, 40):
-        items = reconstruct(model, pictures, sheet=tmp_path / "pairs.png", batch=batch).items
+        items = reconstruct(model, pictures, sheet=tmp_path / "pairs.png", batch=batch, overwrite=True).items
         assert torch.equal(shown[-1][0], x[::2]) and torch.equal(shown[-1][1], items[::2])
 
 
 def test_held_out_items_come_first(model: Model):
     train, held = read_source("digits")
     few = reconstruct(model, "digits", n=20)
-    of_held = model.reconstruct(held.batch(range(len(held))).data)
+    of_held = model.autoencode(held.batch(range(len(held))).data)
     away = (few.items[:, None] - of_held).abs().flatten(2).amax(2).min(1)
     assert away.values.max() < 1e-4 and len(away.indices.unique()) == 20
     assert len({row["label"] for row in few.rows}) > 3  # not the first ones of the files

@@ -16,10 +16,12 @@ from sfumato.metrics import plausible
 from sfumato.modality.table import TableSorter
 from sfumato.model import Model, load
 from sfumato.tasks.augment import augment
+from sfumato.tasks.edit import edit
 from sfumato.tasks.evaluate import evaluate
 from sfumato.tasks.generate import generate
 from sfumato.tasks.info import info
 from sfumato.tasks.inpaint import _Around, _Repaint
+from sfumato.tasks.interpolate import interpolate
 from sfumato.tasks.reconstruct import reconstruct
 from tests.training.common import assert_same_run, small_fit
 
@@ -186,6 +188,33 @@ def test_rows_that_fulfil_a_condition(table_run: Path, tmp_path: Path):
     everything = generate(table_run, n=numbers[-1] + 1).items
     torch.testing.assert_close(result.items, everything[numbers], equal_nan=True)
     assert generate(table_run, n=5, where=("height=",)).items[:, 0].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "column"),
+    [("kind", "", "kind"), ("kind", "z", "kind"), ("visits", "", "visits"), ("height", "", None)],
+)
+def test_rows_that_lack_a_cell_as_none_in_training_did_are_not_inverted(
+    name: str, text: str, column: str | None, table_run: Path, tmp_path: Path
+):
+    row = people(1, seed=4)[0]
+    row[1], row[HEADER.index(name)] = "170.0", text
+    with (tmp_path / "in.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([HEADER, row])
+    tasks = (
+        lambda: edit(table_run, tmp_path / "in.csv", method="invert", steps=2),
+        lambda: interpolate(table_run, tmp_path / "in.csv", "1", n=2, steps=2),
+    )
+    for task in tasks:
+        if column is None:  # rows without it were there in training
+            assert len(task().items)
+            continue
+        with pytest.raises(
+            UserError, match=rf"in\.csv: the column '{column}' .* fill them in first with inpaint"
+        ) as told:
+            task()
+        assert told.value.code == 1 and "\n" not in str(told.value)
+    assert len(edit(table_run, tmp_path / "in.csv").items) == 1
 
 
 @pytest.mark.parametrize(

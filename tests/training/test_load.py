@@ -44,7 +44,7 @@ def test_a_model_comes_back_as_it_was_saved(source: Path, tmp_path: Path):
     labels = torch.tensor([0, 1, 2])
     assert torch.equal(loaded.sample(range(3), labels), fitted.sample(range(3), labels))
     x = torch.rand(2, 1, 16, 16) * 2 - 1
-    assert torch.equal(loaded.reconstruct(x), fitted.reconstruct(x))
+    assert torch.equal(loaded.autoencode(x), fitted.autoencode(x))
     assert loaded.sampling == fitted.sampling and loaded.card.label_names == fitted.card.label_names
     loaded.save(tmp_path / "copy")
     again = load(tmp_path / "copy", "cpu")
