@@ -121,8 +121,18 @@ def seconds(texts: Sequence[str], layout: str) -> Values:
     stamps = pd.to_datetime(
         pd.Series(texts, dtype=object).str.strip(), format=layout, errors="coerce", utc="%z" in layout
     )
-    since = stamps.dt.tz_localize(None) - pd.Timestamp(0)
+    # in microseconds: nanoseconds end in the year 2262, and 9999-12-31 often stands for "no end"
+    since = stamps.dt.tz_localize(None).dt.as_unit("us") - pd.Timestamp(0).as_unit("us")
     return (since / pd.Timedelta(seconds=1)).to_numpy(np.float64)
+
+
+def _stamps(values: Values) -> pd.Series:
+    return pd.Series(np.rint(values * 1e6).astype(np.int64).view("datetime64[us]"))
+
+
+def date_texts(values: Values, layout: str) -> list[str]:
+    """Seconds since 1970, none missing, as texts in one strptime format."""
+    return _stamps(values).dt.strftime(layout).tolist()
 
 
 def number_text(value: float, point: bool = False, decimal: str = ".") -> str:
@@ -194,11 +204,6 @@ def _codes(column: Column, values: Values) -> NDArray[np.int64]:
     return np.clip(np.rint(values), 0, len(column.levels) - 1).astype(np.int64)
 
 
-def _stamps(column: Column, values: Values) -> pd.Series:
-    micros = np.rint(snap(column, values) * 1e6).astype(np.int64)
-    return pd.Series(micros.view("datetime64[us]"))
-
-
 def running(column: Column, count: int, start: int = 0) -> list[int]:
     """New ids of an id column for the rows from `start` on: 1, 2, 3 ..., or 0, 1, 2 ... where the source does so."""
     first = start + (0 if column.low == 0 else 1)
@@ -223,7 +228,7 @@ def texts(column: Column, values: Values, decimal: str = ".", start: int = 0) ->
     if column.levels:
         written = [column.levels[code] for code in _codes(column, filled)]
     elif column.kind == "date":
-        written = _stamps(column, filled).dt.strftime(column.format).tolist()
+        written = date_texts(snap(column, filled), column.format or "%Y-%m-%d")
     else:
         written = [number_text(value, column.point, decimal) for value in snap(column, filled).tolist()]
     for i in np.flatnonzero(blank):
@@ -253,7 +258,7 @@ def _typed(column: Column, values: Values) -> pd.Series | NDArray[Any]:
     if column.levels:
         return _objects(column, column.levels)[_codes(column, values)]
     if column.kind == "date":
-        return _stamps(column, values)
+        return _stamps(snap(column, values))
     snapped = snap(column, values)
     return snapped.astype(np.int64) if column.kind == "integer" and not column.point else snapped
 
