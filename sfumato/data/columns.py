@@ -48,7 +48,8 @@ class Column:
         spikes: Values of a number or date that far more rows of the training part share than those beside them, rising.
         other: Whether a number or date has other values than these.
         step: Grid of dates in seconds: 86400 for days, 60 for minutes, 1, 0.001, 0.000001.
-        format: Of dates the strptime format; of ids the str.format of a running number.
+        format: Of dates, and of levels and constants that are dates in Parquet, the strptime format; of ids the
+            str.format of a running number.
         value: The text of a constant; None where every cell is missing.
         dtype: Arrow type in a Parquet source; None in a text file.
         point: Whether whole numbers are written with a point ("3.0").
@@ -137,7 +138,7 @@ def date_texts(values: Values, layout: str) -> list[str]:
 
 def number_text(value: float, point: bool = False, decimal: str = ".") -> str:
     """The shortest text that reads as this number; a whole one without point, unless `point`."""
-    whole = value.is_integer() and abs(value) < 1e15 and not point
+    whole = value.is_integer() and abs(value) <= 2**53 and not point
     text = str(int(value)) if whole else repr(value)
     return text.replace(".", decimal)
 
@@ -149,7 +150,7 @@ def encode(column: Column, cells: pa.Array, decimal: str = ".") -> Values:
         pyarrow.ArrowInvalid: A cell of a number column is not a number.
     """
     if column.levels:
-        return _look_up(cells, _spellings(column), column.kind == "boolean")
+        return _look_up(column, cells)
     if pa.types.is_floating(cells.type):
         return cells.to_numpy(zero_copy_only=False)
     cells = pc.if_else(blanks(cells), None, cells)
@@ -171,10 +172,12 @@ def _spellings(column: Column) -> dict[str, float]:
     return plain | {level: float(k) for k, level in enumerate(column.levels)}
 
 
-def _look_up(cells: pa.Array, spellings: dict[str, float], boolean: bool) -> Values:
-    packed = cells.dictionary_encode()
-    words = [v if isinstance(v, str) else number_text(v) for v in packed.dictionary.to_pylist()]
-    found = [spellings.get(word, spellings.get(_plain(word, boolean), np.nan)) for word in words]
+def _look_up(column: Column, cells: pa.Array) -> Values:
+    packed, spellings = cells.dictionary_encode(), _spellings(column)
+    words = packed.dictionary.to_pylist()
+    if pa.types.is_floating(cells.type):
+        words = date_texts(np.array(words), column.format) if column.format else [number_text(v) for v in words]
+    found = [spellings.get(word, spellings.get(_plain(word, column.kind == "boolean"), np.nan)) for word in words]
     return _unpack(packed, np.array(found, np.float64))
 
 
@@ -236,16 +239,21 @@ def texts(column: Column, values: Values, decimal: str = ".", start: int = 0) ->
     return written
 
 
+def absent(column: Column, values: Values) -> NDArray[np.bool_]:
+    """Which cells (N,) are written as missing."""
+    if column.modelled:
+        return np.isnan(values)
+    return np.full(len(values), column.kind == "constant" and column.value is None)
+
+
 def series(column: Column, values: Values) -> pd.Series:
     """Cells with the type they have, from values (N,): Int64, boolean and so on where the column has missing cells."""
-    count = len(values)
+    count, blank = len(values), absent(column, values)
     if column.kind == "constant":
-        blank, found = np.full(count, column.value is None), _objects(column, [column.value or ""]).repeat(count)
+        found = _objects(column, [column.value or ""]).repeat(count)
     elif column.kind == "id":
-        whole = column.decimals == 0
-        blank, found = np.zeros(count, bool), np.array(running(column, count) if whole else texts(column, values))
+        found = np.array(running(column, count) if column.decimals == 0 else texts(column, values))
     else:
-        blank = np.isnan(values)
         found = _typed(column, np.where(blank, 0.0, values))
     found = pd.Series(found)
     if column.missing is None and not blank.any():
@@ -264,7 +272,9 @@ def _typed(column: Column, values: Values) -> pd.Series | NDArray[Any]:
 
 
 def _objects(column: Column, levels: Sequence[str]) -> NDArray[Any]:
-    """Levels as the values they stand for: booleans, integers, numbers or texts."""
+    """Levels as the values they stand for: dates, booleans, integers, numbers or texts."""
+    if column.format:
+        return _stamps(seconds(levels, column.format)).to_numpy()
     plain = [level.strip().lower() for level in levels]
     words = column.dtype is not None and "string" in column.dtype
     if not words and not any(re.match(PADDED, text) for text in plain):

@@ -218,6 +218,11 @@ def _parquet_pieces(path: Path) -> Iterator[list[pa.Array]]:
             yield [plain(column) for column in piece.columns]
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether it is one of Arrow's types of texts."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
 def _readable(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     known = (
@@ -225,7 +230,7 @@ def _readable(kind: pa.DataType) -> bool:
         pa.types.is_integer(kind),
         pa.types.is_floating(kind),
         pa.types.is_decimal(kind),
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind),
+        is_text(kind),
         pa.types.is_timestamp(kind) or pa.types.is_date(kind),
         pa.types.is_null(kind),
     )

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from .columns import INTEGER, NUMBER, PADDED, Column, Values, blanks, number_text, numbers, pc, seconds
+from .columns import INTEGER, NUMBER, PADDED, Column, Values, blanks, date_texts, number_text, numbers, pc, seconds
 from .late import Late
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Tally:
         self.number, self.point, self.decimals, self.low, self.high = True, True, 0, np.inf, -np.inf
         self.numeric, self.odd = 0, ""  # cells that are numbers, and the first text that is none
         self.formats, self.step = list(FORMATS), 0
+        self.layout: str | None = None  # of dates in Parquet
         self.longest, self.spaces, self.sample = 0, 0, list[str]()
 
     def add(self, cells: pa.Array) -> None:
@@ -198,6 +199,8 @@ class Tally:
         present = self.rows - self.markers.total()
         if not present:
             return self._make("constant")
+        if self.dtype and self.dtype.startswith(("timestamp", "date")):
+            self._as_dates()
         if self.levels is not None and len(self.levels) == 1 and not self.markers:
             return self._make("constant", value=next(iter(self.levels)))
         pair = self._pair()
@@ -205,16 +208,23 @@ class Tally:
             return self._make("boolean", levels=pair)
         if forced:
             return self._category()
-        if self.dtype and self.dtype.startswith(("timestamp", "date")):
-            step = STEPS[self.step]
-            clock = "" if step == STEPS[0] else " %H:%M:%S" if step >= 1 else " %H:%M:%S.%f"
-            return self._make("date", format="%Y-%m-%d" + clock, step=step)
+        if self.layout:
+            return self._make("date", step=STEPS[self.step])
         if self.number:
             return self._numeric(present)
         return self._date(notes) if self.formats else self._text(present)
 
     def _make(self, kind: str, **facts: object) -> Column:
-        return Column(self.name, kind, missing=self.missing, dtype=self.dtype, **facts)  # type: ignore[arg-type]
+        facts = {"missing": self.missing, "dtype": self.dtype, "format": self.layout, **facts}
+        return Column(self.name, kind, **facts)  # type: ignore[arg-type]
+
+    def _as_dates(self) -> None:
+        """Settle how the dates of Parquet, seconds until now, are written as texts; the levels are texts."""
+        step = STEPS[self.step]
+        self.layout = "%Y-%m-%d" + ("" if step == STEPS[0] else " %H:%M:%S" if step >= 1 else " %H:%M:%S.%f")
+        if self.levels:
+            spelt = date_texts(np.array(list(self.levels), np.float64), self.layout)
+            self.levels = Counter(dict(zip(spelt, self.levels.values(), strict=True)))
 
     def _pair(self) -> list[str] | None:
         """The two levels of a boolean, false first."""

@@ -1,12 +1,17 @@
 """Cells as they are spelt in files: what is read is written back in the same way."""
 
+import datetime
+import decimal
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
-from sfumato.data import Column, TableData, read_rows, read_table, write_table
+from sfumato.data import Column, TableData, fill_table, read_rows, read_table, write_table
 
 N = 60
 OTHER = [str(i * 37 % 101) for i in range(N)]
@@ -34,3 +39,76 @@ def test_dates_that_stand_for_none(tmp_path: Path, sentinel: str, layout: str) -
     days = pd.date_range("2024-01-15", periods=N).strftime(layout).tolist()
     column, _ = through(tmp_path, [sentinel if i % 3 == 0 else day for i, day in enumerate(days)])
     assert column.kind == "date" and column.format == layout and column.step == 86400
+
+
+def test_whole_numbers_stay_whole(tmp_path: Path) -> None:
+    assert through(tmp_path, [str(1_700_000_000_000_000 + i * i) for i in range(N)])[0].kind == "integer"
+
+
+def through_parquet(path: Path, cells: pa.Array, **options: object) -> tuple[Column, TableData]:
+    """Like `through`, with cells of an Arrow type, which they keep."""
+    pq.write_table(pa.table({"other": OTHER, "x": cells}), path / "t.parquet")
+    stored = pq.read_table(path / "t.parquet")["x"]
+    data, _ = read_table(path / "t.parquet", **options)
+    again = write_table(path / "again.parquet", data.columns, data.store)
+    assert pq.read_table(again)["x"].equals(stored)
+    np.testing.assert_array_equal(read_rows(again, data.columns).store, data.store)
+    written = write_table(path / "again.csv", data.columns, data.store)
+    np.testing.assert_array_equal(read_rows(written, data.columns).store, data.store)
+    return data.columns[1], data
+
+
+def day(i: int) -> datetime.datetime:
+    return datetime.datetime(2024, 1, 1 + i, 12 * (i % 2))
+
+
+ONE, TWO = [[day(i % n) for i in range(N)] for n in (1, 2)]
+WHOLE = pa.decimal128(10, 2)
+
+
+@pytest.mark.parametrize(
+    ("cells", "kind", "forced"),
+    [
+        (pa.array(ONE, pa.timestamp("ns")), "constant", False),
+        (pa.array(ONE, pa.timestamp("us", "Europe/Paris")), "constant", False),
+        (pa.array([d.date() for d in ONE]), "constant", False),
+        (pa.array(TWO, pa.timestamp("us")), "category", True),
+        (pa.array([d if i % 3 else None for i, d in enumerate(TWO)], pa.timestamp("ms")), "category", True),
+        (pa.array([d.date() for d in TWO]), "category", True),
+        (pa.array([i % 2 for i in range(N)]).cast(pa.decimal128(19, 0)).cast(pa.decimal128(1, 0)), "boolean", False),
+        (pa.array([float(i % 3) for i in range(N)]).cast(WHOLE), "category", False),
+        (pa.array([float(i + 1) for i in range(N)]).cast(WHOLE), "id", False),
+        (pa.array([7.0] * N).cast(WHOLE), "constant", False),
+        (pa.array([f"2024-01-{1 + i % 28:02d}" for i in range(N)]), "date", False),
+        (pa.array([f"{1 + i % 28:02d}.{1 + i % 12:02d}.2024" if i % 3 else None for i in range(N)]), "date", False),
+        (pa.array([f"2024-01-{1 + i % 3:02d}" for i in range(N)]).dictionary_encode(), "date", False),
+        (pa.array([f"{10 + i * i % 7}.5" for i in range(N)]), "number", False),
+    ],
+)
+def test_parquet_keeps_its_cells(tmp_path: Path, cells: pa.Array, kind: str, forced: bool) -> None:
+    assert through_parquet(tmp_path, cells, categorical=["x"] * forced)[0].kind == kind
+
+
+def test_levels_that_are_dates_read_as_dates(tmp_path: Path) -> None:
+    assert through_parquet(tmp_path, pa.array(TWO), categorical=["x"])[0].levels == [
+        "2024-01-01 00:00:00",
+        "2024-01-02 12:00:00",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cells", "made"),
+    [
+        (pa.array([float(i % 3) if i % 4 else None for i in range(N)]).cast(WHOLE), [decimal.Decimal(1)]),
+        (pa.array(["01.01.2024" if i % 3 else None for i in range(N)]), ["02.01.1970"]),
+    ],
+)
+def test_filled_cells_have_the_type_of_the_others(tmp_path: Path, cells: pa.Array, made: list[object]) -> None:
+    pq.write_table(pa.table({"other": OTHER, "x": cells}), tmp_path / "t.parquet")
+    data, _ = read_table(tmp_path / "t.parquet")
+    column, width = data.columns[1], {"date": 86400.0}
+    values = np.nan_to_num(data.store, nan=width.get(column.kind, 1.0))
+    fill_table(tmp_path / "full.parquet", [tmp_path / "t.parquet"], data.columns, values, False)
+    full = pq.read_table(tmp_path / "full.parquet")["x"]
+    assert full.type == cells.type and full.filter(pc.is_null(cells)).unique().to_pylist() == made
+    assert full.filter(pc.is_valid(cells)).to_pylist() == cells.drop_null().to_pylist()
