@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ PADDED = r"^[+-]?0\d"
 FEW_VALUES, REPEATED = 20, 20  # so many numbers, each in so many rows on average, are levels like those of a category
 # a number in so many rows, and so many times as many as those next to it, is a level too; at most so many of them
 SPIKE_ROWS, STANDS_OUT, BESIDE, MOST_SPIKES = 25, 4, 5, 40
+ZONE = re.compile(r"(Z|[+-]\d\d:?\d\d)$")  # at the end of a time, or of the format of times that share it
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 
@@ -39,7 +41,8 @@ class Column:
     Args:
         name: As in the header.
         kind: "number" and "integer" are kept as they are, "category" and "boolean" as the index of their level, "date"
-            as seconds since 1970 (UTC). "id" (a name of the row) and "constant" carry no information: not modelled.
+            as seconds since 1970 (of UTC, or of the local time whose offset all share). "id" (a name of the row) and
+            "constant" carry no information: not modelled.
         levels: The categories as written in the source, most frequent first; a boolean's are false, then true.
         missing: How a missing cell is written; None where the column has none.
         decimals: Numbers lie on a grid of so many decimals (0 for integers); None where they are continuous.
@@ -118,7 +121,14 @@ def numbers(cells: pa.Array, decimal: str = ".") -> pa.Array:
 
 
 def seconds(texts: Sequence[str], layout: str) -> Values:
-    """Seconds since 1970 of dates in one strptime format; NaN where a text is not such a date."""
+    """Seconds since 1970 of dates in one strptime format; NaN where a text is not such a date.
+
+    Where the format ends in an offset such as +02:00, they are of local time there, whatever offset a text has.
+    """
+    shared = ZONE.search(layout)
+    if shared and shared[0] != "Z":
+        ahead = datetime.strptime(shared[0], "%z").utcoffset() or timedelta()
+        return seconds(texts, ZONE.sub("%z", layout)) + ahead.total_seconds()
     stamps = pd.to_datetime(
         pd.Series(texts, dtype=object).str.strip(), format=layout, errors="coerce", utc="%z" in layout
     )
@@ -133,7 +143,7 @@ def _stamps(values: Values) -> pd.Series:
 
 def date_texts(values: Values, layout: str) -> list[str]:
     """Seconds since 1970, none missing, as texts in one strptime format."""
-    return _stamps(values).dt.strftime(layout).tolist()
+    return _stamps(values).dt.strftime(layout.replace("%z", "+00:00")).tolist()
 
 
 def number_text(value: float, point: bool = False, decimal: str = ".") -> str:

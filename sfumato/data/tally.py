@@ -25,7 +25,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from .columns import INTEGER, NUMBER, PADDED, Column, Values, blanks, date_texts, number_text, numbers, pc, seconds
+from .columns import (
+    INTEGER,
+    NUMBER,
+    PADDED,
+    ZONE,
+    Column,
+    Values,
+    blanks,
+    date_texts,
+    number_text,
+    numbers,
+    pc,
+    seconds,
+)
 from .late import Late
 
 if TYPE_CHECKING:
@@ -43,6 +56,7 @@ ID_NAME = re.compile(
     r"(^|[^a-z])(id|no|nr|index|key|row|rowid|row_?num(ber)?|uuid|guid)$|^unnamed: 0$|^$", re.IGNORECASE
 )
 STEPS = (86400.0, 3600.0, 60.0, 1.0, 1e-3, 1e-6)
+MINUTES = 2  # their place in it
 _CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f")
 FORMATS = (
     *(f"%Y-%m-%d{t}" for t in _CLOCKS),
@@ -72,6 +86,7 @@ class Tally:
         self.number, self.point, self.decimals, self.low, self.high = True, True, 0, np.inf, -np.inf
         self.numeric, self.odd = 0, ""  # cells that are numbers, and the first text that is none
         self.formats, self.step = list(FORMATS), 0
+        self.zones = set[str]()  # offsets of times
         self.layout: str | None = None  # of dates in Parquet
         self.longest, self.spaces, self.sample = 0, 0, list[str]()
 
@@ -176,6 +191,9 @@ class Tally:
             if np.isnan(stamps).any():
                 self.formats.remove(layout)
             elif layout == self.formats[0]:
+                if layout.endswith("%z"):
+                    self.zones |= {ZONE.findall(text)[0] for text in found}
+                    stamps = seconds([ZONE.sub("", text) for text in found], layout.removesuffix("%z"))
                 self.step = _step(stamps, self.step)
 
     # -- what it is
@@ -257,6 +275,11 @@ class Tally:
         layout = self.formats[0]
         if any(other[:2] != layout[:2] for other in self.formats):
             notes.append(f"{self.place}: day and month cannot be told apart; read as {layout}")
+        if len(self.zones) == 1:
+            layout = layout.replace("%z", self.zones.pop())
+        elif self.zones:  # they are written in UTC, where local days begin at any hour and minute
+            notes.append(f"{self.place}: has times of several offsets; new ones are in UTC")
+            self.step = max(self.step, MINUTES)
         return self._make("date", format=layout, step=STEPS[self.step])
 
     def _text(self, present: int) -> Column:

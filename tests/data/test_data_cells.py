@@ -112,3 +112,27 @@ def test_filled_cells_have_the_type_of_the_others(tmp_path: Path, cells: pa.Arra
     full = pq.read_table(tmp_path / "full.parquet")["x"]
     assert full.type == cells.type and full.filter(pc.is_null(cells)).unique().to_pylist() == made
     assert full.filter(pc.is_valid(cells)).to_pylist() == cells.drop_null().to_pylist()
+
+
+def times(*offsets: str) -> list[str]:
+    return [f"2024-01-{1 + i % 28:02d}T00:00:00{offsets[i % len(offsets)]}" for i in range(N)]
+
+
+@pytest.mark.parametrize("offset", ["+02:00", "-0330", "Z"])
+def test_an_offset_that_all_share_is_kept(tmp_path: Path, offset: str) -> None:
+    column, _ = through(tmp_path, times(offset))
+    assert column.kind == "date" and column.step == 86400  # of local time
+    elsewhere = read_rows(lay_down(tmp_path / "t.csv", times("+00:00")), [column]).store[0, 0]
+    ahead = {"+02:00": 7200, "-0330": -12600}
+    if offset in ahead:
+        assert elsewhere == pd.Timestamp("2024-01-01").timestamp() + ahead[offset]
+
+
+def test_times_of_several_offsets_are_written_in_utc(tmp_path: Path) -> None:
+    cells = times("+02:00", "-03:30")
+    data, _ = read_table(lay_down(tmp_path / "t.csv", cells))
+    again = write_table(tmp_path / "again.csv", data.columns, data.store)
+    written = pd.read_csv(again)["x"]
+    assert written[0] == "2023-12-31T22:00:00+00:00" and written[1] == "2024-01-02T03:30:00+00:00"
+    np.testing.assert_array_equal(read_rows(again, data.columns).store, data.store)
+    assert any("several offsets; new ones are in UTC" in note for note in data.notes)
