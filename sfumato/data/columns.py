@@ -24,7 +24,8 @@ Values = NDArray[np.float64]
 pc: Any = Late("pyarrow.compute")  # a type checker sees none of its functions: they are made while it is imported
 
 # what stands for a missing cell, in small letters and without blanks around it
-MARKERS = ("", "na", "n/a", "#n/a", "nan", "<na>", "nat", "?", "null", "none")
+MARKERS = ("", "na", "n/a", "#n/a", "nan", "<na>", "nat", "?", "null")
+OTHER_MARKERS = (*MARKERS, "none")  # in columns of other things than texts, where "none" is no text like another
 INTEGER = r"^-?(0|[1-9]\d*)$"
 PADDED = r"^[+-]?0\d"
 FEW_VALUES, REPEATED = 20, 20  # so many numbers, each in so many rows on average, are levels like those of a category
@@ -99,12 +100,17 @@ def spikes(known: Values) -> tuple[list[float], bool]:
     return np.sort(value[shared][most]).tolist(), True
 
 
-def blanks(cells: pa.Array) -> pa.BooleanArray:
+def markers(kind: Kind) -> tuple[str, ...]:
+    """What stands for a missing cell in a column of this kind, in small letters."""
+    return MARKERS if kind == "category" else OTHER_MARKERS
+
+
+def blanks(cells: pa.Array, markers: Sequence[str] = OTHER_MARKERS) -> pa.BooleanArray:
     """Which cells (texts or numbers) are missing."""
     if pa.types.is_floating(cells.type):
         return pc.is_null(cells, nan_is_null=True)
     small = pc.utf8_lower(pc.utf8_trim_whitespace(cells))
-    marked = pc.is_in(small, value_set=pa.array(MARKERS))
+    marked = pc.is_in(small, value_set=pa.array(markers))
     return pc.or_(pc.is_null(cells), marked)
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ..choice import nearest
 from ..errors import UserError
-from .columns import MARKERS, Column, Values, modelled, seconds
+from .columns import Column, Values, markers, modelled, seconds
 
 Accepts = Callable[[Values], NDArray[np.bool_]]
 Compare = Callable[[Values, float], NDArray[np.bool_]]
@@ -72,7 +72,7 @@ def _read(columns: Sequence[Column], text: str) -> tuple[int, str, float | None]
     if name not in names:
         raise UserError(f"--where {text}: no column {name!r}; {nearest(name, names)}")
     j = names.index(name)
-    if sign in ("=", "!=") and wanted.lower() in MARKERS and wanted not in columns[j].levels:
+    if sign in ("=", "!=") and wanted.lower() in markers(columns[j].kind) and wanted not in columns[j].levels:
         return j, sign, None
     return j, sign, _value(columns[j], sign, wanted, text)
 

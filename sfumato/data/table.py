@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..types import Batch
 from .base import Index, split
 from .cache import allocate
-from .columns import Column, Values, blanks, encode, modelled, spikes
+from .columns import Column, Values, blanks, encode, markers, modelled, spikes
 from .files import first_few, inventory
 from .late import Late
 from .rows import DELIMITERS, TABLE, Dialect, TableFile, open_table
@@ -235,6 +235,9 @@ def _infer(
         raise UserError(f"{files[few].path}: has {counts[few]} rows; at least {wanted} are needed", code=1)
     columns = [tally.column(tally.name in categorical, notes) for tally in tallies.values()]
     _say_unmodelled(columns, first.path, notes)
+    marked = [f"{column.missing!r} in {column.name!r}" for column in columns if column.missing]
+    if marked:
+        notes.append(f"{first.path}: read as missing: {first_few(marked)}")
     return columns, counts
 
 
@@ -264,8 +267,8 @@ def _fill(store: Values, columns: list[Column], file: TableFile, notes: list[str
                 found = str(error).splitlines()[0]
                 raise UserError(f"{file.path}: column {column.name!r} should hold numbers ({found})", code=1) from error
             store[start : start + len(values), k] = values
-            unknown = int(np.isnan(values).sum()) - int(blanks(cells[column.name]).sum().as_py() or 0)
-            lost[column.name] = lost.get(column.name, 0) + unknown
+            there = ~blanks(cells[column.name], markers(column.kind)).to_numpy(zero_copy_only=False)
+            lost[column.name] = lost.get(column.name, 0) + int((np.isnan(values) & there).sum())
         start += len(piece[0])
     strange = [f"{name!r} ({count})" for name, count in lost.items() if count > 0]
     if strange:

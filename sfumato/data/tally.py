@@ -12,12 +12,15 @@ The rules, in this order (`Tally.column`):
 6. Texts without missing cells that differ in every row, at most 64 letters and not sentences: an id.
 7. At most 10,000 texts, each in two rows on average: a category. Rare ones stay.
 8. Anything else cannot be modelled, and is refused.
+
+Cells that hold a word such as NA are missing, except in categories: there one way of writing it is (`missing_text`).
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -27,6 +30,7 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from .columns import (
     INTEGER,
+    MARKERS,
     NUMBER,
     PADDED,
     ZONE,
@@ -80,7 +84,7 @@ class Tally:
 
     def __init__(self, name: str, where: object, dtype: str | None = None, decimal: str = ".") -> None:
         self.name, self.place, self.dtype, self.decimal = name, f"{where}: column {name!r}", dtype, decimal
-        self.rows, self.markers = 0, Counter[str]()
+        self.rows, self.nulls, self.markers = 0, 0, Counter[str]()  # markers: texts that stand for a missing cell
         self.levels: Counter[str] | None = Counter()  # None: too many
         self.hashes: list[NDArray[np.uint64]] | None = []  # of the cells of one file; None: some are equal or missing
         self.number, self.point, self.decimals, self.low, self.high = True, True, 0, np.inf, -np.inf
@@ -96,8 +100,10 @@ class Tally:
         here = cells.filter(pc.invert(blank))
         self.rows += len(cells)
         if len(here) < len(cells):
-            marks = cells.filter(blank).cast(pa.string()).fill_null("").value_counts()
-            self.markers.update({item["values"]: item["counts"] for item in marks.to_pylist()})
+            marks = cells.filter(blank)
+            marks = marks.slice(0, 0) if pa.types.is_floating(cells.type) else marks.drop_null()
+            self.nulls += len(cells) - len(here) - len(marks)
+            self.markers.update({item["values"]: item["counts"] for item in marks.value_counts().to_pylist()})
         if len(here):
             counted = here.value_counts()
             different, counts = counted.field("values"), counted.field("counts")
@@ -105,17 +111,30 @@ class Tally:
             self._kinds(different, counts)
 
     @property
+    def whole(self) -> bool:
+        """Whether no cell is missing."""
+        return not self.nulls and not self.markers
+
+    @property
     def missing(self) -> str | None:
-        """The most frequent way in which a missing cell is written."""
-        if not self.markers:
-            return None
-        marker = min(self.markers, key=lambda text: (-self.markers[text], text))
-        return "" if self.dtype else marker
+        """The most frequent way in which a missing cell is written: "" for the nulls of Parquet."""
+        return None if self.whole else "" if self.dtype else self._most(self.markers)
+
+    @property
+    def missing_text(self) -> str | None:
+        """The one way in which a missing text is written: null in Parquet; else empty, or where none is a word."""
+        if self.dtype:
+            return "" if self.nulls else None
+        markers = [text for text in self.markers if text.strip().lower() in MARKERS]
+        return self._most([text for text in markers if not text.strip()] or markers)
+
+    def _most(self, markers: Iterable[str]) -> str | None:
+        return min(markers, key=lambda text: (-self.markers[text], text), default=None)
 
     @property
     def unique(self) -> bool:
         """Whether the cells of each file differ, and none is missing."""
-        return self.hashes is not None and not self.markers
+        return self.hashes is not None and self.whole
 
     def _count(self, different: pa.Array, counts: pa.Array, unique: bool) -> None:
         if unique and self.hashes is not None:
@@ -214,15 +233,15 @@ class Tally:
         return column
 
     def _column(self, forced: bool, notes: list[str]) -> Column:
-        present = self.rows - self.markers.total()
+        present = self.rows - self.nulls - self.markers.total()
         if not present:
             return self._make("constant")
         if self.dtype and self.dtype.startswith(("timestamp", "date")):
             self._as_dates()
-        if self.levels is not None and len(self.levels) == 1 and not self.markers:
+        if self.levels is not None and len(self.levels) == 1 and self.whole:
             return self._make("constant", value=next(iter(self.levels)))
         pair = self._pair()
-        if pair:
+        if pair and (self.whole or not forced):
             return self._make("boolean", levels=pair)
         if forced:
             return self._category()
@@ -256,9 +275,14 @@ class Tally:
         if self.levels is None:
             advice = "too many for a category; leave the column out"
             raise UserError(f"{self.place} holds more than {MOST_LEVELS:,} different texts: {advice}", code=1)
-        # a second way of writing "missing" is kept apart, as a level: it may well mean something else
-        counts = self.levels + Counter({text: n for text, n in self.markers.items() if text != self.missing})
-        return self._make("category", levels=sorted(counts, key=lambda text: (-counts[text], text)))
+        counts = self._texts()
+        levels = sorted(counts, key=lambda text: (-counts[text], text))
+        return self._make("category", levels=levels, missing=self.missing_text)
+
+    def _texts(self) -> Counter[str]:
+        """The levels of a category. A second way of writing "missing" is one: it may well mean something else."""
+        gone = None if self.dtype else self.missing_text
+        return (self.levels or Counter()) + Counter({text: n for text, n in self.markers.items() if text != gone})
 
     def _numeric(self, present: int) -> Column:
         if self.decimals != 0:
@@ -289,7 +313,8 @@ class Tally:
             raise UserError(f"{self.place} holds numbers, and also {self.odd!r}; {advice}", code=1)
         if self.unique and self.longest <= LONGEST_ID and self.spaces < 2 * present:
             return self._make("id", format=self._pattern())
-        if self.levels is not None and len(self.levels) <= present / 2:
+        texts = self._texts()
+        if self.levels is not None and len(texts) <= texts.total() / 2:
             return self._category()
         count = f"more than {MOST_LEVELS:,}" if self.levels is None else f"{len(self.levels):,}"
         advice = "leave the column out, or name it in --categorical if these are classes"

@@ -136,3 +136,60 @@ def test_times_of_several_offsets_are_written_in_utc(tmp_path: Path) -> None:
     assert written[0] == "2023-12-31T22:00:00+00:00" and written[1] == "2024-01-02T03:30:00+00:00"
     np.testing.assert_array_equal(read_rows(again, data.columns).store, data.store)
     assert any("several offsets; new ones are in UTC" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "missing", "levels"),
+    [
+        (["none", "basic", "full"], None, ["basic", "full", "none"]),  # a level like another
+        (["none", "basic", ""], "", ["basic", "none"]),
+        (["NA", "UK", "DE"], "NA", ["DE", "UK"]),
+        (["NA", "UK", ""], "", ["NA", "UK"]),  # empty cells are what is missing: NA may be Namibia
+        (["NA", "UK", "?", "?"], "?", ["NA", "UK"]),
+        (["yes", "no", "none"], "none", ["no", "yes"]),
+        (["1", "2", "none"], None, ["1", "2", "none"]),
+        (["none", "none", "basic"], None, ["none", "basic"]),
+    ],
+)
+def test_which_words_are_missing(tmp_path: Path, words: list[str], missing: str | None, levels: list[str]) -> None:
+    column, data = through(tmp_path, [words[i % len(words)] for i in range(N)])
+    assert column.missing == missing and column.levels == levels
+    assert any(f"read as missing: {missing!r} in 'x'" in note for note in data.notes) == bool(missing)
+
+
+def test_words_of_a_category_that_is_asked_for(tmp_path: Path) -> None:
+    cells = [["yes", "no", "none"][i % 3] for i in range(N)]
+    column, _ = through(tmp_path, cells, categorical=["x"])
+    assert column.missing is None and column.levels == ["no", "none", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("number", "markers"), [("{}", ["none", "NA"]), ("2.{}", ["?", "null"]), ("2024-01-{:02d}", ["None", "nat"])]
+)
+def test_missing_numbers_and_dates(tmp_path: Path, number: str, markers: list[str]) -> None:
+    cells = [markers[i % 5] if i % 5 < 2 else number.format(1 + i % 28) for i in range(N)]
+    data, _ = read_table(lay_down(tmp_path / "t.csv", cells))
+    assert not data.columns[1].levels and np.isnan(data.store[:, 1]).sum() == 2 * N // 5
+
+
+@pytest.mark.parametrize(("words", "missing"), [(["", "a"], None), (["", None, "a"], ""), (["?", "a", None], "")])
+def test_texts_of_parquet_are_missing_where_they_are_null(
+    tmp_path: Path, words: list[str | None], missing: str | None
+) -> None:
+    pq.write_table(pa.table({"other": OTHER, "x": [words[i % len(words)] for i in range(N)]}), tmp_path / "t.parquet")
+    data, _ = read_table(tmp_path / "t.parquet")
+    again = write_table(tmp_path / "again.parquet", data.columns, data.store)
+    assert pq.read_table(again).equals(pq.read_table(tmp_path / "t.parquet")) and data.columns[1].missing == missing
+
+
+def test_only_missing_words_are_filled_in(tmp_path: Path) -> None:
+    words = ["none", "basic", ""]
+    source = lay_down(tmp_path / "t.csv", [words[i % 3] for i in range(N)])
+    data, _ = read_table(source)
+    full = tmp_path / "full.csv"
+    fill_table(full, [source], data.columns, np.nan_to_num(data.store), False)
+    assert pd.read_csv(full, keep_default_na=False)["x"].tolist() == ["none", "basic", "basic"] * (N // 3)
+    strange = lay_down(tmp_path / "strange.csv", ["none"] * N)
+    known = [data.columns[0], Column("x", "category", levels=["basic"], missing="")]
+    fill_table(full, [strange], known, np.zeros((N, 2)), True)
+    assert set(pd.read_csv(full, keep_default_na=False)["x"]) == {"none"}  # unknown, but there
