@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .late import Late
+from .spelling import INTEGER, NUMBER, PADDED, Spelling, number_text, numbers, pc
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,18 +22,14 @@ else:
 
 Kind = Literal["number", "integer", "category", "boolean", "date", "id", "constant"]
 Values = NDArray[np.float64]
-pc: Any = Late("pyarrow.compute")  # a type checker sees none of its functions: they are made while it is imported
 
 # what stands for a missing cell, in small letters and without blanks around it
 MARKERS = ("", "na", "n/a", "#n/a", "nan", "<na>", "nat", "?", "null")
 OTHER_MARKERS = (*MARKERS, "none")  # in columns of other things than texts, where "none" is no text like another
-INTEGER = r"^-?(0|[1-9]\d*)$"
-PADDED = r"^[+-]?0\d"
 FEW_VALUES, REPEATED = 20, 20  # so many numbers, each in so many rows on average, are levels like those of a category
 # a number in so many rows, and so many times as many as those next to it, is a level too; at most so many of them
 SPIKE_ROWS, STANDS_OUT, BESIDE, MOST_SPIKES = 25, 4, 5, 40
 ZONE = re.compile(r"(Z|[+-]\d\d:?\d\d)$")  # at the end of a time, or of the format of times that share it
-NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,10 @@ class Column:
         value: The text of a constant; None where every cell is missing.
         dtype: Arrow type in a Parquet source; None in a text file.
         point: Whether whole numbers are written with a point ("3.0").
+        digits: How many digits follow the point of each number; None where they differ.
+        decimal: The decimal mark of its numbers, where it is not that of the table.
+        thousands: What stands between groups of three digits.
+        affix: What stands around each number, as a str.format: "${}", "{} kg".
     """
 
     name: str
@@ -73,11 +74,19 @@ class Column:
     value: str | None = None
     dtype: str | None = None
     point: bool = False
+    digits: int | None = None
+    decimal: str | None = None
+    thousands: str = ""
+    affix: str = "{}"
 
     @property
     def modelled(self) -> bool:
         """Whether it is one of the D columns that training sees."""
         return self.kind not in ("id", "constant")
+
+    def spelling(self, decimal: str = ".") -> Spelling:
+        """How its numbers are spelt in a table with this decimal mark."""
+        return Spelling(self.decimal or decimal, self.thousands, self.affix)
 
 
 def modelled(columns: Sequence[Column]) -> list[Column]:
@@ -114,18 +123,6 @@ def blanks(cells: pa.Array, markers: Sequence[str] = OTHER_MARKERS) -> pa.Boolea
     return pc.or_(pc.is_null(cells), marked)
 
 
-def numbers(cells: pa.Array, decimal: str = ".") -> pa.Array:
-    """Texts as float64; missing stays missing.
-
-    Raises:
-        pyarrow.ArrowInvalid: One of them is not a number.
-    """
-    plain = pc.utf8_trim_whitespace(cells)
-    if decimal == ",":
-        plain = pc.replace_substring(plain, ",", ".")
-    return pc.cast(plain, pa.float64())
-
-
 def seconds(texts: Sequence[str], layout: str) -> Values:
     """Seconds since 1970 of dates in one strptime format; NaN where a text is not such a date.
 
@@ -152,13 +149,6 @@ def date_texts(values: Values, layout: str) -> list[str]:
     return _stamps(values).dt.strftime(layout.replace("%z", "+00:00")).tolist()
 
 
-def number_text(value: float, point: bool = False, decimal: str = ".") -> str:
-    """The shortest text that reads as this number; a whole one without point, unless `point`."""
-    whole = value.is_integer() and abs(value) <= 2**53 and not point
-    text = str(int(value)) if whole else repr(value)
-    return text.replace(".", decimal)
-
-
 def encode(column: Column, cells: pa.Array, decimal: str = ".") -> Values:
     """Cells (N,) of a modelled column as float64: NaN where they are missing, or no level or date of this column.
 
@@ -171,7 +161,7 @@ def encode(column: Column, cells: pa.Array, decimal: str = ".") -> Values:
         return cells.to_numpy(zero_copy_only=False)
     cells = pc.if_else(blanks(cells), None, cells)
     if column.kind != "date":
-        return numbers(cells, decimal).to_numpy(zero_copy_only=False)
+        return numbers(cells, column.spelling(decimal)).to_numpy(zero_copy_only=False)
     assert column.format is not None
     packed = cells.dictionary_encode()
     return _unpack(packed, seconds(packed.dictionary.to_pylist(), column.format))
@@ -249,7 +239,8 @@ def texts(column: Column, values: Values, decimal: str = ".", start: int = 0) ->
     elif column.kind == "date":
         written = date_texts(snap(column, filled), column.format or "%Y-%m-%d")
     else:
-        written = [number_text(value, column.point, decimal) for value in snap(column, filled).tolist()]
+        spelling, snapped = column.spelling(decimal), snap(column, filled).tolist()
+        written = [number_text(value, spelling, column.point, column.digits) for value in snapped]
     for i in np.flatnonzero(blank):
         written[i] = column.missing or ""
     return written

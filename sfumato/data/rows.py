@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import UserError
-from .columns import NUMBER
 from .files import first_few
 from .late import Late
+from .spelling import NUMBER
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -207,7 +207,7 @@ def _open_parquet(path: Path) -> TableFile:
         raise UserError(f"{path}: has one column only ({schema.names[0]!r}); a table needs several", code=1)
     for field in schema:
         if not _readable(field.type):
-            advice = "leave it out, or save it as numbers, texts or dates"
+            advice = f"leave it out, or save it as numbers, texts or dates (--exclude {field.name} leaves it out)"
             raise UserError(f"{path}: column {field.name!r} holds {field.type}; {advice}", code=1)
     return TableFile(path, schema.names, [str(t) for t in schema.types], Dialect(), lambda: _parquet_pieces(path))
 

@@ -7,11 +7,12 @@ The rules, in this order (`Tally.column`):
 3. Named as a category by the user: a category.
 4. All numbers: whole ones are an id if they differ in every row and are 1..n (or 0..n-1) in any order or bear a name
    such as id; a category if there are at most 10 of them, each in 10 rows on average; else integers. The others are
-   numbers. Codes with leading zeros, and whole numbers over 2^53, are texts.
-5. All dates in one of the known formats: a date.
+   numbers. Codes with leading zeros, and whole numbers over 2^53, are texts. So are numbers in other spellings, if all
+   cells have the same one: with a percent sign, a currency or a unit, a decimal comma, or marks between thousands.
+5. All dates, or times of the day, in one of the known formats: a date.
 6. Texts without missing cells that differ in every row, at most 64 letters and not sentences: an id.
 7. At most 10,000 texts, each in two rows on average: a category. Rare ones stay.
-8. Anything else cannot be modelled, and is refused.
+8. Anything else cannot be modelled, and is refused; and before 6 more than 20 texts, nearly all of them like numbers.
 
 Cells that hold a word such as NA are missing, except in categories: there one way of writing it is (`missing_text`).
 """
@@ -21,29 +22,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from .columns import (
-    INTEGER,
-    MARKERS,
-    NUMBER,
-    PADDED,
-    ZONE,
-    Column,
-    Values,
-    blanks,
-    date_texts,
-    number_text,
-    numbers,
-    pc,
-    seconds,
-)
+from .columns import MARKERS, ZONE, Column, Values, blanks, date_texts, seconds
 from .late import Late
+from .spelling import INTEGER, LIKE_NUMBER, NUMBER, PADDED, Spelling, number_text, numbers, pc, spellings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,13 +50,14 @@ ID_NAME = re.compile(
 )
 STEPS = (86400.0, 3600.0, 60.0, 1.0, 1e-3, 1e-6)
 MINUTES = 2  # their place in it
-_CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f")
+_CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p")
 FORMATS = (
-    *(f"%Y-%m-%d{t}" for t in _CLOCKS),
+    *(f"%Y-%m-%d{t}{zone}" for t in _CLOCKS for zone in ("", " UTC")),
     *(f"%Y-%m-%dT%H:%M{t}{zone}" for zone in ("", "Z", "%z") for t in ("", ":%S", ":%S.%f")),
     "%Y-%m-%d %H:%M:%S%z",
     "%Y-%m-%d %H:%M:%S.%f%z",
     *(f"{day}{t}" for day in ("%Y/%m/%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y", "%d-%m-%Y") for t in _CLOCKS),
+    *(t.strip() for t in _CLOCKS[1:]),
     *("%Y-%m", "%d-%b-%Y", "%d %b %Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y", "%m/%d/%y", "%d/%m/%y", "%d.%m.%y"),
 )
 
@@ -83,12 +73,15 @@ class Tally:
     """
 
     def __init__(self, name: str, where: object, dtype: str | None = None, decimal: str = ".") -> None:
-        self.name, self.place, self.dtype, self.decimal = name, f"{where}: column {name!r}", dtype, decimal
+        self.name, self.place, self.dtype = name, f"{where}: column {name!r}", dtype
         self.rows, self.nulls, self.markers = 0, 0, Counter[str]()  # markers: texts that stand for a missing cell
         self.levels: Counter[str] | None = Counter()  # None: too many
         self.hashes: list[NDArray[np.uint64]] | None = []  # of the cells of one file; None: some are equal or missing
-        self.number, self.point, self.decimals, self.low, self.high = True, True, 0, np.inf, -np.inf
-        self.numeric, self.odd = 0, ""  # cells that are numbers, and the first text that is none
+        self.plain = Spelling(decimal)
+        self.spellings, self.spelt = [self.plain], ""  # those that all numbers may have, and the first of them
+        self.point, self.decimals, self.low, self.high = True, 0, np.inf, -np.inf
+        self.digits: int | None = None  # behind the point of each number: None before the first, 0 where they differ
+        self.numeric, self.alike, self.odd = 0, 0, ""  # cells that are numbers, look like some; the first that does not
         self.formats, self.step = list(FORMATS), 0
         self.zones = set[str]()  # offsets of times
         self.layout: str | None = None  # of dates in Parquet
@@ -161,36 +154,59 @@ class Tally:
             self.point = self.dtype is not None and not self.dtype.startswith(("int", "uint"))
             self._take_numbers(different.to_numpy(zero_copy_only=False))
             return
-        if self._numbers(different):
+        trimmed = pc.utf8_trim_whitespace(different)
+        if self._numbers(trimmed):
             self.formats.clear()
             self.numeric += pc.sum(counts).as_py()
             return
-        trimmed = pc.utf8_trim_whitespace(different)
-        numeric = pc.match_substring_regex(trimmed, NUMBER.replace(r"\.", re.escape(self.decimal)))
+        numeric, alike = (
+            pc.match_substring_regex(trimmed, pattern)
+            for pattern in (NUMBER.replace(r"\.", re.escape(self.plain.decimal)), LIKE_NUMBER)
+        )
         self.numeric += pc.sum(pc.if_else(numeric, counts, 0)).as_py()
-        if self.number:
-            self.number = False
+        self.alike += pc.sum(pc.if_else(pc.and_not(alike, numeric), counts, 0)).as_py()
+        if self.spellings:
+            self.spellings = []
             self.odd = next(iter(trimmed.filter(pc.invert(numeric)).to_pylist()), "")
         self._dates(trimmed)
         self.sample = self.sample or trimmed[:1000].to_pylist()
         self.longest = max(self.longest, pc.max(pc.utf8_length(different)).as_py())
         self.spaces += pc.sum(pc.count_substring(trimmed, " ")).as_py()
 
-    def _numbers(self, different: pa.Array) -> bool:
-        """Whether all are numbers; then their grid and range are noted."""
-        trimmed = pc.utf8_trim_whitespace(different)
-        if not self.number or pc.any(pc.match_substring_regex(trimmed, PADDED)).as_py():
+    def _numbers(self, trimmed: pa.Array) -> bool:
+        """Whether all are numbers, in one spelling; then their grid and range are noted."""
+        if not self.spellings or pc.any(pc.match_substring_regex(trimmed, PADDED)).as_py():
             return False
-        try:
-            values = numbers(different, self.decimal).to_numpy(zero_copy_only=False)
-        except pa.ArrowInvalid:
+        values = self._values(trimmed)
+        if values is None:
             return False
         if np.abs(values).max() > 2**53 and pc.all(pc.match_substring_regex(trimmed, INTEGER)).as_py():
             return False
-        marked = pc.match_substring_regex(trimmed, f"[{re.escape(self.decimal)}eE]")
-        self.point = self.point and pc.all(marked).as_py()
+        mark = re.escape(self.spellings[0].decimal)
+        self.point = self.point and pc.all(pc.match_substring_regex(trimmed, rf"{mark}|\d[eE]")).as_py()
+        after = re.search(rf"{mark}(\d+)\D*$", trimmed[0].as_py())
+        digits = len(after[1]) if after else 0
+        same = digits and pc.all(pc.match_substring_regex(trimmed, rf"{mark}\d{{{digits}}}\D*$")).as_py()
+        self.digits = digits if same and self.digits in (None, digits) else 0
         self._take_numbers(values)
         return True
+
+    def _values(self, trimmed: pa.Array) -> Values | None:
+        """The texts as numbers, in a spelling that all until now have; None if there is none."""
+        found = self.spellings
+        if found == [self.plain]:
+            with suppress(pa.ArrowInvalid):
+                return numbers(trimmed, self.plain).to_numpy(zero_copy_only=False)
+            self.spelt = trimmed[0].as_py()
+            # cells that were plain numbers until now had nothing around them, and had no marks between thousands
+            found = [spelling for spelling in spellings(self.spelt) if spelling.affix == "{}" or not self.numeric]
+        found = [spelling for spelling in found if spelling.fits(trimmed)]
+        if not found:
+            return None
+        if self.numeric and found[0].decimal != self.spellings[0].decimal:
+            self.decimals = None  # those until now were counted by another mark
+        self.spellings = found
+        return numbers(trimmed, found[0]).to_numpy(zero_copy_only=False)
 
     def _take_numbers(self, values: Values) -> None:
         if not np.isfinite(values).all():
@@ -247,8 +263,8 @@ class Tally:
             return self._category()
         if self.layout:
             return self._make("date", step=STEPS[self.step])
-        if self.number:
-            return self._numeric(present)
+        if self.spellings:
+            return self._numeric(present, notes)
         return self._date(notes) if self.formats else self._text(present)
 
     def _make(self, kind: str, **facts: object) -> Column:
@@ -273,7 +289,7 @@ class Tally:
 
     def _category(self) -> Column:
         if self.levels is None:
-            advice = "too many for a category; leave the column out"
+            advice = f"too many for a category; leave the column out: --exclude {self.name!r}"
             raise UserError(f"{self.place} holds more than {MOST_LEVELS:,} different texts: {advice}", code=1)
         counts = self._texts()
         levels = sorted(counts, key=lambda text: (-counts[text], text))
@@ -284,16 +300,24 @@ class Tally:
         gone = None if self.dtype else self.missing_text
         return (self.levels or Counter()) + Counter({text: n for text, n in self.markers.items() if text != gone})
 
-    def _numeric(self, present: int) -> Column:
+    def _numeric(self, present: int, notes: list[str]) -> Column:
+        spelling = self.spellings[0]
+        facts: dict[str, Any] = {"point": self.point, "decimals": self.decimals}
+        if self.decimals is not None:
+            facts["digits"] = self.digits or None
+        if spelling != self.plain:
+            value = numbers(pa.array([self.spelt]), spelling)[0].as_py()
+            notes.append(f"{self.place}: {self.spelt!r} is read as {number_text(value)}")
+            facts |= spelling._asdict()
         if self.decimals != 0:
-            return self._make("number", decimals=self.decimals, point=self.point)
+            return self._make("number", **facts)
         runs = self.low in (0, 1) and self.high - self.low == present - 1
         if self.unique and (runs or ID_NAME.search(self.name.strip())):
-            return self._make("id", decimals=0, low=self.low, format="{}")
+            return self._make("id", decimals=0, low=self.low, format=spelling.affix)
         few = self.levels is not None and len(self.levels) <= FEW_INTEGERS
         if few and present >= 10 * len(self.levels or ()):
             return self._category()
-        return self._make("integer", decimals=0, point=self.point)
+        return self._make("integer", **facts)
 
     def _date(self, notes: list[str]) -> Column:
         layout = self.formats[0]
@@ -309,15 +333,21 @@ class Tally:
     def _text(self, present: int) -> Column:
         many = self.levels is None or len(self.levels) > 2 * FEW_INTEGERS
         if many and self.odd and self.numeric >= 0.9 * present:
-            advice = "correct that cell, leave it empty, or name the column in --categorical"
+            advice = "correct that cell, leave it empty, or name the column in --categorical or --exclude"
             raise UserError(f"{self.place} holds numbers, and also {self.odd!r}; {advice}", code=1)
+        if many and self.alike and self.numeric + self.alike >= 0.9 * present:
+            like = next((text for text in self.sample if re.match(LIKE_NUMBER, text)), self.sample[0])
+            advice = "write all in one way, such as 1234.5 and 12:30, or name the column in --categorical or --exclude"
+            raise UserError(
+                f"{self.place} holds numbers or times such as {like!r}, in several spellings; {advice}", code=1
+            )
         if self.unique and self.longest <= LONGEST_ID and self.spaces < 2 * present:
             return self._make("id", format=self._pattern())
         texts = self._texts()
         if self.levels is not None and len(texts) <= texts.total() / 2:
             return self._category()
         count = f"more than {MOST_LEVELS:,}" if self.levels is None else f"{len(self.levels):,}"
-        advice = "leave the column out, or name it in --categorical if these are classes"
+        advice = "leave the column out (--exclude), or name it in --categorical if these are classes"
         raise UserError(f"{self.place} holds {count} different texts in {present:,} cells, too many; {advice}", code=1)
 
     def _pattern(self) -> str:
