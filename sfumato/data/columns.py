@@ -89,6 +89,11 @@ class Column:
         return Spelling(self.decimal or decimal, self.thousands, self.affix)
 
 
+def called(name: str, names: Sequence[str]) -> str | None:
+    """The name that is meant: as it stands, or without the blanks around it; None if there is none."""
+    return name if name in names else next((known for known in names if known.strip() == name.strip()), None)
+
+
 def modelled(columns: Sequence[Column]) -> list[Column]:
     """The columns that training sees, in their order: one for each column of the values (N, D)."""
     return [column for column in columns if column.modelled]
@@ -172,19 +177,22 @@ def _unpack(packed: pa.DictionaryArray, values: Values) -> Values:
     return np.append(values, np.nan)[pc.fill_null(packed.indices, -1).to_numpy(zero_copy_only=False)]
 
 
-def _spellings(column: Column) -> dict[str, float]:
-    """Index of each level, by its text, and by the plain form of it where no other level has that."""
-    plain = {_plain(level, column.kind == "boolean"): float(k) for k, level in enumerate(column.levels)}
-    return plain | {level: float(k) for k, level in enumerate(column.levels)}
+def level_codes(column: Column, texts: Sequence[str]) -> Values:
+    """Index of each level; NaN where a text is none, as it stands or in its plain form."""
+    spelt = [_plain(level, column.kind == "boolean") for level in column.levels]
+    known = {level: float(k) for k, level in enumerate(spelt)} | {
+        level: float(k) for k, level in enumerate(column.levels)
+    }
+    found = [known.get(text, known.get(_plain(text, column.kind == "boolean"), np.nan)) for text in texts]
+    return np.array(found, np.float64)
 
 
 def _look_up(column: Column, cells: pa.Array) -> Values:
-    packed, spellings = cells.dictionary_encode(), _spellings(column)
+    packed = cells.dictionary_encode()
     words = packed.dictionary.to_pylist()
     if pa.types.is_floating(cells.type):
         words = date_texts(np.array(words), column.format) if column.format else [number_text(v) for v in words]
-    found = [spellings.get(word, spellings.get(_plain(word, column.kind == "boolean"), np.nan)) for word in words]
-    return _unpack(packed, np.array(found, np.float64))
+    return _unpack(packed, level_codes(column, words))
 
 
 def _plain(text: str, boolean: bool) -> str:

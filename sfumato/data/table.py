@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..types import Batch
 from .base import Index, split
 from .cache import allocate
-from .columns import Column, Values, blanks, encode, markers, modelled, spikes
+from .columns import Column, Values, blanks, called, encode, markers, modelled, spikes
 from .files import first_few, inventory
 from .late import Late
 from .rows import DELIMITERS, TABLE, Dialect, TableFile, open_table
@@ -134,12 +134,10 @@ def read_table(
     """
     path = Path(source).expanduser()
     files = _same_header([open_table(file) for file in table_files(path)])
-    for what, names in (("categorical", categorical), ("exclude", exclude)):
-        for name in names:
-            if name not in files[0].names:
-                raise UserError(f"{source}: {what}: no column {name!r}; {nearest(name, files[0].names)}")
+    forced = _meant(f"{source}: categorical", categorical, files[0].names)
+    left_out = _meant(f"{source}: exclude", exclude, files[0].names)
     notes = _first_notes(files[0])
-    columns, counts = _infer(files, set(categorical), set(exclude), notes)
+    columns, counts = _infer(files, forced, left_out, notes)
     data = TableData(allocate((sum(counts), len(modelled(columns))), np.float64), columns, files[0].dialect)
     start = 0
     for file, count in zip(files, counts, strict=True):
@@ -175,6 +173,15 @@ def read_rows(path: str | Path, columns: Sequence[Column]) -> TableData:
     data = TableData(allocate((count, len(modelled(columns))), np.float64), list(columns), file.dialect, notes=notes)
     _fill(data.store, data.columns, file, notes)
     return data
+
+
+def _meant(what: str, given: Sequence[str], names: Sequence[str]) -> set[str]:
+    """The columns that are meant by the names given."""
+    found = {name: called(name, names) for name in given}
+    for name, meant in found.items():
+        if meant is None:
+            raise UserError(f"{what}: no column {name!r}; {nearest(name, names)}")
+    return {meant for meant in found.values() if meant is not None}
 
 
 def table_files(path: Path) -> list[Path]:

@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from sfumato.data import Dialect, read_rows, read_table
+from sfumato.data import Dialect, condition, read_rows, read_table
 from sfumato.data.spelling import Spelling, number_text, numbers
 from sfumato.errors import UserError
 from tests.data.test_data_cells import N, lay_down, through
@@ -56,6 +56,7 @@ def test_other_programs_leave_out_what_stands_around(tmp_path: Path) -> None:
     column, _ = through(tmp_path, [f"${value:,.2f}" for value in VALUES])
     plain = read_rows(lay_down(tmp_path / "t.csv", [str(value) for value in VALUES]), [column])
     assert plain.store[:, 0].tolist() == VALUES
+    assert condition([column], ["x>$1,000"])(plain.store).tolist() == [value > 1000 for value in VALUES]
 
 
 @pytest.mark.parametrize(
