@@ -21,7 +21,7 @@ from .cache import allocate
 from .columns import Column, Values, blanks, called, encode, markers, modelled, spikes
 from .files import first_few, inventory
 from .late import Late
-from .rows import DELIMITERS, TABLE, Dialect, TableFile, open_table
+from .rows import DELIMITERS, TABLE, Dialect, TableFile, check_readable, open_table
 from .tally import Tally
 
 if TYPE_CHECKING:
@@ -136,6 +136,8 @@ def read_table(
     files = _same_header([open_table(file) for file in table_files(path)])
     forced = _meant(f"{source}: categorical", categorical, files[0].names)
     left_out = _meant(f"{source}: exclude", exclude, files[0].names)
+    for file in files:
+        check_readable(file, set(file.names) - left_out)
     notes = _first_notes(files[0])
     columns, counts = _infer(files, forced, left_out, notes)
     data = TableData(allocate((sum(counts), len(modelled(columns))), np.float64), columns, files[0].dialect)
@@ -160,6 +162,7 @@ def read_rows(path: str | Path, columns: Sequence[Column]) -> TableData:
         UserError: The file is no table, lacks a column, or has text where a number should be.
     """
     file = open_table(Path(path).expanduser())
+    check_readable(file, {column.name for column in modelled(columns)})
     lacking = [column.name for column in modelled(columns) if column.name not in file.names]
     if lacking:
         raise UserError(f"{path}: lacks the column{'s' * (len(lacking) > 1)} {first_few(map(repr, lacking))}", code=1)
@@ -177,11 +180,13 @@ def read_rows(path: str | Path, columns: Sequence[Column]) -> TableData:
 
 def _meant(what: str, given: Sequence[str], names: Sequence[str]) -> set[str]:
     """The columns that are meant by the names given."""
-    found = {name: called(name, names) for name in given}
-    for name, meant in found.items():
+    found = set[str]()
+    for name in given:
+        meant = called(name, names)
         if meant is None:
             raise UserError(f"{what}: no column {name!r}; {nearest(name, names)}")
-    return {meant for meant in found.values() if meant is not None}
+        found.add(meant)
+    return found
 
 
 def table_files(path: Path) -> list[Path]:

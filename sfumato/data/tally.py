@@ -46,7 +46,8 @@ MOST_DECIMALS = 9
 LONGEST_ID = 64  # letters
 PAIRS = (("false", "true"), ("no", "yes"), ("f", "t"), ("n", "y"), ("off", "on"), ("0", "1"), ("0.0", "1.0"))
 ID_NAME = re.compile(
-    r"(^|[^a-z])(id|no|nr|index|key|row|rowid|row_?num(ber)?|uuid|guid)$|^unnamed: 0$|^$", re.IGNORECASE
+    r"(^|[^a-z])(id|no|nr|index|key|row|rowid|row_?num(ber)?|uuid|guid)$|^unnamed: 0$|^__index_level_\d+__$|^$",
+    re.IGNORECASE,
 )
 STEPS = (86400.0, 3600.0, 60.0, 1.0, 1e-3, 1e-6)
 MINUTES = 2  # their place in it

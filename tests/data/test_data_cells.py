@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sfumato.data import Column, TableData, fill_table, read_rows, read_table, write_table
+from sfumato.errors import UserError
 
 N = 60
 OTHER = [str(i * 37 % 101) for i in range(N)]
@@ -193,3 +194,26 @@ def test_only_missing_words_are_filled_in(tmp_path: Path) -> None:
     known = [data.columns[0], Column("x", "category", levels=["basic"], missing="")]
     fill_table(full, [strange], known, np.zeros((N, 2)), True)
     assert set(pd.read_csv(full, keep_default_na=False)["x"]) == {"none"}  # unknown, but there
+
+
+def test_columns_that_cannot_be_read_may_be_left_out(tmp_path: Path) -> None:
+    tag = pa.array([[i] for i in range(N)])
+    at = pa.array([datetime.time(1, i) for i in range(N)])
+    numbers = pa.array([i * i % 83 if i % 4 else None for i in range(N)])
+    pq.write_table(pa.table({"tag": tag, "at": at, "x": numbers}), tmp_path / "t.parquet")
+    data, _ = read_table(tmp_path / "t.parquet", exclude=["tag", "at"])
+    assert [column.name for column in data.columns] == ["x"]
+    again = read_rows(tmp_path / "t.parquet", data.columns)
+    np.testing.assert_array_equal(again.store, data.store)
+    fill_table(tmp_path / "full.parquet", [tmp_path / "t.parquet"], data.columns, np.nan_to_num(data.store), False)
+    full = pq.read_table(tmp_path / "full.parquet")
+    assert full["tag"].to_pylist() == tag.to_pylist() and full["x"].null_count == 0
+    with pytest.raises(UserError, match=r"column 'at' holds time64\[us\]; leave it out.*--exclude at"):
+        read_table(tmp_path / "t.parquet", exclude=["tag"])
+
+
+def test_an_index_of_pandas_names_the_rows(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"x": np.arange(N) ** 2 % 83}, index=100 + 3 * np.arange(N))
+    frame.to_parquet(tmp_path / "t.parquet")
+    data, _ = read_table(tmp_path / "t.parquet")
+    assert {column.name: column.kind for column in data.columns} == {"x": "integer", "__index_level_0__": "id"}
