@@ -4,7 +4,7 @@ from .animate import animation
 from .base import Data, Joined, split
 from .builtin import BUILTINS, read_builtin
 from .cache import LatentCache, cache_root, latent_key
-from .columns import Column, modelled, on_grid
+from .columns import Column, called, modelled, on_grid
 from .conditions import condition, equalities, level_of
 from .fill import check_fill_target, fill_table
 from .histograms import histograms
@@ -36,6 +36,7 @@ __all__ = [
     "TableData",
     "animation",
     "cache_root",
+    "called",
     "check_file_target",
     "check_fill_target",
     "check_images_target",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .late import Late
+from .spelling import INTEGER, NUMBER, PADDED, Spelling, number_text, numbers, pc
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,16 +22,14 @@ else:
 
 Kind = Literal["number", "integer", "category", "boolean", "date", "id", "constant"]
 Values = NDArray[np.float64]
-pc: Any = Late("pyarrow.compute")  # a type checker sees none of its functions: they are made while it is imported
 
 # what stands for a missing cell, in small letters and without blanks around it
-MARKERS = ("", "na", "n/a", "#n/a", "nan", "<na>", "nat", "?", "null", "none")
-INTEGER = r"^-?(0|[1-9]\d*)$"
-PADDED = r"^[+-]?0\d"
+MARKERS = ("", "na", "n/a", "#n/a", "nan", "<na>", "nat", "?", "null")
+OTHER_MARKERS = (*MARKERS, "none")  # in columns of other things than texts, where "none" is no text like another
 FEW_VALUES, REPEATED = 20, 20  # so many numbers, each in so many rows on average, are levels like those of a category
 # a number in so many rows, and so many times as many as those next to it, is a level too; at most so many of them
 SPIKE_ROWS, STANDS_OUT, BESIDE, MOST_SPIKES = 25, 4, 5, 40
-NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+ZONE = re.compile(r"(Z|[+-]\d\d:?\d\d)$")  # at the end of a time, or of the format of times that share it
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Column:
     Args:
         name: As in the header.
         kind: "number" and "integer" are kept as they are, "category" and "boolean" as the index of their level, "date"
-            as seconds since 1970 (UTC). "id" (a name of the row) and "constant" carry no information: not modelled.
+            as seconds since 1970 (of UTC, or of the local time whose offset all share). "id" (a name of the row) and
+            "constant" carry no information: not modelled.
         levels: The categories as written in the source, most frequent first; a boolean's are false, then true.
         missing: How a missing cell is written; None where the column has none.
         decimals: Numbers lie on a grid of so many decimals (0 for integers); None where they are continuous.
@@ -48,10 +49,15 @@ class Column:
         spikes: Values of a number or date that far more rows of the training part share than those beside them, rising.
         other: Whether a number or date has other values than these.
         step: Grid of dates in seconds: 86400 for days, 60 for minutes, 1, 0.001, 0.000001.
-        format: Of dates the strptime format; of ids the str.format of a running number.
+        format: Of dates, and of levels and constants that are dates in Parquet, the strptime format; of ids the
+            str.format of a running number.
         value: The text of a constant; None where every cell is missing.
         dtype: Arrow type in a Parquet source; None in a text file.
         point: Whether whole numbers are written with a point ("3.0").
+        digits: How many digits follow the point of each number; None where they differ.
+        decimal: The decimal mark of its numbers, where it is not that of the table.
+        thousands: What stands between groups of three digits.
+        affix: What stands around each number, as a str.format: "${}", "{} kg".
     """
 
     name: str
@@ -68,11 +74,24 @@ class Column:
     value: str | None = None
     dtype: str | None = None
     point: bool = False
+    digits: int | None = None
+    decimal: str | None = None
+    thousands: str = ""
+    affix: str = "{}"
 
     @property
     def modelled(self) -> bool:
         """Whether it is one of the D columns that training sees."""
         return self.kind not in ("id", "constant")
+
+    def spelling(self, decimal: str = ".") -> Spelling:
+        """How its numbers are spelt in a table with this decimal mark."""
+        return Spelling(self.decimal or decimal, self.thousands, self.affix)
+
+
+def called(name: str, names: Sequence[str]) -> str | None:
+    """The name that is meant: as it stands, or without the blanks around it; None if there is none."""
+    return name if name in names else next((known for known in names if known.strip() == name.strip()), None)
 
 
 def modelled(columns: Sequence[Column]) -> list[Column]:
@@ -95,41 +114,44 @@ def spikes(known: Values) -> tuple[list[float], bool]:
     return np.sort(value[shared][most]).tolist(), True
 
 
-def blanks(cells: pa.Array) -> pa.BooleanArray:
+def markers(kind: Kind) -> tuple[str, ...]:
+    """What stands for a missing cell in a column of this kind, in small letters."""
+    return MARKERS if kind == "category" else OTHER_MARKERS
+
+
+def blanks(cells: pa.Array, markers: Sequence[str] = OTHER_MARKERS) -> pa.BooleanArray:
     """Which cells (texts or numbers) are missing."""
     if pa.types.is_floating(cells.type):
         return pc.is_null(cells, nan_is_null=True)
     small = pc.utf8_lower(pc.utf8_trim_whitespace(cells))
-    marked = pc.is_in(small, value_set=pa.array(MARKERS))
+    marked = pc.is_in(small, value_set=pa.array(markers))
     return pc.or_(pc.is_null(cells), marked)
 
 
-def numbers(cells: pa.Array, decimal: str = ".") -> pa.Array:
-    """Texts as float64; missing stays missing.
-
-    Raises:
-        pyarrow.ArrowInvalid: One of them is not a number.
-    """
-    plain = pc.utf8_trim_whitespace(cells)
-    if decimal == ",":
-        plain = pc.replace_substring(plain, ",", ".")
-    return pc.cast(plain, pa.float64())
-
-
 def seconds(texts: Sequence[str], layout: str) -> Values:
-    """Seconds since 1970 of dates in one strptime format; NaN where a text is not such a date."""
+    """Seconds since 1970 of dates in one strptime format; NaN where a text is not such a date.
+
+    Where the format ends in an offset such as +02:00, they are of local time there, whatever offset a text has.
+    """
+    shared = ZONE.search(layout)
+    if shared and shared[0] != "Z":
+        ahead = datetime.strptime(shared[0], "%z").utcoffset() or timedelta()
+        return seconds(texts, ZONE.sub("%z", layout)) + ahead.total_seconds()
     stamps = pd.to_datetime(
         pd.Series(texts, dtype=object).str.strip(), format=layout, errors="coerce", utc="%z" in layout
     )
-    since = stamps.dt.tz_localize(None) - pd.Timestamp(0)
+    # in microseconds: nanoseconds end in the year 2262, and 9999-12-31 often stands for "no end"
+    since = stamps.dt.tz_localize(None).dt.as_unit("us") - pd.Timestamp(0).as_unit("us")
     return (since / pd.Timedelta(seconds=1)).to_numpy(np.float64)
 
 
-def number_text(value: float, point: bool = False, decimal: str = ".") -> str:
-    """The shortest text that reads as this number; a whole one without point, unless `point`."""
-    whole = value.is_integer() and abs(value) < 1e15 and not point
-    text = str(int(value)) if whole else repr(value)
-    return text.replace(".", decimal)
+def _stamps(values: Values) -> pd.Series:
+    return pd.Series(np.rint(values * 1e6).astype(np.int64).view("datetime64[us]"))
+
+
+def date_texts(values: Values, layout: str) -> list[str]:
+    """Seconds since 1970, none missing, as texts in one strptime format."""
+    return _stamps(values).dt.strftime(layout.replace("%z", "+00:00")).tolist()
 
 
 def encode(column: Column, cells: pa.Array, decimal: str = ".") -> Values:
@@ -139,12 +161,12 @@ def encode(column: Column, cells: pa.Array, decimal: str = ".") -> Values:
         pyarrow.ArrowInvalid: A cell of a number column is not a number.
     """
     if column.levels:
-        return _look_up(cells, _spellings(column), column.kind == "boolean")
+        return _look_up(column, cells)
     if pa.types.is_floating(cells.type):
         return cells.to_numpy(zero_copy_only=False)
     cells = pc.if_else(blanks(cells), None, cells)
     if column.kind != "date":
-        return numbers(cells, decimal).to_numpy(zero_copy_only=False)
+        return numbers(cells, column.spelling(decimal)).to_numpy(zero_copy_only=False)
     assert column.format is not None
     packed = cells.dictionary_encode()
     return _unpack(packed, seconds(packed.dictionary.to_pylist(), column.format))
@@ -155,17 +177,22 @@ def _unpack(packed: pa.DictionaryArray, values: Values) -> Values:
     return np.append(values, np.nan)[pc.fill_null(packed.indices, -1).to_numpy(zero_copy_only=False)]
 
 
-def _spellings(column: Column) -> dict[str, float]:
-    """Index of each level, by its text, and by the plain form of it where no other level has that."""
-    plain = {_plain(level, column.kind == "boolean"): float(k) for k, level in enumerate(column.levels)}
-    return plain | {level: float(k) for k, level in enumerate(column.levels)}
+def level_codes(column: Column, texts: Sequence[str]) -> Values:
+    """Index of each level; NaN where a text is none, as it stands or in its plain form."""
+    spelt = [_plain(level, column.kind == "boolean") for level in column.levels]
+    known = {level: float(k) for k, level in enumerate(spelt)} | {
+        level: float(k) for k, level in enumerate(column.levels)
+    }
+    found = [known.get(text, known.get(_plain(text, column.kind == "boolean"), np.nan)) for text in texts]
+    return np.array(found, np.float64)
 
 
-def _look_up(cells: pa.Array, spellings: dict[str, float], boolean: bool) -> Values:
+def _look_up(column: Column, cells: pa.Array) -> Values:
     packed = cells.dictionary_encode()
-    words = [v if isinstance(v, str) else number_text(v) for v in packed.dictionary.to_pylist()]
-    found = [spellings.get(word, spellings.get(_plain(word, boolean), np.nan)) for word in words]
-    return _unpack(packed, np.array(found, np.float64))
+    words = packed.dictionary.to_pylist()
+    if pa.types.is_floating(cells.type):
+        words = date_texts(np.array(words), column.format) if column.format else [number_text(v) for v in words]
+    return _unpack(packed, level_codes(column, words))
 
 
 def _plain(text: str, boolean: bool) -> str:
@@ -194,11 +221,6 @@ def _codes(column: Column, values: Values) -> NDArray[np.int64]:
     return np.clip(np.rint(values), 0, len(column.levels) - 1).astype(np.int64)
 
 
-def _stamps(column: Column, values: Values) -> pd.Series:
-    micros = np.rint(snap(column, values) * 1e6).astype(np.int64)
-    return pd.Series(micros.view("datetime64[us]"))
-
-
 def running(column: Column, count: int, start: int = 0) -> list[int]:
     """New ids of an id column for the rows from `start` on: 1, 2, 3 ..., or 0, 1, 2 ... where the source does so."""
     first = start + (0 if column.low == 0 else 1)
@@ -223,24 +245,30 @@ def texts(column: Column, values: Values, decimal: str = ".", start: int = 0) ->
     if column.levels:
         written = [column.levels[code] for code in _codes(column, filled)]
     elif column.kind == "date":
-        written = _stamps(column, filled).dt.strftime(column.format).tolist()
+        written = date_texts(snap(column, filled), column.format or "%Y-%m-%d")
     else:
-        written = [number_text(value, column.point, decimal) for value in snap(column, filled).tolist()]
+        spelling, snapped = column.spelling(decimal), snap(column, filled).tolist()
+        written = [number_text(value, spelling, column.point, column.digits) for value in snapped]
     for i in np.flatnonzero(blank):
         written[i] = column.missing or ""
     return written
 
 
+def absent(column: Column, values: Values) -> NDArray[np.bool_]:
+    """Which cells (N,) are written as missing."""
+    if column.modelled:
+        return np.isnan(values)
+    return np.full(len(values), column.kind == "constant" and column.value is None)
+
+
 def series(column: Column, values: Values) -> pd.Series:
     """Cells with the type they have, from values (N,): Int64, boolean and so on where the column has missing cells."""
-    count = len(values)
+    count, blank = len(values), absent(column, values)
     if column.kind == "constant":
-        blank, found = np.full(count, column.value is None), _objects(column, [column.value or ""]).repeat(count)
+        found = _objects(column, [column.value or ""]).repeat(count)
     elif column.kind == "id":
-        whole = column.decimals == 0
-        blank, found = np.zeros(count, bool), np.array(running(column, count) if whole else texts(column, values))
+        found = np.array(running(column, count) if column.decimals == 0 else texts(column, values))
     else:
-        blank = np.isnan(values)
         found = _typed(column, np.where(blank, 0.0, values))
     found = pd.Series(found)
     if column.missing is None and not blank.any():
@@ -253,13 +281,15 @@ def _typed(column: Column, values: Values) -> pd.Series | NDArray[Any]:
     if column.levels:
         return _objects(column, column.levels)[_codes(column, values)]
     if column.kind == "date":
-        return _stamps(column, values)
+        return _stamps(snap(column, values))
     snapped = snap(column, values)
     return snapped.astype(np.int64) if column.kind == "integer" and not column.point else snapped
 
 
 def _objects(column: Column, levels: Sequence[str]) -> NDArray[Any]:
-    """Levels as the values they stand for: booleans, integers, numbers or texts."""
+    """Levels as the values they stand for: dates, booleans, integers, numbers or texts."""
+    if column.format:
+        return _stamps(seconds(levels, column.format)).to_numpy()
     plain = [level.strip().lower() for level in levels]
     words = column.dtype is not None and "string" in column.dtype
     if not words and not any(re.match(PADDED, text) for text in plain):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UserError
-from .columns import Column, Values, blanks, encode, modelled, pc, series, texts
+from .columns import Column, Values, blanks, encode, markers, modelled, pc, texts
 from .late import Late
 from .rows import Dialect, TableFile, open_table, plain
 from .table_write import arrow_cells, check_table_target, is_parquet, text_writer
@@ -92,7 +92,8 @@ def _filled_rows(
 
 def _empty(column: Column, cells: pa.Array, decimal: str = ".") -> Any:
     """Which cells (N,) are missing; a text that merely is not known to the model is not."""
-    return np.isnan(encode(column, cells, decimal)) & blanks(cells).to_numpy(zero_copy_only=False)
+    blank = blanks(cells, markers(column.kind)).to_numpy(zero_copy_only=False)
+    return np.isnan(encode(column, cells, decimal)) & blank
 
 
 def _filled_parquet(sources: Sequence[Path], known: dict[str, tuple[Column, Values]]) -> pa.Table:
@@ -106,6 +107,6 @@ def _filled_parquet(sources: Sequence[Path], known: dict[str, tuple[Column, Valu
             column, values = known[name]
             cells = table.column(k).combine_chunks()
             empty = pa.array(_empty(column, plain(cells)))
-            made = arrow_cells(series(column, np.where(empty, values, np.nan)), column.dtype).cast(cells.type)
+            made = arrow_cells(column, np.where(empty, values, np.nan), cells.type)
             table = table.set_column(k, table.field(k), pc.if_else(empty, made, cells))
     return table

@@ -7,7 +7,7 @@ import csv
 import gzip
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import StringIO, TextIOWrapper
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import UserError
-from .columns import NUMBER
 from .files import first_few
 from .late import Late
+from .spelling import NUMBER
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,12 +46,15 @@ class Dialect:
 class TableFile:
     """An opened table: the columns' names, their Arrow types where the file has them, and its rows as often as wanted.
 
+    Columns that `check_readable` refuses are as they stand in the file: lists, times and so on.
+
     Args:
         path: The file.
         names: The header.
         dtypes: Arrow type of each column; None for each column of a text file.
         dialect: Of a text file.
         pieces: Yields the rows as one array per column: texts, or float64.
+        unreadable: The columns that are neither texts nor numbers nor dates.
     """
 
     path: Path
@@ -59,6 +62,7 @@ class TableFile:
     dtypes: list[str | None]
     dialect: Dialect
     pieces: Callable[[], Iterator[list[pa.Array]]]
+    unreadable: frozenset[str] = frozenset()
 
 
 def open_table(path: Path) -> TableFile:
@@ -77,6 +81,14 @@ def open_table(path: Path) -> TableFile:
     if twice:
         raise UserError(f"{path}: two columns are called {first_few(map(repr, twice))}; rename one", code=1)
     return file
+
+
+def check_readable(file: TableFile, names: Collection[str]) -> None:
+    """Raise when one of these columns holds what no column of a table can be."""
+    for name, dtype in zip(file.names, file.dtypes, strict=True):
+        if name in file.unreadable and name in names:
+            advice = f"leave it out, or save it as numbers, texts or dates (--exclude {name} leaves it out)"
+            raise UserError(f"{file.path}: column {name!r} holds {dtype}; {advice}", code=1)
 
 
 # -- text
@@ -205,17 +217,20 @@ def _open_parquet(path: Path) -> TableFile:
         schema = file.schema_arrow
     if len(schema) == 1:
         raise UserError(f"{path}: has one column only ({schema.names[0]!r}); a table needs several", code=1)
-    for field in schema:
-        if not _readable(field.type):
-            advice = "leave it out, or save it as numbers, texts or dates"
-            raise UserError(f"{path}: column {field.name!r} holds {field.type}; {advice}", code=1)
-    return TableFile(path, schema.names, [str(t) for t in schema.types], Dialect(), lambda: _parquet_pieces(path))
+    unreadable = frozenset(field.name for field in schema if not _readable(field.type))
+    dtypes: list[str | None] = [str(kind) for kind in schema.types]
+    return TableFile(path, schema.names, dtypes, Dialect(), lambda: _parquet_pieces(path), unreadable)
 
 
 def _parquet_pieces(path: Path) -> Iterator[list[pa.Array]]:
     with _parquet_errors(path), parquet.ParquetFile(path) as file:
         for piece in file.iter_batches(batch_size=ROWS):
-            yield [plain(column) for column in piece.columns]
+            yield [plain(cells) if _readable(cells.type) else cells for cells in piece.columns]
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether it is one of Arrow's types of texts."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _readable(kind: pa.DataType) -> bool:
@@ -225,7 +240,7 @@ def _readable(kind: pa.DataType) -> bool:
         pa.types.is_integer(kind),
         pa.types.is_floating(kind),
         pa.types.is_decimal(kind),
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind),
+        is_text(kind),
         pa.types.is_timestamp(kind) or pa.types.is_date(kind),
         pa.types.is_null(kind),
     )

@@ -18,10 +18,10 @@ from ..errors import UserError
 from ..types import Batch
 from .base import Index, split
 from .cache import allocate
-from .columns import Column, Values, blanks, encode, modelled, spikes
+from .columns import Column, Values, blanks, called, encode, markers, modelled, spikes
 from .files import first_few, inventory
 from .late import Late
-from .rows import DELIMITERS, TABLE, Dialect, TableFile, open_table
+from .rows import DELIMITERS, TABLE, Dialect, TableFile, check_readable, open_table
 from .tally import Tally
 
 if TYPE_CHECKING:
@@ -150,12 +150,12 @@ def read_table(
     """
     path = Path(source).expanduser()
     files = _same_header([open_table(file) for file in table_files(path)])
-    for what, names in (("categorical", categorical), ("exclude", exclude)):
-        for name in names:
-            if name not in files[0].names:
-                raise UserError(f"{source}: {what}: no column {name!r}; {nearest(name, files[0].names)}")
+    forced = _meant(f"{source}: categorical", categorical, files[0].names)
+    left_out = _meant(f"{source}: exclude", exclude, files[0].names)
+    for file in files:
+        check_readable(file, set(file.names) - left_out)
     notes = _first_notes(files[0])
-    columns, counts = _infer(files, set(categorical), set(exclude), notes)
+    columns, counts = _infer(files, forced, left_out, notes)
     data = TableData(allocate((sum(counts), len(modelled(columns))), np.float64), columns, files[0].dialect)
     start = 0
     for file, count in zip(files, counts, strict=True):
@@ -179,6 +179,7 @@ def read_rows(path: str | Path, columns: Sequence[Column]) -> TableData:
         UserError: The file is no table, lacks a column, or has text where a number should be.
     """
     file = open_table(Path(path).expanduser())
+    check_readable(file, {column.name for column in modelled(columns)})
     lacking = [column.name for column in modelled(columns) if column.name not in file.names]
     if lacking:
         raise UserError(f"{path}: lacks the column{'s' * (len(lacking) > 1)} {first_few(map(repr, lacking))}", code=1)
@@ -203,6 +204,17 @@ def hold_out(data: TableData, fraction: float) -> tuple[TableData, TableData]:
 def _hashed(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _meant(what: str, given: Sequence[str], names: Sequence[str]) -> set[str]:
+    """The columns that are meant by the names given."""
+    found = set[str]()
+    for name in given:
+        meant = called(name, names)
+        if meant is None:
+            raise UserError(f"{what}: no column {name!r}; {nearest(name, names)}")
+        found.add(meant)
+    return found
 
 
 def table_files(path: Path) -> list[Path]:
@@ -263,6 +275,9 @@ def _infer(
         raise UserError(f"{files[few].path}: has {counts[few]} rows; at least {wanted} are needed", code=1)
     columns = [tally.column(tally.name in categorical, notes) for tally in tallies.values()]
     _say_unmodelled(columns, first.path, notes)
+    marked = [f"{column.missing!r} in {column.name!r}" for column in columns if column.missing]
+    if marked:
+        notes.append(f"{first.path}: read as missing: {first_few(marked)}")
     return columns, counts
 
 
@@ -292,8 +307,8 @@ def _fill(store: Values, columns: list[Column], file: TableFile, notes: list[str
                 found = str(error).splitlines()[0]
                 raise UserError(f"{file.path}: column {column.name!r} should hold numbers ({found})", code=1) from error
             store[start : start + len(values), k] = values
-            unknown = int(np.isnan(values).sum()) - int(blanks(cells[column.name]).sum().as_py() or 0)
-            lost[column.name] = lost.get(column.name, 0) + unknown
+            there = ~blanks(cells[column.name], markers(column.kind)).to_numpy(zero_copy_only=False)
+            lost[column.name] = lost.get(column.name, 0) + int((np.isnan(values) & there).sum())
         start += len(piece[0])
     strange = [f"{name!r} ({count})" for name, count in lost.items() if count > 0]
     if strange:

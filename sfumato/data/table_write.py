@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 
 from ..errors import UserError
-from .columns import Column, Values, modelled, series, texts
+from .columns import Column, Values, absent, modelled, series, texts
 from .late import Late
-from .rows import TABLE, Dialect, arrow_type
+from .rows import TABLE, Dialect, arrow_type, is_text
 from .write import check_file_target, written
 
 if TYPE_CHECKING:
@@ -113,17 +113,21 @@ def _write_lines(text: TextIO, columns: Sequence[Column], values: Values, dialec
 
 
 def _write_parquet(draft: Path, columns: Sequence[Column], values: Values) -> None:
-    arrays = [arrow_cells(series(column, v), column.dtype) for column, v in paired(columns, values)]
+    arrays = [arrow_cells(c, v, arrow_type(c.dtype) if c.dtype else None) for c, v in paired(columns, values)]
     parquet.write_table(pa.Table.from_arrays(arrays, [column.name for column in columns]), draft)
 
 
-def arrow_cells(cells: pd.Series, dtype: str | None) -> pa.Array:
-    """Cells in the Arrow type that the source had."""
-    if dtype == "null":
-        return pa.nulls(len(cells))
-    found = pa.Array.from_pandas(cells)
-    if dtype is None:
-        return found
-    kind = arrow_type(dtype)
-    packed = pa.types.is_dictionary(kind)
-    return found.cast(kind.value_type).dictionary_encode().cast(kind) if packed else found.cast(kind)
+def arrow_cells(column: Column, values: Values, kind: pa.DataType | None) -> pa.Array:
+    """Cells in an Arrow type, that of the source say; None for the one that they are of by themselves."""
+    if kind is None:
+        return pa.Array.from_pandas(series(column, values))
+    if pa.types.is_null(kind):
+        return pa.nulls(len(values))
+    if pa.types.is_dictionary(kind):
+        return arrow_cells(column, values, kind.value_type).dictionary_encode().cast(kind)
+    if is_text(kind):
+        return pa.array(texts(column, values), pa.string(), mask=absent(column, values)).cast(kind)
+    cells = pa.Array.from_pandas(series(column, values))
+    if pa.types.is_decimal(kind) and pa.types.is_integer(cells.type):
+        cells = cells.cast(pa.float64())  # an int64 goes into decimals of 19 digits or more only
+    return cells.cast(kind)

@@ -7,26 +7,32 @@ The rules, in this order (`Tally.column`):
 3. Named as a category by the user: a category.
 4. All numbers: whole ones are an id if they differ in every row and are 1..n (or 0..n-1) in any order or bear a name
    such as id; a category if there are at most 10 of them, each in 10 rows on average; else integers. The others are
-   numbers. Codes with leading zeros, and whole numbers over 2^53, are texts.
-5. All dates in one of the known formats: a date.
+   numbers. Codes with leading zeros, and whole numbers over 2^53, are texts. So are numbers in other spellings, if all
+   cells have the same one: with a percent sign, a currency or a unit, a decimal comma, or marks between thousands.
+5. All dates, or times of the day, in one of the known formats: a date.
 6. Texts without missing cells that differ in every row, at most 64 letters and not sentences: an id.
 7. At most 10,000 texts, each in two rows on average: a category. Rare ones stay.
-8. Anything else cannot be modelled, and is refused.
+8. Anything else cannot be modelled, and is refused; and before 6 more than 20 texts, nearly all of them like numbers.
+
+Cells that hold a word such as NA are missing, except in categories: there one way of writing it is (`missing_text`).
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from .columns import INTEGER, NUMBER, PADDED, Column, Values, blanks, number_text, numbers, pc, seconds
+from .columns import MARKERS, ZONE, Column, Values, blanks, date_texts, seconds
 from .late import Late
+from .spelling import INTEGER, LIKE_NUMBER, NUMBER, PADDED, Spelling, number_text, numbers, pc, spellings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,16 +46,19 @@ MOST_DECIMALS = 9
 LONGEST_ID = 64  # letters
 PAIRS = (("false", "true"), ("no", "yes"), ("f", "t"), ("n", "y"), ("off", "on"), ("0", "1"), ("0.0", "1.0"))
 ID_NAME = re.compile(
-    r"(^|[^a-z])(id|no|nr|index|key|row|rowid|row_?num(ber)?|uuid|guid)$|^unnamed: 0$|^$", re.IGNORECASE
+    r"(^|[^a-z])(id|no|nr|index|key|row|rowid|row_?num(ber)?|uuid|guid)$|^unnamed: 0$|^__index_level_\d+__$|^$",
+    re.IGNORECASE,
 )
 STEPS = (86400.0, 3600.0, 60.0, 1.0, 1e-3, 1e-6)
-_CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f")
+MINUTES = 2  # their place in it
+_CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p")
 FORMATS = (
-    *(f"%Y-%m-%d{t}" for t in _CLOCKS),
+    *(f"%Y-%m-%d{t}{zone}" for t in _CLOCKS for zone in ("", " UTC")),
     *(f"%Y-%m-%dT%H:%M{t}{zone}" for zone in ("", "Z", "%z") for t in ("", ":%S", ":%S.%f")),
     "%Y-%m-%d %H:%M:%S%z",
     "%Y-%m-%d %H:%M:%S.%f%z",
     *(f"{day}{t}" for day in ("%Y/%m/%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y", "%d-%m-%Y") for t in _CLOCKS),
+    *(t.strip() for t in _CLOCKS[1:]),
     *("%Y-%m", "%d-%b-%Y", "%d %b %Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y", "%m/%d/%y", "%d/%m/%y", "%d.%m.%y"),
 )
 
@@ -65,13 +74,18 @@ class Tally:
     """
 
     def __init__(self, name: str, where: object, dtype: str | None = None, decimal: str = ".") -> None:
-        self.name, self.place, self.dtype, self.decimal = name, f"{where}: column {name!r}", dtype, decimal
-        self.rows, self.markers = 0, Counter[str]()
+        self.name, self.place, self.dtype = name, f"{where}: column {name!r}", dtype
+        self.rows, self.nulls, self.markers = 0, 0, Counter[str]()  # markers: texts that stand for a missing cell
         self.levels: Counter[str] | None = Counter()  # None: too many
         self.hashes: list[NDArray[np.uint64]] | None = []  # of the cells of one file; None: some are equal or missing
-        self.number, self.point, self.decimals, self.low, self.high = True, True, 0, np.inf, -np.inf
-        self.numeric, self.odd = 0, ""  # cells that are numbers, and the first text that is none
+        self.plain = Spelling(decimal)
+        self.spellings, self.spelt = [self.plain], ""  # those that all numbers may have, and the first of them
+        self.point, self.decimals, self.low, self.high = True, 0, np.inf, -np.inf
+        self.digits: int | None = None  # behind the point of each number: None before the first, 0 where they differ
+        self.numeric, self.alike, self.odd = 0, 0, ""  # cells that are numbers, look like some; the first that does not
         self.formats, self.step = list(FORMATS), 0
+        self.zones = set[str]()  # offsets of times
+        self.layout: str | None = None  # of dates in Parquet
         self.longest, self.spaces, self.sample = 0, 0, list[str]()
 
     def add(self, cells: pa.Array) -> None:
@@ -80,8 +94,10 @@ class Tally:
         here = cells.filter(pc.invert(blank))
         self.rows += len(cells)
         if len(here) < len(cells):
-            marks = cells.filter(blank).cast(pa.string()).fill_null("").value_counts()
-            self.markers.update({item["values"]: item["counts"] for item in marks.to_pylist()})
+            marks = cells.filter(blank)
+            marks = marks.slice(0, 0) if pa.types.is_floating(cells.type) else marks.drop_null()
+            self.nulls += len(cells) - len(here) - len(marks)
+            self.markers.update({item["values"]: item["counts"] for item in marks.value_counts().to_pylist()})
         if len(here):
             counted = here.value_counts()
             different, counts = counted.field("values"), counted.field("counts")
@@ -89,17 +105,30 @@ class Tally:
             self._kinds(different, counts)
 
     @property
+    def whole(self) -> bool:
+        """Whether no cell is missing."""
+        return not self.nulls and not self.markers
+
+    @property
     def missing(self) -> str | None:
-        """The most frequent way in which a missing cell is written."""
-        if not self.markers:
-            return None
-        marker = min(self.markers, key=lambda text: (-self.markers[text], text))
-        return "" if self.dtype else marker
+        """The most frequent way in which a missing cell is written: "" for the nulls of Parquet."""
+        return None if self.whole else "" if self.dtype else self._most(self.markers)
+
+    @property
+    def missing_text(self) -> str | None:
+        """The one way in which a missing text is written: null in Parquet; else empty, or where none is a word."""
+        if self.dtype:
+            return "" if self.nulls else None
+        markers = [text for text in self.markers if text.strip().lower() in MARKERS]
+        return self._most([text for text in markers if not text.strip()] or markers)
+
+    def _most(self, markers: Iterable[str]) -> str | None:
+        return min(markers, key=lambda text: (-self.markers[text], text), default=None)
 
     @property
     def unique(self) -> bool:
         """Whether the cells of each file differ, and none is missing."""
-        return self.hashes is not None and not self.markers
+        return self.hashes is not None and self.whole
 
     def _count(self, different: pa.Array, counts: pa.Array, unique: bool) -> None:
         if unique and self.hashes is not None:
@@ -126,36 +155,59 @@ class Tally:
             self.point = self.dtype is not None and not self.dtype.startswith(("int", "uint"))
             self._take_numbers(different.to_numpy(zero_copy_only=False))
             return
-        if self._numbers(different):
+        trimmed = pc.utf8_trim_whitespace(different)
+        if self._numbers(trimmed):
             self.formats.clear()
             self.numeric += pc.sum(counts).as_py()
             return
-        trimmed = pc.utf8_trim_whitespace(different)
-        numeric = pc.match_substring_regex(trimmed, NUMBER.replace(r"\.", re.escape(self.decimal)))
+        numeric, alike = (
+            pc.match_substring_regex(trimmed, pattern)
+            for pattern in (NUMBER.replace(r"\.", re.escape(self.plain.decimal)), LIKE_NUMBER)
+        )
         self.numeric += pc.sum(pc.if_else(numeric, counts, 0)).as_py()
-        if self.number:
-            self.number = False
+        self.alike += pc.sum(pc.if_else(pc.and_not(alike, numeric), counts, 0)).as_py()
+        if self.spellings:
+            self.spellings = []
             self.odd = next(iter(trimmed.filter(pc.invert(numeric)).to_pylist()), "")
         self._dates(trimmed)
         self.sample = self.sample or trimmed[:1000].to_pylist()
         self.longest = max(self.longest, pc.max(pc.utf8_length(different)).as_py())
         self.spaces += pc.sum(pc.count_substring(trimmed, " ")).as_py()
 
-    def _numbers(self, different: pa.Array) -> bool:
-        """Whether all are numbers; then their grid and range are noted."""
-        trimmed = pc.utf8_trim_whitespace(different)
-        if not self.number or pc.any(pc.match_substring_regex(trimmed, PADDED)).as_py():
+    def _numbers(self, trimmed: pa.Array) -> bool:
+        """Whether all are numbers, in one spelling; then their grid and range are noted."""
+        if not self.spellings or pc.any(pc.match_substring_regex(trimmed, PADDED)).as_py():
             return False
-        try:
-            values = numbers(different, self.decimal).to_numpy(zero_copy_only=False)
-        except pa.ArrowInvalid:
+        values = self._values(trimmed)
+        if values is None:
             return False
         if np.abs(values).max() > 2**53 and pc.all(pc.match_substring_regex(trimmed, INTEGER)).as_py():
             return False
-        marked = pc.match_substring_regex(trimmed, f"[{re.escape(self.decimal)}eE]")
-        self.point = self.point and pc.all(marked).as_py()
+        mark = re.escape(self.spellings[0].decimal)
+        self.point = self.point and pc.all(pc.match_substring_regex(trimmed, rf"{mark}|\d[eE]")).as_py()
+        after = re.search(rf"{mark}(\d+)\D*$", trimmed[0].as_py())
+        digits = len(after[1]) if after else 0
+        same = digits and pc.all(pc.match_substring_regex(trimmed, rf"{mark}\d{{{digits}}}\D*$")).as_py()
+        self.digits = digits if same and self.digits in (None, digits) else 0
         self._take_numbers(values)
         return True
+
+    def _values(self, trimmed: pa.Array) -> Values | None:
+        """The texts as numbers, in a spelling that all until now have; None if there is none."""
+        found = self.spellings
+        if found == [self.plain]:
+            with suppress(pa.ArrowInvalid):
+                return numbers(trimmed, self.plain).to_numpy(zero_copy_only=False)
+            self.spelt = trimmed[0].as_py()
+            # cells that were plain numbers until now had nothing around them, and had no marks between thousands
+            found = [spelling for spelling in spellings(self.spelt) if spelling.affix == "{}" or not self.numeric]
+        found = [spelling for spelling in found if spelling.fits(trimmed)]
+        if not found:
+            return None
+        if self.numeric and found[0].decimal != self.spellings[0].decimal:
+            self.decimals = None  # those until now were counted by another mark
+        self.spellings = found
+        return numbers(trimmed, found[0]).to_numpy(zero_copy_only=False)
 
     def _take_numbers(self, values: Values) -> None:
         if not np.isfinite(values).all():
@@ -175,6 +227,9 @@ class Tally:
             if np.isnan(stamps).any():
                 self.formats.remove(layout)
             elif layout == self.formats[0]:
+                if layout.endswith("%z"):
+                    self.zones |= {ZONE.findall(text)[0] for text in found}
+                    stamps = seconds([ZONE.sub("", text) for text in found], layout.removesuffix("%z"))
                 self.step = _step(stamps, self.step)
 
     # -- what it is
@@ -195,26 +250,35 @@ class Tally:
         return column
 
     def _column(self, forced: bool, notes: list[str]) -> Column:
-        present = self.rows - self.markers.total()
+        present = self.rows - self.nulls - self.markers.total()
         if not present:
             return self._make("constant")
-        if self.levels is not None and len(self.levels) == 1 and not self.markers:
+        if self.dtype and self.dtype.startswith(("timestamp", "date")):
+            self._as_dates()
+        if self.levels is not None and len(self.levels) == 1 and self.whole:
             return self._make("constant", value=next(iter(self.levels)))
         pair = self._pair()
-        if pair:
+        if pair and (self.whole or not forced):
             return self._make("boolean", levels=pair)
         if forced:
             return self._category()
-        if self.dtype and self.dtype.startswith(("timestamp", "date")):
-            step = STEPS[self.step]
-            clock = "" if step == STEPS[0] else " %H:%M:%S" if step >= 1 else " %H:%M:%S.%f"
-            return self._make("date", format="%Y-%m-%d" + clock, step=step)
-        if self.number:
-            return self._numeric(present)
+        if self.layout:
+            return self._make("date", step=STEPS[self.step])
+        if self.spellings:
+            return self._numeric(present, notes)
         return self._date(notes) if self.formats else self._text(present)
 
     def _make(self, kind: str, **facts: object) -> Column:
-        return Column(self.name, kind, missing=self.missing, dtype=self.dtype, **facts)  # type: ignore[arg-type]
+        facts = {"missing": self.missing, "dtype": self.dtype, "format": self.layout, **facts}
+        return Column(self.name, kind, **facts)  # type: ignore[arg-type]
+
+    def _as_dates(self) -> None:
+        """Settle how the dates of Parquet, seconds until now, are written as texts; the levels are texts."""
+        step = STEPS[self.step]
+        self.layout = "%Y-%m-%d" + ("" if step == STEPS[0] else " %H:%M:%S" if step >= 1 else " %H:%M:%S.%f")
+        if self.levels:
+            spelt = date_texts(np.array(list(self.levels), np.float64), self.layout)
+            self.levels = Counter(dict(zip(spelt, self.levels.values(), strict=True)))
 
     def _pair(self) -> list[str] | None:
         """The two levels of a boolean, false first."""
@@ -226,40 +290,65 @@ class Tally:
 
     def _category(self) -> Column:
         if self.levels is None:
-            advice = "too many for a category; leave the column out"
+            advice = f"too many for a category; leave the column out: --exclude {self.name!r}"
             raise UserError(f"{self.place} holds more than {MOST_LEVELS:,} different texts: {advice}", code=1)
-        # a second way of writing "missing" is kept apart, as a level: it may well mean something else
-        counts = self.levels + Counter({text: n for text, n in self.markers.items() if text != self.missing})
-        return self._make("category", levels=sorted(counts, key=lambda text: (-counts[text], text)))
+        counts = self._texts()
+        levels = sorted(counts, key=lambda text: (-counts[text], text))
+        return self._make("category", levels=levels, missing=self.missing_text)
 
-    def _numeric(self, present: int) -> Column:
+    def _texts(self) -> Counter[str]:
+        """The levels of a category. A second way of writing "missing" is one: it may well mean something else."""
+        gone = None if self.dtype else self.missing_text
+        return (self.levels or Counter()) + Counter({text: n for text, n in self.markers.items() if text != gone})
+
+    def _numeric(self, present: int, notes: list[str]) -> Column:
+        spelling = self.spellings[0]
+        facts: dict[str, Any] = {"point": self.point, "decimals": self.decimals}
+        if self.decimals is not None:
+            facts["digits"] = self.digits or None
+        if spelling != self.plain:
+            value = numbers(pa.array([self.spelt]), spelling)[0].as_py()
+            notes.append(f"{self.place}: {self.spelt!r} is read as {number_text(value)}")
+            facts |= spelling._asdict()
         if self.decimals != 0:
-            return self._make("number", decimals=self.decimals, point=self.point)
+            return self._make("number", **facts)
         runs = self.low in (0, 1) and self.high - self.low == present - 1
         if self.unique and (runs or ID_NAME.search(self.name.strip())):
-            return self._make("id", decimals=0, low=self.low, format="{}")
+            return self._make("id", decimals=0, low=self.low, format=spelling.affix)
         few = self.levels is not None and len(self.levels) <= FEW_INTEGERS
         if few and present >= 10 * len(self.levels or ()):
             return self._category()
-        return self._make("integer", decimals=0, point=self.point)
+        return self._make("integer", **facts)
 
     def _date(self, notes: list[str]) -> Column:
         layout = self.formats[0]
         if any(other[:2] != layout[:2] for other in self.formats):
             notes.append(f"{self.place}: day and month cannot be told apart; read as {layout}")
+        if len(self.zones) == 1:
+            layout = layout.replace("%z", self.zones.pop())
+        elif self.zones:  # they are written in UTC, where local days begin at any hour and minute
+            notes.append(f"{self.place}: has times of several offsets; new ones are in UTC")
+            self.step = max(self.step, MINUTES)
         return self._make("date", format=layout, step=STEPS[self.step])
 
     def _text(self, present: int) -> Column:
         many = self.levels is None or len(self.levels) > 2 * FEW_INTEGERS
         if many and self.odd and self.numeric >= 0.9 * present:
-            advice = "correct that cell, leave it empty, or name the column in --categorical"
+            advice = "correct that cell, leave it empty, or name the column in --categorical or --exclude"
             raise UserError(f"{self.place} holds numbers, and also {self.odd!r}; {advice}", code=1)
+        if many and self.alike and self.numeric + self.alike >= 0.9 * present:
+            like = next((text for text in self.sample if re.match(LIKE_NUMBER, text)), self.sample[0])
+            advice = "write all in one way, such as 1234.5 and 12:30, or name the column in --categorical or --exclude"
+            raise UserError(
+                f"{self.place} holds numbers or times such as {like!r}, in several spellings; {advice}", code=1
+            )
         if self.unique and self.longest <= LONGEST_ID and self.spaces < 2 * present:
             return self._make("id", format=self._pattern())
-        if self.levels is not None and len(self.levels) <= present / 2:
+        texts = self._texts()
+        if self.levels is not None and len(texts) <= texts.total() / 2:
             return self._category()
         count = f"more than {MOST_LEVELS:,}" if self.levels is None else f"{len(self.levels):,}"
-        advice = "leave the column out, or name it in --categorical if these are classes"
+        advice = "leave the column out (--exclude), or name it in --categorical if these are classes"
         raise UserError(f"{self.place} holds {count} different texts in {present:,} cells, too many; {advice}", code=1)
 
     def _pattern(self) -> str:

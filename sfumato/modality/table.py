@@ -26,6 +26,7 @@ from sfumato.data import (
     Column,
     Dialect,
     TableData,
+    called,
     check_fill_target,
     check_table_target,
     condition,
@@ -264,9 +265,9 @@ class TableSorter:
             raise UserError("--unlabelled: is for images; leave open the target of a table's rows instead")
         self.columns, self.values, self.progress = modelled(given.columns), given.values, progress
         columns = [column.name for column in self.columns]
-        name = columns[-1] if target is None else target
-        if name not in columns:
-            raise UserError(f"--target {name}: no such column in the model; {nearest(name, columns)}")
+        name = columns[-1] if target is None else called(target, columns)
+        if name is None:
+            raise UserError(f"--target {target}: no such column in the model; {nearest(str(target), columns)}")
         self.target = columns.index(name)
         self.names = self.columns[self.target].levels
         if not self.names:

@@ -1,0 +1,219 @@
+"""Cells as they are spelt in files: what is read is written back in the same way."""
+
+import datetime
+import decimal
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from sfumato.data import Column, TableData, fill_table, read_rows, read_table, write_table
+from sfumato.errors import UserError
+
+N = 60
+OTHER = [str(i * 37 % 101) for i in range(N)]
+
+
+def lay_down(path: Path, cells: list[str], name: str = "x") -> Path:
+    pd.DataFrame({"other": OTHER, name: cells}).to_csv(path, index=False)
+    return path
+
+
+def through(path: Path, cells: list[str], **options: object) -> tuple[Column, TableData]:
+    """What the column `x` with these cells is, and the table; the cells must come back as they are."""
+    data, _ = read_table(lay_down(path / "t.csv", cells), **options)
+    again = write_table(path / "again.csv", data.columns, data.store, dialect=data.dialect)
+    assert pd.read_csv(again, dtype=str, keep_default_na=False)["x"].tolist() == cells
+    np.testing.assert_array_equal(read_rows(again, data.columns).store, data.store)
+    return data.columns[1], data
+
+
+@pytest.mark.parametrize(
+    ("sentinel", "layout"),
+    [("9999-12-31", "%Y-%m-%d"), ("0001-01-01", "%Y-%m-%d"), ("31/12/2999", "%d/%m/%Y")],
+)
+def test_dates_that_stand_for_none(tmp_path: Path, sentinel: str, layout: str) -> None:
+    days = pd.date_range("2024-01-15", periods=N).strftime(layout).tolist()
+    column, _ = through(tmp_path, [sentinel if i % 3 == 0 else day for i, day in enumerate(days)])
+    assert column.kind == "date" and column.format == layout and column.step == 86400
+
+
+def test_whole_numbers_stay_whole(tmp_path: Path) -> None:
+    assert through(tmp_path, [str(1_700_000_000_000_000 + i * i) for i in range(N)])[0].kind == "integer"
+
+
+def through_parquet(path: Path, cells: pa.Array, **options: object) -> tuple[Column, TableData]:
+    """Like `through`, with cells of an Arrow type, which they keep."""
+    pq.write_table(pa.table({"other": OTHER, "x": cells}), path / "t.parquet")
+    stored = pq.read_table(path / "t.parquet")["x"]
+    data, _ = read_table(path / "t.parquet", **options)
+    again = write_table(path / "again.parquet", data.columns, data.store)
+    assert pq.read_table(again)["x"].equals(stored)
+    np.testing.assert_array_equal(read_rows(again, data.columns).store, data.store)
+    written = write_table(path / "again.csv", data.columns, data.store)
+    np.testing.assert_array_equal(read_rows(written, data.columns).store, data.store)
+    return data.columns[1], data
+
+
+def day(i: int) -> datetime.datetime:
+    return datetime.datetime(2024, 1, 1 + i, 12 * (i % 2))
+
+
+ONE, TWO = [[day(i % n) for i in range(N)] for n in (1, 2)]
+WHOLE = pa.decimal128(10, 2)
+
+
+@pytest.mark.parametrize(
+    ("cells", "kind", "forced"),
+    [
+        (pa.array(ONE, pa.timestamp("ns")), "constant", False),
+        (pa.array(ONE, pa.timestamp("us", "Europe/Paris")), "constant", False),
+        (pa.array([d.date() for d in ONE]), "constant", False),
+        (pa.array(TWO, pa.timestamp("us")), "category", True),
+        (pa.array([d if i % 3 else None for i, d in enumerate(TWO)], pa.timestamp("ms")), "category", True),
+        (pa.array([d.date() for d in TWO]), "category", True),
+        (pa.array([i % 2 for i in range(N)]).cast(pa.decimal128(19, 0)).cast(pa.decimal128(1, 0)), "boolean", False),
+        (pa.array([float(i % 3) for i in range(N)]).cast(WHOLE), "category", False),
+        (pa.array([float(i + 1) for i in range(N)]).cast(WHOLE), "id", False),
+        (pa.array([7.0] * N).cast(WHOLE), "constant", False),
+        (pa.array([f"2024-01-{1 + i % 28:02d}" for i in range(N)]), "date", False),
+        (pa.array([f"{1 + i % 28:02d}.{1 + i % 12:02d}.2024" if i % 3 else None for i in range(N)]), "date", False),
+        (pa.array([f"2024-01-{1 + i % 3:02d}" for i in range(N)]).dictionary_encode(), "date", False),
+        (pa.array([f"{10 + i * i % 7}.5" for i in range(N)]), "number", False),
+    ],
+)
+def test_parquet_keeps_its_cells(tmp_path: Path, cells: pa.Array, kind: str, forced: bool) -> None:
+    assert through_parquet(tmp_path, cells, categorical=["x"] * forced)[0].kind == kind
+
+
+def test_levels_that_are_dates_read_as_dates(tmp_path: Path) -> None:
+    assert through_parquet(tmp_path, pa.array(TWO), categorical=["x"])[0].levels == [
+        "2024-01-01 00:00:00",
+        "2024-01-02 12:00:00",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cells", "made"),
+    [
+        (pa.array([float(i % 3) if i % 4 else None for i in range(N)]).cast(WHOLE), [decimal.Decimal(1)]),
+        (pa.array(["01.01.2024" if i % 3 else None for i in range(N)]), ["02.01.1970"]),
+    ],
+)
+def test_filled_cells_have_the_type_of_the_others(tmp_path: Path, cells: pa.Array, made: list[object]) -> None:
+    pq.write_table(pa.table({"other": OTHER, "x": cells}), tmp_path / "t.parquet")
+    data, _ = read_table(tmp_path / "t.parquet")
+    column, width = data.columns[1], {"date": 86400.0}
+    values = np.nan_to_num(data.store, nan=width.get(column.kind, 1.0))
+    fill_table(tmp_path / "full.parquet", [tmp_path / "t.parquet"], data.columns, values, False)
+    full = pq.read_table(tmp_path / "full.parquet")["x"]
+    assert full.type == cells.type and full.filter(pc.is_null(cells)).unique().to_pylist() == made
+    assert full.filter(pc.is_valid(cells)).to_pylist() == cells.drop_null().to_pylist()
+
+
+def times(*offsets: str) -> list[str]:
+    return [f"2024-01-{1 + i % 28:02d}T00:00:00{offsets[i % len(offsets)]}" for i in range(N)]
+
+
+@pytest.mark.parametrize("offset", ["+02:00", "-0330", "Z"])
+def test_an_offset_that_all_share_is_kept(tmp_path: Path, offset: str) -> None:
+    column, _ = through(tmp_path, times(offset))
+    assert column.kind == "date" and column.step == 86400  # of local time
+    elsewhere = read_rows(lay_down(tmp_path / "t.csv", times("+00:00")), [column]).store[0, 0]
+    ahead = {"+02:00": 7200, "-0330": -12600}
+    if offset in ahead:
+        assert elsewhere == pd.Timestamp("2024-01-01").timestamp() + ahead[offset]
+
+
+def test_times_of_several_offsets_are_written_in_utc(tmp_path: Path) -> None:
+    cells = times("+02:00", "-03:30")
+    data, _ = read_table(lay_down(tmp_path / "t.csv", cells))
+    again = write_table(tmp_path / "again.csv", data.columns, data.store)
+    written = pd.read_csv(again)["x"]
+    assert written[0] == "2023-12-31T22:00:00+00:00" and written[1] == "2024-01-02T03:30:00+00:00"
+    np.testing.assert_array_equal(read_rows(again, data.columns).store, data.store)
+    assert any("several offsets; new ones are in UTC" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "missing", "levels"),
+    [
+        (["none", "basic", "full"], None, ["basic", "full", "none"]),  # a level like another
+        (["none", "basic", ""], "", ["basic", "none"]),
+        (["NA", "UK", "DE"], "NA", ["DE", "UK"]),
+        (["NA", "UK", ""], "", ["NA", "UK"]),  # empty cells are what is missing: NA may be Namibia
+        (["NA", "UK", "?", "?"], "?", ["NA", "UK"]),
+        (["yes", "no", "none"], "none", ["no", "yes"]),
+        (["1", "2", "none"], None, ["1", "2", "none"]),
+        (["none", "none", "basic"], None, ["none", "basic"]),
+    ],
+)
+def test_which_words_are_missing(tmp_path: Path, words: list[str], missing: str | None, levels: list[str]) -> None:
+    column, data = through(tmp_path, [words[i % len(words)] for i in range(N)])
+    assert column.missing == missing and column.levels == levels
+    assert any(f"read as missing: {missing!r} in 'x'" in note for note in data.notes) == bool(missing)
+
+
+def test_words_of_a_category_that_is_asked_for(tmp_path: Path) -> None:
+    cells = [["yes", "no", "none"][i % 3] for i in range(N)]
+    column, _ = through(tmp_path, cells, categorical=["x"])
+    assert column.missing is None and column.levels == ["no", "none", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("number", "markers"), [("{}", ["none", "NA"]), ("2.{}", ["?", "null"]), ("2024-01-{:02d}", ["None", "nat"])]
+)
+def test_missing_numbers_and_dates(tmp_path: Path, number: str, markers: list[str]) -> None:
+    cells = [markers[i % 5] if i % 5 < 2 else number.format(1 + i % 28) for i in range(N)]
+    data, _ = read_table(lay_down(tmp_path / "t.csv", cells))
+    assert not data.columns[1].levels and np.isnan(data.store[:, 1]).sum() == 2 * N // 5
+
+
+@pytest.mark.parametrize(("words", "missing"), [(["", "a"], None), (["", None, "a"], ""), (["?", "a", None], "")])
+def test_texts_of_parquet_are_missing_where_they_are_null(
+    tmp_path: Path, words: list[str | None], missing: str | None
+) -> None:
+    pq.write_table(pa.table({"other": OTHER, "x": [words[i % len(words)] for i in range(N)]}), tmp_path / "t.parquet")
+    data, _ = read_table(tmp_path / "t.parquet")
+    again = write_table(tmp_path / "again.parquet", data.columns, data.store)
+    assert pq.read_table(again).equals(pq.read_table(tmp_path / "t.parquet")) and data.columns[1].missing == missing
+
+
+def test_only_missing_words_are_filled_in(tmp_path: Path) -> None:
+    words = ["none", "basic", ""]
+    source = lay_down(tmp_path / "t.csv", [words[i % 3] for i in range(N)])
+    data, _ = read_table(source)
+    full = tmp_path / "full.csv"
+    fill_table(full, [source], data.columns, np.nan_to_num(data.store), False)
+    assert pd.read_csv(full, keep_default_na=False)["x"].tolist() == ["none", "basic", "basic"] * (N // 3)
+    strange = lay_down(tmp_path / "strange.csv", ["none"] * N)
+    known = [data.columns[0], Column("x", "category", levels=["basic"], missing="")]
+    fill_table(full, [strange], known, np.zeros((N, 2)), True)
+    assert set(pd.read_csv(full, keep_default_na=False)["x"]) == {"none"}  # unknown, but there
+
+
+def test_columns_that_cannot_be_read_may_be_left_out(tmp_path: Path) -> None:
+    tag = pa.array([[i] for i in range(N)])
+    at = pa.array([datetime.time(1, i) for i in range(N)])
+    numbers = pa.array([i * i % 83 if i % 4 else None for i in range(N)])
+    pq.write_table(pa.table({"tag": tag, "at": at, "x": numbers}), tmp_path / "t.parquet")
+    data, _ = read_table(tmp_path / "t.parquet", exclude=["tag", "at"])
+    assert [column.name for column in data.columns] == ["x"]
+    again = read_rows(tmp_path / "t.parquet", data.columns)
+    np.testing.assert_array_equal(again.store, data.store)
+    fill_table(tmp_path / "full.parquet", [tmp_path / "t.parquet"], data.columns, np.nan_to_num(data.store), False)
+    full = pq.read_table(tmp_path / "full.parquet")
+    assert full["tag"].to_pylist() == tag.to_pylist() and full["x"].null_count == 0
+    with pytest.raises(UserError, match=r"column 'at' holds time64\[us\]; leave it out.*--exclude at"):
+        read_table(tmp_path / "t.parquet", exclude=["tag"])
+
+
+def test_an_index_of_pandas_names_the_rows(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"x": np.arange(N) ** 2 % 83}, index=100 + 3 * np.arange(N))
+    frame.to_parquet(tmp_path / "t.parquet")
+    data, _ = read_table(tmp_path / "t.parquet")
+    assert {column.name: column.kind for column in data.columns} == {"x": "integer", "__index_level_0__": "id"}
