@@ -61,6 +61,9 @@ class DataSettings(Section):
     categorical: Names = Field(
         default=(), description="columns that are categories though they look like numbers, such as zip,grade"
     )
+    numeric: Names = Field(
+        default=(), description="columns that are numbers though they look like categories or names of the rows"
+    )
     exclude: Names = Field(default=(), description="columns that are left out")
     skip_bad: bool = Field(default=False, description="leave out files that cannot be read, instead of stopping")
     held_out: float = Field(

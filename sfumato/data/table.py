@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from .columns import Column, Values, blanks, called, encode, markers, modelled, 
 from .files import first_few, inventory
 from .late import Late
 from .rows import DELIMITERS, TABLE, Dialect, TableFile, check_readable, open_table
-from .tally import Tally
+from .tally import Meant, Tally
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,13 +135,19 @@ def is_table(source: str | Path) -> bool:
 
 
 def read_table(
-    source: str | Path, *, categorical: Sequence[str] = (), exclude: Sequence[str] = (), held_out: float = 0.1
+    source: str | Path,
+    *,
+    categorical: Sequence[str] = (),
+    numeric: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    held_out: float = 0.1,
 ) -> tuple[TableData, TableData]:
     """Training and held-out rows of a table, with their columns found out from both (see `tally`).
 
     Args:
         source: A .csv, .tsv (also .gz) or .parquet with a header; or a folder with train.csv and, held out, test.csv.
         categorical: Columns that are categories though they look like numbers.
+        numeric: Columns that are numbers though they look like categories, or like names of the rows.
         exclude: Columns to leave out.
         held_out: Share held out where there is no test.csv: a tenth, 5,000 rows at most (see `hold_out`).
 
@@ -150,12 +156,17 @@ def read_table(
     """
     path = Path(source).expanduser()
     files = _same_header([open_table(file) for file in table_files(path)])
-    forced = _meant(f"{source}: categorical", categorical, files[0].names)
-    left_out = _meant(f"{source}: exclude", exclude, files[0].names)
+    names = files[0].names
+    meant: dict[str, Meant] = dict.fromkeys(_meant(f"{source}: categorical", categorical, names), "category")
+    for name in _meant(f"{source}: numeric", numeric, names):
+        if name in meant:
+            raise UserError(f"{source}: column {name!r} cannot be both categorical and numeric")
+        meant[name] = "number"
+    left_out = _meant(f"{source}: exclude", exclude, names)
     for file in files:
         check_readable(file, set(file.names) - left_out)
     notes = _first_notes(files[0])
-    columns, counts = _infer(files, forced, left_out, notes)
+    columns, counts = _infer(files, meant, left_out, notes)
     data = TableData(allocate((sum(counts), len(modelled(columns))), np.float64), columns, files[0].dialect)
     start = 0
     for file, count in zip(files, counts, strict=True):
@@ -250,7 +261,7 @@ def _first_notes(file: TableFile) -> list[str]:
 
 
 def _infer(
-    files: list[TableFile], categorical: set[str], exclude: set[str], notes: list[str]
+    files: list[TableFile], meant: Mapping[str, Meant], exclude: set[str], notes: list[str]
 ) -> tuple[list[Column], list[int]]:
     """What each column is, and the number of rows of each file."""
     first = files[0]
@@ -273,7 +284,7 @@ def _infer(
         few = next((i for i, count in enumerate(counts) if not count), 0)
         wanted = "a row" if few else f"{FEWEST} rows"
         raise UserError(f"{files[few].path}: has {counts[few]} rows; at least {wanted} are needed", code=1)
-    columns = [tally.column(tally.name in categorical, notes) for tally in tallies.values()]
+    columns = [tally.column(meant.get(tally.name), notes) for tally in tallies.values()]
     _say_unmodelled(columns, first.path, notes)
     marked = [f"{column.missing!r} in {column.name!r}" for column in columns if column.missing]
     if marked:

@@ -4,7 +4,7 @@ The rules, in this order (`Tally.column`):
 
 1. All cells missing, or one text and none missing: a constant.
 2. Two texts that are a pair such as false/true, no/yes, 0/1 (in one spelling): a boolean.
-3. Named as a category by the user: a category.
+3. Named by the user as a category, or as numbers: that.
 4. All numbers: whole ones are an id if they differ in every row and are 1..n (or 0..n-1) in any order or bear a name
    such as id; a category if there are at most 10 of them, each in 10 rows on average; else integers. The others are
    numbers. Codes with leading zeros, and whole numbers over 2^53, are texts. So are numbers in other spellings, if all
@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,8 @@ FORMATS = (
     *(t.strip() for t in _CLOCKS[1:]),
     *("%Y-%m", "%d-%b-%Y", "%d %b %Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y", "%m/%d/%y", "%d/%m/%y", "%d.%m.%y"),
 )
+
+Meant = Literal["category", "number"]  # what a user can say that a column is
 
 
 class Tally:
@@ -234,22 +236,22 @@ class Tally:
 
     # -- what it is
 
-    def column(self, forced: bool, notes: list[str]) -> Column:
+    def column(self, meant: Meant | None, notes: list[str]) -> Column:
         """The column, by the rules at the head of this module.
 
         Args:
-            forced: The user says that it is a category.
+            meant: What the user says that it is.
             notes: Where to put what the user should know.
 
         Raises:
             UserError: The column cannot be modelled.
         """
-        column = self._column(forced, notes)
+        column = self._column(meant, notes)
         if len(self.markers) > 1 and column.kind != "category":
             notes.append(f"{self.place}: missing cells are written in several ways, here all as {self.missing!r}")
         return column
 
-    def _column(self, forced: bool, notes: list[str]) -> Column:
+    def _column(self, meant: Meant | None, notes: list[str]) -> Column:
         present = self.rows - self.nulls - self.markers.total()
         if not present:
             return self._make("constant")
@@ -257,10 +259,12 @@ class Tally:
             self._as_dates()
         if self.levels is not None and len(self.levels) == 1 and self.whole:
             return self._make("constant", value=next(iter(self.levels)))
+        if meant == "number":
+            return self._numeric(present, notes, meant=True)
         pair = self._pair()
-        if pair and (self.whole or not forced):
+        if pair and (self.whole or not meant):
             return self._make("boolean", levels=pair)
-        if forced:
+        if meant == "category":
             return self._category()
         if self.layout:
             return self._make("date", step=STEPS[self.step])
@@ -301,7 +305,9 @@ class Tally:
         gone = None if self.dtype else self.missing_text
         return (self.levels or Counter()) + Counter({text: n for text, n in self.markers.items() if text != gone})
 
-    def _numeric(self, present: int, notes: list[str]) -> Column:
+    def _numeric(self, present: int, notes: list[str], meant: bool = False) -> Column:
+        if not self.spellings or self.layout:
+            raise UserError(f"{self.place} is no column of numbers ({self.odd or self.layout!r}), as --numeric says", 1)
         spelling = self.spellings[0]
         facts: dict[str, Any] = {"point": self.point, "decimals": self.decimals}
         if self.decimals is not None:
@@ -310,8 +316,8 @@ class Tally:
             value = numbers(pa.array([self.spelt]), spelling)[0].as_py()
             notes.append(f"{self.place}: {self.spelt!r} is read as {number_text(value)}")
             facts |= spelling._asdict()
-        if self.decimals != 0:
-            return self._make("number", **facts)
+        if self.decimals != 0 or meant:
+            return self._make("number" if self.decimals != 0 else "integer", **facts)
         runs = self.low in (0, 1) and self.high - self.low == present - 1
         if self.unique and (runs or ID_NAME.search(self.name.strip())):
             return self._make("id", decimals=0, low=self.low, format=spelling.affix)

@@ -134,9 +134,8 @@ def parts(source: str, settings: DataSettings, mode: Any = None) -> tuple[TableD
 def read(source: str, settings: DataSettings, mode: Any = None) -> tuple[TableData, TableData]:
     """Training and held-out rows of a table, with its own columns or those that `mode` tells of."""
     if not mode:
-        return read_table(
-            source, categorical=settings.categorical, exclude=settings.exclude, held_out=settings.held_out
-        )
+        meant = {"categorical": settings.categorical, "numeric": settings.numeric}
+        return read_table(source, **meant, exclude=settings.exclude, held_out=settings.held_out)
     data, held = parts(source, settings, mode)
     return hold_out(data, settings.held_out) if held is None else (data, held)
 

@@ -20,6 +20,7 @@ def fit(
     modality: str | None = None,
     label_from: str | None = None,
     categorical: str | None = None,
+    numeric: str | None = None,
     exclude: str | None = None,
     skip_bad: bool = False,
     resume: bool = False,
@@ -43,6 +44,7 @@ def fit(
         modality: Kind of data (default: recognised).
         label_from: Regular expression over file names; its first group is the label.
         categorical: Columns of a table that are categories though they look like numbers, separated by commas.
+        numeric: Columns of a table that are numbers though they look like categories or names of the rows, likewise.
         exclude: Columns of a table to leave out, separated by commas.
         skip_bad: Leave out files that cannot be read.
         resume: Go on with the run in this folder, exactly.
@@ -69,7 +71,8 @@ def fit(
     if steps is not None and steps < 2:
         raise UserError(f"--steps must be at least 2, not {steps}")
     seconds = None if budget is None else parse_budget(budget)
-    data = {"label_from": label_from, "categorical": categorical or (), "exclude": exclude or (), "skip_bad": skip_bad}
+    data = {"label_from": label_from, "skip_bad": skip_bad}
+    data |= {"categorical": categorical or (), "numeric": numeric or (), "exclude": exclude or ()}
     given = read_settings({"seed": seed, "modality": modality, "budget_seconds": seconds, "data": data})
     settings = apply_overrides(given, overrides)
 

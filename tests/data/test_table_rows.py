@@ -1,4 +1,4 @@
-"""Which rows of a table are held out: as many as comparing needs, and the same however its columns are read."""
+"""Which rows of a table are held out, and what a user says that columns are."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sfumato.data import hold_out, read_rows, read_table
+from sfumato.errors import UserError
 
 
 def written(place: Path, count: int) -> Path:
@@ -31,3 +32,19 @@ def test_the_same_rows_are_held_out_however_columns_are_read(tmp_path: Path):
         assert set(read_table(path, **how)[1].values[:, -1]) == which, how
     again = hold_out(read_rows(path, plain.columns), 0.1)[1]
     assert set(again.values[:, -1]) == which
+
+
+def test_numbers_that_look_like_something_else(tmp_path: Path):
+    path = written(tmp_path, 300)
+    kinds = lambda **how: {column.name: column.kind for column in read_table(path, **how)[0].columns}
+    assert kinds() == {"number": "id", "grade": "category", "x": "number"}
+    assert kinds(numeric=["number", "grade"]) == {"number": "integer", "grade": "integer", "x": "number"}
+    for how, said in (
+        ({"numeric": ["grades"]}, "numeric: no column 'grades'"),
+        ({"numeric": ["x"], "categorical": ["x"]}, "cannot be both categorical and numeric"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_table(path, **how)
+    path.write_text(path.read_text().replace("number,grade,x\n0,", "number,grade,x\nfirst,"))
+    with pytest.raises(UserError, match=r"'number' is no column of numbers .'first'., as --numeric says"):
+        read_table(path, numeric=["number"])
