@@ -179,10 +179,8 @@ def _unpack(packed: pa.DictionaryArray, values: Values) -> Values:
 
 def level_codes(column: Column, texts: Sequence[str]) -> Values:
     """Index of each level; NaN where a text is none, as it stands or in its plain form."""
-    spelt = [_plain(level, column.kind == "boolean") for level in column.levels]
-    known = {level: float(k) for k, level in enumerate(spelt)} | {
-        level: float(k) for k, level in enumerate(column.levels)
-    }
+    plain = [_plain(level, column.kind == "boolean") for level in column.levels]
+    known = {text: float(k) for spelt in (plain, column.levels) for k, text in enumerate(spelt)}
     found = [known.get(text, known.get(_plain(text, column.kind == "boolean"), np.nan)) for text in texts]
     return np.array(found, np.float64)
 

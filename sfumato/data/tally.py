@@ -118,7 +118,7 @@ class Tally:
 
     @property
     def missing_text(self) -> str | None:
-        """The one way in which a missing text is written: null in Parquet; else empty, or where none is a word."""
+        """How a missing text is written: null in Parquet, in text files as an empty cell or, without these, a word."""
         if self.dtype:
             return "" if self.nulls else None
         markers = [text for text in self.markers if text.strip().lower() in MARKERS]
@@ -308,23 +308,21 @@ class Tally:
     def _numeric(self, present: int, notes: list[str], meant: bool = False) -> Column:
         if not self.spellings or self.layout:
             raise UserError(f"{self.place} is no column of numbers ({self.odd or self.layout!r}), as --numeric says", 1)
-        spelling = self.spellings[0]
-        facts: dict[str, Any] = {"point": self.point, "decimals": self.decimals}
+        spelling, whole = self.spellings[0], self.decimals == 0
+        if whole and not meant:
+            runs = self.low in (0, 1) and self.high - self.low == present - 1
+            if self.unique and (runs or ID_NAME.search(self.name.strip())):
+                return self._make("id", decimals=0, low=self.low, format=spelling.affix)
+            if self.levels is not None and len(self.levels) <= min(FEW_INTEGERS, present // 10):
+                return self._category()
+        facts: dict[str, Any] = {"decimals": self.decimals, "point": self.point}
         if self.decimals is not None:
             facts["digits"] = self.digits or None
         if spelling != self.plain:
             value = numbers(pa.array([self.spelt]), spelling)[0].as_py()
             notes.append(f"{self.place}: {self.spelt!r} is read as {number_text(value)}")
             facts |= spelling._asdict()
-        if self.decimals != 0 or meant:
-            return self._make("number" if self.decimals != 0 else "integer", **facts)
-        runs = self.low in (0, 1) and self.high - self.low == present - 1
-        if self.unique and (runs or ID_NAME.search(self.name.strip())):
-            return self._make("id", decimals=0, low=self.low, format=spelling.affix)
-        few = self.levels is not None and len(self.levels) <= FEW_INTEGERS
-        if few and present >= 10 * len(self.levels or ()):
-            return self._category()
-        return self._make("integer", **facts)
+        return self._make("integer" if whole else "number", **facts)
 
     def _date(self, notes: list[str]) -> Column:
         layout = self.formats[0]
