@@ -178,9 +178,9 @@ def test_masks_by_name_and_inverted(model: Model, source: Path, tmp_path: Path):
     before = read_images(source)[0].batch(range(6)).data[:, 0]
     for invert in (False, True):
         made = inpaint(model, source, mask=tmp_path / "masks", invert_mask=invert, **QUICK).items[:, 0]
-        changed = (made != before).numpy()
-        for now, mask in zip(changed, masks, strict=True):
-            assert not now[mask if invert else ~mask].any() and now[~mask if invert else mask].mean() > 0.9
+        changed, ends = (made != before).numpy(), (before.abs() == 1).numpy()  # at the ends chance repeats pixels
+        for now, end, mask in zip(changed, ends, masks, strict=True):
+            assert not now[mask if invert else ~mask].any() and (now | end)[~mask if invert else mask].mean() > 0.9
     (tmp_path / "masks" / "4.bmp").unlink()
     with pytest.raises(UserError, match=r"masks: no mask for 4\.png"):
         inpaint(model, source, mask=tmp_path / "masks")

@@ -78,9 +78,8 @@ def test_what_is_made_has_the_columns_types_and_holes_of_the_original(table_run:
         assert min(sheet.size) > 100
 
 
-def test_what_is_found_is_said_before_training(
-    table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_is_found_is_said_before_training(table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("WARNING", "sfumato")
     small_fit(table, tmp_path / "run", *TINY)
     said = [record.message for record in caplog.records if record.name == "sfumato"]
     assert f"{table}: categories: kind" in said and f"{table}: always the same, not learned: country" in said
