@@ -164,13 +164,13 @@ class _Search:
         return measure_spread(self._new(self.goal))
 
     def _new(self, label: int) -> "Tensor":
-        """Latents of new items of a class (N, ...)."""
+        """Latents of new items of a class (N, ...), without guidance, which moves their mean and narrows them."""
         import torch
 
         from sfumato.tasks.common import drawn, tell
 
         labels, parts = _same(label, self.samples), list["Tensor"]()
-        for z in drawn(self.model, range(self.samples), labels, self.model.sampling, self.seed, CHUNK):
+        for z in drawn(self.model, range(self.samples), labels, self.model.sampling.unguided, self.seed, CHUNK):
             parts.append(z)
             tell(self.progress, "samples", sum(map(len, parts)), self.samples)
         return torch.cat(parts)
