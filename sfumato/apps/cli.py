@@ -105,7 +105,7 @@ def command(
     fields = read_fields(task)
     wants = [name for name in PROGRESS if name in inspect.signature(task).parameters]
 
-    def run(**values: Any) -> None:
+    def called(**values: Any) -> None:
         import logging
 
         as_json, quiet, debug = (values.pop(name) for name in ADDED)
@@ -123,7 +123,7 @@ def command(
     parameters = [_parameter(field, field.name in required) for field in fields]
     parameters += [click.Option([name, *flags], is_flag=True, help=help) for name, (flags, help) in ADDED.items()]
     arguments = [(field.name.upper(), _argument_help(field)) for field in fields if field.positional]
-    app.add_command(Command(task.__name__, callback=run, params=parameters, help=summary(task), arguments=arguments))
+    app.add_command(Command(task.__name__, callback=called, params=parameters, help=summary(task), arguments=arguments))
 
 
 def is_first_process() -> bool:

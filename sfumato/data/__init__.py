@@ -12,7 +12,7 @@ from .images import read_images, read_source
 from .labels import renumbered
 from .masks import read_masks
 from .rows import Dialect
-from .table import TableData, hold_out, is_table, read_rows, read_table, table_files
+from .table import TableData, is_table, read_rows, read_table, table_files
 from .table_write import check_table_target, column_frame, write_table
 from .write import (
     check_file_target,
@@ -47,7 +47,6 @@ __all__ = [
     "equalities",
     "fill_table",
     "histograms",
-    "hold_out",
     "is_table",
     "latent_key",
     "level_of",

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, Self, TypeVar
+from typing import ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ class Data:
         names: File name (or other origin) per item, or None.
         notes: Lines worth telling the user about how the data were read.
     """
+
+    fewest_held: ClassVar[int] = 1
 
     store: NDArray[np.uint8] | NDArray[np.uint16]
     mode: str
@@ -175,8 +177,15 @@ def _shares(sizes: NDArray[np.int64], total: int) -> NDArray[np.int64]:
 
 
 class Splittable(Protocol):
-    """What a split asks of a data set."""
+    """What a split asks of a data set.
 
+    Attributes:
+        fewest_held: Items that are held out even where the share is less, up to a quarter of all.
+        labels: Class numbers (N,), or None.
+        origin: What the choice hangs on.
+    """
+
+    fewest_held: ClassVar[int]
     labels: NDArray[np.int64] | None
 
     @property
@@ -200,7 +209,8 @@ def split(data: S, fraction: float = 0.1, cap: int = 5000) -> tuple[S, S]:
     """
     assert len(data) >= 2, "one item cannot be split"
     order = permutation(len(data), int(data.origin[:16], 16))
-    count = min(max(1, round(len(data) * fraction)), cap, len(data) - 1)
+    count = max(1, round(len(data) * fraction), min(data.fewest_held, len(data) // 4))
+    count = min(count, cap, len(data) - 1)
     held = order[:count]
     if data.labels is not None:
         sizes = np.unique(data.labels, return_counts=True)[1]

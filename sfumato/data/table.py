@@ -55,6 +55,7 @@ class TableData:
     """
 
     classes: ClassVar[int] = 0
+    fewest_held: ClassVar[int] = 20  # comparing tables needs so many
     captions: ClassVar[None] = None
     names: ClassVar[None] = None
 
@@ -149,7 +150,7 @@ def read_table(
         categorical: Columns that are categories though they look like numbers.
         numeric: Columns that are numbers though they look like categories, or like names of the rows.
         exclude: Columns to leave out.
-        held_out: Share held out where there is no test.csv: a tenth, 5,000 rows at most (see `hold_out`).
+        held_out: Share held out where there is no test.csv: a tenth, 5,000 rows at most (see `split`).
 
     Raises:
         UserError: What is wrong with the source, and what to do.
@@ -175,7 +176,7 @@ def read_table(
     data.notes = notes
     if len(counts) == 1:
         data.file = _hashed(files[0].path)
-        return _with_range(*hold_out(data, held_out))
+        return _with_range(*split(data, held_out))
     return _with_range(data.subset(np.arange(counts[0])), data.subset(np.arange(counts[0], start)))
 
 
@@ -205,11 +206,6 @@ def read_rows(path: str | Path, columns: Sequence[Column]) -> TableData:
     data = TableData(store, list(columns), file.dialect, notes=notes, file=_hashed(file.path))
     _fill(data.store, data.columns, file, notes)
     return data
-
-
-def hold_out(data: TableData, fraction: float) -> tuple[TableData, TableData]:
-    """As `split`, but at least 20 rows, which comparing needs; of fewer than 80 a quarter."""
-    return split(data, max(fraction, min(FEWEST / len(data), 0.25)))
 
 
 def _hashed(path: Path) -> str:

@@ -33,13 +33,13 @@ from sfumato.data import (
     equalities,
     fill_table,
     histograms,
-    hold_out,
     is_table,
     level_of,
     modelled,
     on_grid,
     read_rows,
     read_table,
+    split,
     table_files,
     write_table,
 )
@@ -137,7 +137,7 @@ def read(source: str, settings: DataSettings, mode: Any = None) -> tuple[TableDa
         meant = {"categorical": settings.categorical, "numeric": settings.numeric}
         return read_table(source, **meant, exclude=settings.exclude, held_out=settings.held_out)
     data, held = parts(source, settings, mode)
-    return hold_out(data, settings.held_out) if held is None else (data, held)
+    return split(data, settings.held_out) if held is None else (data, held)
 
 
 def made(items: Tensor, labels: Tensor | None, mode: Any, label_names: list[str]) -> TableData:
@@ -194,6 +194,15 @@ def compare(x: Tensor, x_hat: Tensor, mode: Any, features: Extractor | None) -> 
     return report
 
 
+def target_of(flag: str, name: str | None, columns: Sequence[Column]) -> int:
+    """Which of the learned columns is called so; the last one where nothing is said."""
+    names = [column.name for column in columns]
+    found = names[-1] if name is None else called(name, names)
+    if found is None:
+        raise UserError(f"{flag} {name}: no such column among those that are learned; {nearest(str(name), names)}")
+    return names.index(found)
+
+
 class TableJudge:
     """Measures rows against those of one table.
 
@@ -213,10 +222,8 @@ class TableJudge:
         progress: Progress | None = None,
         target: str | None = None,
     ) -> None:
-        names = [column.name for column in modelled(train.columns)]
-        if target is not None and target not in names:
-            raise UserError(f"--column {target}: no such column among those that are learned; {nearest(target, names)}")
-        self.train, self.progress, self.target = train, progress, target or names[-1]
+        columns = modelled(train.columns)
+        self.train, self.progress, self.target = train, progress, columns[target_of("--column", target, columns)].name
 
     def report(self, fake: TableData, held: TableData, cas: bool, seed: int) -> dict[str, Any]:
         """What `sfumato.metrics.table_report` says; with `cas` also how well the target is foretold.
@@ -263,11 +270,8 @@ class TableSorter:
         if others:
             raise UserError("--unlabelled: is for images; leave open the target of a table's rows instead")
         self.columns, self.values, self.progress = modelled(given.columns), given.values, progress
-        columns = [column.name for column in self.columns]
-        name = columns[-1] if target is None else called(target, columns)
-        if name is None:
-            raise UserError(f"--target {target}: no such column in the model; {nearest(str(target), columns)}")
-        self.target = columns.index(name)
+        self.target = target_of("--target", target, self.columns)
+        name = self.columns[self.target].name
         self.names = self.columns[self.target].levels
         if not self.names:
             advice = "name one of categories with --target, or train with --categorical"

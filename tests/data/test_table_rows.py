@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sfumato.data import hold_out, read_rows, read_table
+from sfumato.data import read_rows, read_table, split
 from sfumato.errors import UserError
 
 
@@ -30,7 +30,7 @@ def test_the_same_rows_are_held_out_however_columns_are_read(tmp_path: Path):
     which = set(plain.values[:, -1])
     for how in ({"categorical": ["grade"]}, {"exclude": ["grade"]}, {"exclude": ["number"]}):
         assert set(read_table(path, **how)[1].values[:, -1]) == which, how
-    again = hold_out(read_rows(path, plain.columns), 0.1)[1]
+    again = split(read_rows(path, plain.columns), 0.1)[1]
     assert set(again.values[:, -1]) == which
 
 

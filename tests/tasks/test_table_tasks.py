@@ -261,7 +261,7 @@ def test_rows_that_are_not_plausible_in_their_class_are_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target": "kin"}, "--target kin: no such column in the model; did you mean 'kind'"),
+        ({"target": "kin"}, "--target kin: no such column among those that are learned; did you mean 'kind'"),
         ({"target": "height"}, "--target height: the column holds numbers, not classes"),
         ({"target": "kind", "unlabelled": "other.csv"}, "--unlabelled: is for images"),
     ],
