@@ -10,7 +10,8 @@ Test emoji of the first set are carried over into the second by `transfer`, by `
 
 `style` is the share in which a classifier of styles, trained on the same pictures, sees the second style. PSNR is to
 the picture of the same caption there; `found` is the share whose nearest one among all test pictures of the second
-style it is (by pixels; 1 in as many by chance). The row `truth` is these pictures themselves. OUT/sheet.png shows, from
+style it is (by pixels; 1 in as many by chance). The row `truth` is these pictures themselves, `coded`
+these through the codec and back. OUT/sheet.png shows, from
 above: given, transfer, edit, truth. The model is kept in OUT and not made again; of other --items, which it may have
 learned from, or of other --set it is refused.
 """
@@ -114,7 +115,8 @@ def table(options: argparse.Namespace) -> Iterator[str]:
     made = {"transfer": sfumato.transfer(run, given, own_label=begin, label=end).items}
     tried = {s: sfumato.edit(run, given, label=end, strength=s).items for s in STRENGTHS}
     best = max(tried, key=lambda strength: psnr(tried[strength], truth))
-    made |= {f"edit at {best}": tried[best], "nothing": x, "truth": truth}
+    coded = sfumato.reconstruct(run, write_images(options.out / "truth", truth, overwrite=True)).items
+    made |= {f"edit at {best}": tried[best], "nothing": x, "coded": coded, "truth": truth}
     yield "| by | style | found | PSNR |"
     yield "|---|---|---|---|"
     for name, items in made.items():

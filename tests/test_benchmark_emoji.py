@@ -62,11 +62,14 @@ def test_the_sheet_shows_all_four(emoji: ModuleType, data: Path, tmp_path: Path,
     monkeypatch.setattr(emoji, "STEPS", 2)
     monkeypatch.setattr(emoji, "trained", lambda found, options: tmp_path)
     monkeypatch.setattr(emoji.sfumato, "edit", edit)
+    monkeypatch.setattr(emoji.sfumato, "reconstruct", lambda *_: Made(torch.ones(10, 3, 64, 64)))
     monkeypatch.setattr(emoji.sfumato, "transfer", lambda *_, **how: Made(torch.zeros(10, 3, 64, 64)))
     options = argparse.Namespace(data=data, items=10, out=tmp_path / "out")
     lines = list(emoji.table(options))
     assert {label for label, _ in asked} == {"fluent"} and len(asked) == 8
-    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["transfer", "edit at 0.5", "nothing", "truth"]
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
+        *("transfer", "edit at 0.5", "nothing", "coded", "truth")
+    ]
     assert lines[-1].endswith("| inf |") or float(lines[-1].split(" | ")[-1].strip("| ")) > 60
     sheet = np.asarray(Image.open(tmp_path / "out" / "sheet.png"))
     assert sheet.shape[0] / sheet.shape[1] == pytest.approx(4 / 10, abs=0.05)
