@@ -4,7 +4,7 @@
     python benchmarks/distill.py runs/mnist mnist --student runs/mnist-fast --judge ../judge.py
 
 The teacher is sampled with its own defaults and, as what costs nothing to try, with 1, 2, 4 and 8 steps of ddim; the
-few-step model, which is made with the usual budget if none is named, with 1, 2 and 4 jumps. `calls` is how often the
+few-step model, which is made with the usual budget if none is named, with 1, 2 and 4 jumps. `calls` is how often a
 network is called for an item, `seconds` the time of `generate`, decoding and writing included. Every command runs in a
 process of its own; what is done is kept in OUT/ROW.json and skipped the next time. Keep the machine quiet meanwhile.
 """
@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 from quality import Failed, call
 
+from sfumato.core import denoiser_calls
+
 Facts = dict[str, Any]
 ITEMS = 10_000
-CALLS = {"heun": lambda steps: 2 * steps - 1}  # the others call once a step
 MEASURES = ("fd", "accuracy", "coverage", "cas")
 
 
@@ -48,9 +49,10 @@ def make_student(options: argparse.Namespace) -> Path:
 
 
 def calls_of(made: Facts) -> int:
-    """Calls of the network for an item, from what `generate` printed."""
-    each = CALLS.get(made["sampler"], lambda steps: steps)(made["steps"])
-    return each * (1 if made["guidance"] == 1 else 2)
+    """Calls of networks for an item, from what `generate` printed: both kinds of guidance double them."""
+    sampler, steps = made["sampler"], made["steps"]
+    each = steps if sampler == "jump" else denoiser_calls(sampler, steps)
+    return each * 2 ** sum(made.get(kind) not in (None, 1) for kind in ("guidance", "autoguidance"))
 
 
 def complete(row: Row, options: argparse.Namespace) -> Facts:

@@ -37,7 +37,8 @@ def calls(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
         steps, few = int(of("--steps", 15)), "student" in " ".join(words)
         made = {"seconds": 10.0, "sampler": of("--sampler", "jump" if few else "heun"), "steps": steps}
         report = {"fd": 2.0 if "teacher" == Path(words[3]).name else 3.0, "accuracy": 0.9}
-        said = made | {"guidance": 1.0 if few else 1.2} if "generate" in words else report
+        guided = {"guidance": 1.0} if few else {"guidance": 1.2, "autoguidance": 1.5}
+        said = made | guided if "generate" in words else report
         return Said(json.dumps(said))
 
     monkeypatch.setattr(bench, "call", call)
@@ -50,8 +51,8 @@ def test_a_row_a_way_of_sampling(bench: ModuleType, calls: list[list[str]], tmp_
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 2 + 8 and {len(line) for line in lines} == {5}
     table = {line[0]: line[1:] for line in lines[2:]}
-    assert table["teacher"] == ["58", "10.0", "2.000 (1.00×)", "0.900"]
-    assert [table[f"teacher ddim {n}"][0] for n in (1, 2, 4, 8)] == ["2", "4", "8", "16"]
+    assert table["teacher"] == ["116", "10.0", "2.000 (1.00×)", "0.900"]
+    assert [table[f"teacher ddim {n}"][0] for n in (1, 2, 4, 8)] == ["4", "8", "16", "32"]
     assert [table[f"few-step {n}"][0] for n in (1, 2, 4)] == ["1", "2", "4"]
     assert table["few-step 1"][2] == "3.000 (1.50×)"
     assert calls[0][2:4] == ["distill", "runs/m"] and len(calls) == 1 + 2 * 8
