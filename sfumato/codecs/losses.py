@@ -91,23 +91,6 @@ class Perceptual(nn.Module):
         return self
 
 
-def shifted(x: Tensor, generator: torch.Generator, reach: int = 4) -> Tensor:
-    """Images (..., C, H, W), all moved by the same random number of pixels each way, with their edges repeated.
-
-    Networks that halve maps see pixels unequally by where they lie in its windows: a term that always compares on the
-    same ones leaves their grid in the images.
-
-    Args:
-        x: Images.
-        generator: Draws by how much, within -reach ≤ pixels < reach.
-        reach: Half of a network's largest window.
-    """
-    height, width = x.shape[-2:]
-    top, left = (int(i) for i in torch.randint(2 * reach, (2,), generator=generator))
-    padded = F.pad(x.flatten(0, -4), (reach,) * 4, mode="replicate")
-    return padded[..., top : top + height, left : left + width].reshape(x.shape)
-
-
 class VGG16(nn.Module):
     """The convolutions of VGG-16 as a pyramid: maps after relu1_2, 2_2, 3_3, 4_3 and 5_3 of images in [-1, 1].
 

@@ -13,7 +13,6 @@ from sfumato.codecs.losses import (
     adaptive_weight,
     hinge_d,
     hinge_g,
-    shifted,
 )
 from sfumato.conditioners import Conditioner
 from sfumato.core import Denoiser, Objective
@@ -127,7 +126,7 @@ class CodecStep(TrainStep):
         terms = {"rec": self.codec.distance(x_hat, x, self.kind).mean(), "bottleneck": extra.mean()}
         loss = terms["rec"] + self.bottleneck_weight * terms["bottleneck"]
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(*shifted(torch.stack([x_hat, x]), generator)).mean()
+            terms["perceptual"] = self.perceptual(x_hat, x).mean()
             loss = loss + self.perceptual_weight * terms["perceptual"]
         if self.discriminator is not None and step >= self.start:
             loss = loss + self._fool(x_hat, loss, step, terms)
