@@ -37,7 +37,11 @@ PAIRED = 8  # columns of a sheet of originals and reconstructions
 
 
 def latent_grid(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Downsampling f and channels c: a grid of about 4 (from 64 pixels: 8) positions a side, numbers ≤ 1/12."""
+    """Downsampling f and channels c: a grid of about 4 (from 64 pixels: 8) positions a side.
+
+    Numbers are at most a twelfth of the image's values; of gray images, whose pixels have no colours that go together,
+    a sixth.
+    """
     channels, height, width = shape
     side = max(height, width)
     aim = 4 if side < 64 else 8
@@ -45,7 +49,7 @@ def latent_grid(shape: tuple[int, ...]) -> tuple[int, int]:
     if side < 16:  # tiny images: few positions with several numbers each work better than many with one
         f = min(2 * f, 2 ** math.ceil(math.log2(side)))
     positions = math.ceil(height / f) * math.ceil(width / f)
-    numbers = max(FEWEST_NUMBERS, channels * height * width // 12)
+    numbers = max(FEWEST_NUMBERS, channels * height * width // (6 if channels == 1 else 12))
     return f, max(1, min(16, numbers // positions))
 
 
