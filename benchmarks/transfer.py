@@ -13,9 +13,10 @@ Test digits are then carried over from plain into each style and back by
 * edit: noise and another label, at each strength of 0.2 to 0.9; the best one by distance is printed;
 * nothing: the digits as they are.
 
-`label` is the share in which a classifier of digits (trained on all styles) sees the digit, `style` the share in which
-a classifier of styles sees the style, PSNR is to the very same digit in that style; the row `truth` is that digit
-itself, `coded` that digit through the codec and back, which no way can be expected to surpass. The model is kept in OUT and not made again; of other --set it is refused. Keep the machine quiet meanwhile.
+`label` is the share in which a classifier of digits (trained on all styles) sees the digit, `style` the share in
+which a classifier of styles sees the style, PSNR is to the very same digit in that style; the row `truth` is that
+digit itself, `coded` that digit through the codec and back, which no way can be expected to surpass. The model is
+kept in OUT and not made again; of other --set it is refused. Keep the machine quiet meanwhile.
 """
 
 import argparse

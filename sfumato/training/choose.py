@@ -18,17 +18,17 @@ ITEMS = 1_000
 REAL = 5_000
 SHARE = 0.06  # of the denoiser's training
 FEWEST = 200  # on fewer items nothing is chosen
-MARGIN = 0.1  # the network's own mistakes hide some missed labels, so a little more guidance is taken
 
 Tried = dict[str, dict[str, float]]
 
 
 @torch.no_grad()
 def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple[float, Tried]:
-    """A little more than the smallest weight at which items show their label as often as held-out ones do.
+    """The smallest weight at which items show their label as often as held-out ones do.
 
     The feature network says which label an item shows. Label fidelity rises with the weight and diversity falls, so
-    the smallest weight that is faithful is the best; where none is, the one of the smallest Fréchet distance is taken.
+    the smallest weight that is faithful is the best, read off between two that were tried; where none is, the one of
+    the smallest Fréchet distance is taken.
 
     Returns:
         The weight, and what each one tried reached: `fd` (on the feature network's features) and `accuracy`.
@@ -50,8 +50,17 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
         reached = accuracy(network, fake, labels)
         tried[str(weight)] = {"fd": round(frechet(fake.cpu(), real.cpu()), 4), "accuracy": round(reached, 4)}
         if reached >= wanted:
-            return round(weight + MARGIN, 2), tried
+            return faithful(tried, wanted), tried
     return float(min(tried, key=lambda weight: tried[weight]["fd"])), tried
+
+
+def faithful(tried: Tried, wanted: float) -> float:
+    """The weight at which the accuracy wanted is reached, on a line between the last two weights tried."""
+    (weight, reached), *before = [(float(weight), found["accuracy"]) for weight, found in reversed(tried.items())]
+    if not before:
+        return weight
+    low, missed = before[0]
+    return round(low + (weight - low) * (wanted - missed) / (reached - missed), 2)
 
 
 def affordable(job: Job, model: Model) -> int:
