@@ -25,9 +25,9 @@ from .denoiser import trail
 from .sampler import Denoise
 from .schedule import Schedule
 
-TURNED = 64  # leading directions of the target that are turned
+TURNED = 128  # leading directions of the target that are turned
 BATCH = 256  # items a step
-RATE = 5e-3  # of Adam, in radians; falls to zero
+RATE = 1e-2  # of Adam, in radians; falls to zero
 SHARES = (0.1, 0.8)  # of noise, at which likelihood is compared
 TRIAL = 0.25  # share of the steps that each start is given before the better one goes on
 FRESH, LOOKS = (

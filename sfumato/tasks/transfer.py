@@ -27,7 +27,7 @@ def transfer(
     out: Path | None = None,
     sheet: Path | None = None,
     strength: float = 0.3,
-    align: int = 400,
+    align: int = 800,
     samples: int = 2000,
     steps: int = 20,
     guidance: float | None = None,
