@@ -10,10 +10,9 @@ Test emoji of the first set are carried over into the second by `transfer`, by `
 
 `style` is the share in which a classifier of styles, trained on the same pictures, sees the second style. PSNR is to
 the picture of the same caption there; `found` is the share whose nearest one among all test pictures of the second
-style it is (by pixels; 1 in as many by chance). The row `truth` is these pictures themselves, `coded`
-these through the codec and back. OUT/sheet.png shows, from
-above: given, transfer, edit, truth. The model is kept in OUT and not made again; of other --items, which it may have
-learned from, or of other --set it is refused.
+style it is (by pixels; 1 in as many by chance). The row `truth` is these pictures themselves, `coded` these
+through the codec and back. OUT/sheet.png shows, from above: given, transfer, edit, truth. The model is kept in OUT and
+not made again; of other --items, which it may have learned from, or of other --set it is refused.
 """
 
 import argparse

@@ -15,8 +15,8 @@ Test digits are then carried over from plain into each style and back by
 
 `label` is the share in which a classifier of digits (trained on all styles) sees the digit, `style` the share in
 which a classifier of styles sees the style, PSNR is to the very same digit in that style; the row `truth` is that
-digit itself, `coded` that digit through the codec and back, which no way can be expected to surpass. The model is
-kept in OUT and not made again; of other --set it is refused. Keep the machine quiet meanwhile.
+digit itself, `coded` that digit through the codec and back: what the codec alone costs. The model is kept in OUT and
+not made again; of other --set it is refused. Keep the machine quiet meanwhile.
 """
 
 import argparse

@@ -32,6 +32,7 @@ CODEC_ITEMS = 100_000  # images that a codec sees at least, or it is too large f
 WIDTH_ITEMS = 2_100  # and the same for each channel of its width
 NOMINAL_RATE = 75e9  # operations a second of a codec's training, where the plan must not depend on the machine
 FEWEST_NUMBERS = 16  # of a latent, however small the item
+GRAY, COLOUR = 6, 12  # values of an image for each number of its latent, at least
 CODEC_WIDTHS = (32, 48, 64, 96, 128)
 PAIRED = 8  # columns of a sheet of originals and reconstructions
 
@@ -49,7 +50,7 @@ def latent_grid(shape: tuple[int, ...]) -> tuple[int, int]:
     if side < 16:  # tiny images: few positions with several numbers each work better than many with one
         f = min(2 * f, 2 ** math.ceil(math.log2(side)))
     positions = math.ceil(height / f) * math.ceil(width / f)
-    numbers = max(FEWEST_NUMBERS, channels * height * width // (6 if channels == 1 else 12))
+    numbers = max(FEWEST_NUMBERS, channels * height * width // (GRAY if channels == 1 else COLOUR))
     return f, max(1, min(16, numbers // positions))
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,11 +57,9 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
 
 def faithful(tried: Tried, wanted: float) -> float:
     """The weight at which the accuracy wanted is reached, on a line between the last two weights tried."""
-    (weight, reached), *before = [(float(weight), found["accuracy"]) for weight, found in reversed(tried.items())]
-    if not before:
-        return weight
-    low, missed = before[0]
-    return round(low + (weight - low) * (wanted - missed) / (reached - missed), 2)
+    last = list(tried.items())[-2:]
+    weights, reached = [float(weight) for weight, _ in last], [found["accuracy"] for _, found in last]
+    return round(float(np.interp(wanted, reached, weights)), 2)
 
 
 def affordable(job: Job, model: Model) -> int:
