@@ -6,16 +6,22 @@
 The steps are those of `fit` with the same data, budget and settings, on copies that `training/planning.py` makes and
 throws away; nothing is written but the trace. Parts are timed by the clock, each without those inside it, and the
 median of the steps counts. Operators are timed by torch's profiler, which slows small ones down; their floating-point
-operations are counted by torch, backward passes included. Keep the machine quiet meanwhile.
+operations are counted by torch, backward passes included, and their bytes are those of all tensors they read and write.
+
+`at best` is what a step could take on this machine without other operators: each at the peak of matrix products, or as
+fast as a copy of as many bytes, whichever is slower. Copies are measured at all sizes, so that caches count, and so
+does what it costs to call anything at all. Keep the machine quiet meanwhile.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -23,11 +29,13 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from sfumato.config import apply_overrides, parse_budget, read_settings
 from sfumato.errors import UserError
-from sfumato.machine import best_precision, default_device
+from sfumato.machine import best_precision, default_device, measure_bandwidth
 from sfumato.modality import find_modality, recognise
 from sfumato.training.build import feature_network, uses_features
 from sfumato.training.horizon import Horizon
@@ -94,12 +102,47 @@ class Clock:
 
 
 class Operator(NamedTuple):
-    """What one kind of operator takes in a step."""
+    """What one kind of operator takes in a step, and what it could take."""
 
     name: str
     calls: float
     seconds: float
     flops: float
+    bytes: float
+    best: float
+
+
+@cache
+def copied(log_size: int, device: str) -> float:
+    """Bytes a second that a copy moves which reads and writes 2^log_size bytes."""
+    return measure_bandwidth(device, 0.02, size=2**log_size // 2)
+
+
+class Work(TorchDispatchMode):
+    """Calls, operations, bytes and least seconds of every operator within the block.
+
+    Args:
+        peak: Operations a second of the best matrix product.
+        bandwidth: Logarithm to base 2 of bytes read and written -> bytes a second.
+    """
+
+    def __init__(self, peak: float, bandwidth: Callable[[int], float]) -> None:
+        super().__init__()
+        self.peak, self.bandwidth = peak, bandwidth
+        self.flops, self.bytes, self.best = (defaultdict[str, float](float) for _ in range(3))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name, packet = str(func._schema.name), func.overloadpacket
+        tensors = [] if func.is_view else tree_leaves((args, kwargs, out))
+        held = [min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors if isinstance(x, torch.Tensor)]
+        moved = sum(held)
+        flops = float(flop_registry[packet](*args, **(kwargs or {}), out_val=out)) if packet in flop_registry else 0.0
+        self.flops[name] += flops
+        self.bytes[name] += moved
+        least = moved / self.bandwidth(min(28, max(10, round(math.log2(moved))))) if moved else 0.0
+        self.best[name] += max(flops / self.peak, least)
+        return out
 
 
 def make_job(options: argparse.Namespace) -> Job:
@@ -165,16 +208,15 @@ def parts_of(trainer: Trainer, feed: Feed, steps: int, clock: Clock) -> dict[str
     return dict(sorted(medians.items(), key=lambda item: -item[1]))
 
 
-def operators(trainer: Trainer, feed: Feed, trace: Path | None) -> list[Operator]:
+def operators(trainer: Trainer, feed: Feed, trace: Path | None, peak: float) -> list[Operator]:
     """What each kind of operator takes in a step, the longest first.
 
-    An operator whose floating-point operations are counted has all the time that passes inside it; of the others each
-    has its own.
+    An operator whose work is counted has all the time that passes inside it; of the others each has its own.
     """
-    with FlopCounterMode(display=False) as counter:
+    device = trainer.accelerator.device.type
+    with Work(peak, lambda log_size: copied(log_size, device)) as work:
         trainer.advance(feed.batch(trainer.done))
-    flops = {str(name).replace(".", "::"): count for name, count in counter.get_flop_counts()["Global"].items()}
-    on_cpu = trainer.accelerator.device.type == "cpu"
+    on_cpu = device == "cpu"
     activities = [ProfilerActivity.CPU] + ([] if on_cpu else [ProfilerActivity.CUDA])
     with profile(activities=activities) as seen:
         for _ in range(SEEN):
@@ -185,22 +227,25 @@ def operators(trainer: Trainer, feed: Feed, trace: Path | None) -> list[Operator
     waiting = [event for event in seen.events() or () if event.cpu_parent is None]
     while waiting:
         event = waiting.pop()
-        whole = event.name in flops
+        whole = event.name in work.best
         name = event.name if event.name.startswith("aten::") else "between operators"
         taken = sums[name]
         taken[0] += 1
         taken[1] += getattr(event, f"{kind}_time_total" if whole else f"self_{kind}_time_total") / 1e6
         waiting += [] if whole else event.cpu_children
-    found = [Operator(name, n / SEEN, t / SEEN, float(flops.get(name, 0))) for name, (n, t) in sums.items()]
+    facts = (work.flops, work.bytes, work.best)
+    found = [Operator(name, n / SEEN, t / SEEN, *(one[name] for one in facts)) for name, (n, t) in sums.items()]
     return sorted(found, key=lambda operator: -operator.seconds)
 
 
-def headline(speed: Speed, batch: int, peak: float) -> str:
-    """Seconds, items, operations and share of the peak of one step."""
-    rate = speed.flops / speed.seconds
+def headline(speed: Speed, batch: int, peak: float, found: Sequence[Operator]) -> str:
+    """Seconds, items, operations and share of the peak of one step, and what it could be at best."""
+    rate, best = speed.flops / speed.seconds, sum(one.best for one in found)
     shown = f"{1e3 * speed.seconds:.1f} ms a step of {batch} items, {batch / speed.seconds:,.0f} items/s; "
     shown += f"{speed.flops / 1e9:.2f} GFLOP a step, {rate / 1e9:.0f} GFLOP/s, "
-    return shown + f"{100 * rate / peak:.1f} % of the measured peak"
+    shown += f"{100 * rate / peak:.1f} % of the measured peak\n\nat best {1e3 * best:.1f} ms: "
+    shown += f"{sum(one.bytes for one in found) / 1e6:,.0f} MB read and written, "
+    return shown + f"{100 * speed.flops / best / peak:.1f} % of the measured peak"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -216,13 +261,14 @@ def parts_table(parts: dict[str, float]) -> str:
 
 
 def operators_table(found: Sequence[Operator], top: int) -> str:
-    """The longest operators: calls, milliseconds, share, and where they are counted operations and their rate."""
+    """The longest operators: calls, milliseconds, share, and where they are counted work, rate and least time."""
     total, rows = sum(one.seconds for one in found), list[list[str]]()
     for one in found[:top]:
         speed = [f"{one.flops / 1e9:.3f}", f"{one.flops / one.seconds / 1e9:.0f}"] if one.flops else ["", ""]
+        least = [f"{one.bytes / 1e6:.1f}", f"{1e3 * one.best:.2f}"] if one.best else ["", ""]
         share = f"{100 * one.seconds / total:.1f} %"
-        rows.append([f"`{one.name}`", f"{one.calls:.0f}", f"{1e3 * one.seconds:.2f}", share, *speed])
-    return table(("operator", "calls", "ms", "share", "GFLOP", "GFLOP/s"), rows)
+        rows.append([f"`{one.name}`", f"{one.calls:.0f}", f"{1e3 * one.seconds:.2f}", share, *speed, *least])
+    return table(("operator", "calls", "ms", "share", "GFLOP", "GFLOP/s", "MB", "at best, ms"), rows)
 
 
 def report(job: Job, options: argparse.Namespace) -> Iterator[str]:
@@ -237,12 +283,12 @@ def report(job: Job, options: argparse.Namespace) -> Iterator[str]:
     kit: dict[str, Any] = {"seed": job.settings.seed, "accelerator": job.accelerator}
     for stage, (step, settings, feed) in stage_copies(job, network).items():
         speed = measure_step(step, settings, feed, stage=stage, first=LATE, least=options.steps, **kit)
-        yield f"## {stage}\n\n{headline(speed, settings.batch or 1, job.record['peak'])}\n"
         trainer = Trainer(step, settings, Horizon(10**9), stage=stage, **kit)
         trainer.done = LATE  # every term of the loss plays
         trainer.inner.train()
         trace = options.trace and options.trace.with_stem(f"{options.trace.stem}-{stage}")
-        found = operators(trainer, feed, trace)
+        found = operators(trainer, feed, trace, job.record["peak"])
+        yield f"## {stage}\n\n{headline(speed, settings.batch or 1, job.record['peak'], found)}\n"
         yield parts_table(parts_of(trainer, feed, options.steps, Clock(wait))) + "\n"
         yield operators_table(found, options.top) + "\n"
 

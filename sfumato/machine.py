@@ -103,11 +103,17 @@ def measure_convolution_peak(precision: str = "fp32", device: str = "cpu", secon
 
 
 @cache
-def measure_bandwidth(device: str = "cpu", seconds: float = SECONDS) -> float:
-    """Bytes per second that a copy moves, read and written ones both counted."""
+def measure_bandwidth(device: str = "cpu", seconds: float = SECONDS, size: int | None = None) -> float:
+    """Bytes per second that a copy moves, read and written ones both counted.
+
+    Args:
+        device: Where to measure.
+        seconds: About how long.
+        size: Bytes of what is copied; far more than any cache holds if None.
+    """
     import torch
 
-    source = torch.zeros(32 * 2**20 if device == "cpu" else 512 * 2**20, device=device)  # far above any cache
+    source = torch.zeros((size or (2**27 if device == "cpu" else 2**31)) // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device, seconds)
 

@@ -76,12 +76,28 @@ def test_profile_of_both_stages(
         counted = [float(row[4]) for row in tables[1][2:] if row[4]]
         said = float(text.split(" GFLOP a step")[0].rsplit(" ", 1)[1])
         assert said > 0 and sum(counted) == pytest.approx(said, abs=0.01 + 0.0005 * len(counted))
+        least = [float(row[7]) for row in tables[1][2:] if row[7]]
+        best = float(text.split("at best ")[1].split(" ")[0])
+        assert best > 0 and sum(least) == pytest.approx(best, abs=0.05 + 0.005 * len(least))
     assert "`aten::convolution_backward`" in codec and "`aten::addmm`" in denoiser
     for stage in ("codec", "denoiser"):
         assert json.loads((tmp_path / f"trace-{stage}.json").read_text())["traceEvents"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "pictures.npz", "trace-codec.json", "trace-denoiser.json",
     ]  # fmt: skip
+
+
+def test_work_of_operators(profile_step: ModuleType):
+    """Operations of products and bytes of all tensors; views move nothing; the slower of the two is the least time."""
+    x, y = torch.randn(64, 32), torch.randn(32, 16)
+    with profile_step.Work(peak=1e3, bandwidth=lambda _: 1e2) as work:
+        (x @ y).t().exp()
+    product, result = 2 * 64 * 32 * 16, 4 * 64 * 16
+    assert work.flops["aten::mm"] == product and work.flops["aten::exp"] == 0
+    assert work.bytes["aten::mm"] == x.nbytes + y.nbytes + result and work.bytes["aten::exp"] == 2 * result
+    assert work.bytes["aten::t"] == work.best["aten::t"] == 0
+    assert work.best["aten::mm"] == max(product / 1e3, work.bytes["aten::mm"] / 1e2)
+    assert work.best["aten::exp"] == 2 * result / 1e2
 
 
 def test_profile_says_what_is_wrong(profile_step: ModuleType, capsys: pytest.CaptureFixture[str]):
