@@ -72,17 +72,25 @@ class Perceptual(nn.Module):
     def forward(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """Distance of each item, in float32: (B, C, ...) twice -> (B,)."""
         with torch.no_grad():
-            wanted = [self.unit(y) for y in self.pyramid(x)]
-        parts = [self.unit(y_hat) - y for y_hat, y in zip(self.pyramid(x_hat), wanted, strict=True)]
-        squares = [d.square().flatten(2) if d.ndim > 2 else d.square()[..., None] for d in parts]  # (B, C_l, N_l)
-        if len(self.weights):
-            squares = [w[:, None] * d for w, d in zip(self.weights, squares, strict=True)]
-        return torch.stack([d.sum(1).mean(1) for d in squares]).mean(0)
+            wanted = self.pyramid(x)
+        weights = list(self.weights) or [None] * len(wanted)
+        layers = zip(self.pyramid(x_hat), wanted, weights, strict=True)
+        return torch.stack([self.apart(y_hat.float(), y.float(), w) for y_hat, y, w in layers]).mean(0)
 
-    def unit(self, y: Tensor) -> Tensor:
-        """A map with every position scaled to (just under) unit length along the channels."""
-        y = y.float()
-        return y * torch.rsqrt(y.square().sum(1, keepdim=True) + self.eps)
+    def apart(self, y_hat: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+        """Distance of each item between two maps (B, C, ...) -> (B,).
+
+        The square is multiplied out: sums along the channels pass over the maps much less often than maps scaled to
+        unit length would.
+        """
+        own, given = y_hat.square().sum(1), y.square().sum(1)  # (B, ...)
+        scale_hat, scale = torch.rsqrt(own + self.eps), torch.rsqrt(given + self.eps)
+        if weight is None:
+            both = (y_hat * y).sum(1)
+        else:
+            own, given, both = (torch.einsum("c,bc...->b...", weight, v) for v in (y_hat**2, y**2, y_hat * y))
+        squares = own * scale_hat * scale_hat + given * scale * scale - 2 * both * scale_hat * scale
+        return squares.reshape(len(y), -1).mean(1)
 
     def train(self, mode: bool = True) -> "Perceptual":
         super().train(mode)

@@ -1,5 +1,6 @@
 """A small image classifier: trained in half a minute, it judges samples and lends its features to a perceptual loss."""
 
+import copy
 import time
 from collections.abc import Iterator
 from typing import Protocol
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sfumato.types import Batch
 
@@ -102,6 +104,16 @@ class Classifier(nn.Module):
         """The penultimate layer: images (B, C, H, W) in [-1, 1] to (B, dim)."""
         x = F.adaptive_avg_pool2d(self.pyramid(x)[-1], 2)  # (B, C, 2, 2): a trace of where things are
         return F.relu(self.neck(x.flatten(1)))
+
+    def folded(self) -> "Classifier":
+        """A copy whose batch normalisations, as in `eval`, are part of the convolutions: the same, but faster."""
+        net = copy.deepcopy(self).eval()
+        for block in [part for part in net.modules() if isinstance(part, nn.Sequential)]:
+            convolution, norm = block[0], block[1]
+            assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+            block[0] = fuse_conv_bn_eval(convolution, norm)
+            del block[1]
+        return net
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W) in [-1, 1]."""

@@ -128,7 +128,7 @@ def training_labels(job: Job, network: Classifier | None, data: Data) -> Tensor 
 def perceptual_term(settings: Settings, network: Classifier | None) -> nn.Module | None:
     """The perceptual distance: LPIPS or VGG where its weights are at hand, the feature network, or none."""
     if network is not None and uses_features(settings):
-        return Perceptual(network.pyramid)
+        return Perceptual(network.folded().pyramid)
     if not settings.codec.perceptual_weight or settings.codec.perceptual == "none":
         return None
     weights = load_vgg()

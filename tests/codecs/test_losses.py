@@ -156,6 +156,21 @@ def test_perceptual_against_hand_computed_value() -> None:
     torch.testing.assert_close(weighted(one, zero), torch.tensor([0.5 * 1.4**2 + 2 * 0.2**2]))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_perceptual_is_the_distance_of_maps_of_unit_length(weighted: bool) -> None:
+    y_hat, y, weight = torch.randn(2, 5, 3, 4, generator=gen()), torch.randn(2, 5, 3, 4), torch.rand(5)
+    y_hat.requires_grad_()
+    unit = [v / (v.square().sum(1, keepdim=True) + 0.1).sqrt() for v in (y_hat, y)]
+    squares = (unit[0] - unit[1]).square() * (weight[:, None, None] if weighted else 1)
+    wanted = squares.sum(1).mean((1, 2))
+    maps = {0: [y], 1: [y_hat]}
+    distance = Perceptual(lambda x: maps[int(x)], weights=[weight] if weighted else None, eps=0.1)
+    found = distance(torch.tensor(1), torch.tensor(0))
+    torch.testing.assert_close(found, wanted)
+    grads = [torch.autograd.grad(v.sum(), y_hat, retain_graph=True)[0] for v in (found, wanted)]
+    torch.testing.assert_close(*grads)
+
+
 def test_perceptual_is_zero_on_equals_and_grows_with_blur() -> None:
     distance, x = Perceptual(toy().perceptual.network.maps), images()
     assert torch.equal(distance(x, x), torch.zeros(4)), "dropout and batch statistics are off"

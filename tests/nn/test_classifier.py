@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from sfumato.nn.classifier import SYMMETRIES, Classifier, dihedral, fit_classifier, predict, steps_within
 from sfumato.types import Batch
@@ -56,6 +57,21 @@ def test_labels_are_learnt_and_a_seed_settles_the_weights():
 @pytest.mark.parametrize("steps", [0, 1, 2, 5, 6])
 def test_few_steps_are_a_training_too(steps):
     fit_classifier(Ramps(32), 2, steps=steps, batch=8, width=8)
+
+
+def test_folded_is_the_same_function_without_normalisations():
+    net = Classifier((1, 16, 16), 3, 8)
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for values in (part.running_mean, part.bias.data):
+                values.normal_()
+            for values in (part.running_var, part.weight.data):
+                values.uniform_(0.5, 2.0)
+    x, folded = torch.randn(4, 1, 16, 16), net.eval().folded()
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
+    for ours, theirs in zip(folded.pyramid(x), net.pyramid(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert any(isinstance(part, nn.BatchNorm2d) for part in net.modules())
 
 
 def test_dihedral_gives_eight_different_images_and_flips_are_their_own_inverse():
