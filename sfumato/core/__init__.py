@@ -1,6 +1,6 @@
 """The mathematics: schedules, denoisers, objectives, noise, samplers, guidance, constraints. No I/O and no modality."""
 
-from .align import Crossing, Spread, align, measure_spread, shortest
+from .align import Crossing, Spread, align, class_evidence, measure_spread, shortest
 from .constrain import Again, Known, consistent, strength_time
 from .denoiser import PREDICT, Denoiser, Weaker
 from .flow_map import Jump, Trajectories, fly, joined, landing, shaken
@@ -32,6 +32,7 @@ __all__ = [
     "Weaker",
     "align",
     "cfg",
+    "class_evidence",
     "consistent",
     "denoiser_calls",
     "flow_grid",

@@ -30,10 +30,8 @@ BATCH = 256  # items a step
 RATE = 1e-2  # of Adam, in radians; falls to zero
 SHARES = (0.1, 0.8)  # of noise, at which likelihood is compared
 TRIAL = 0.25  # share of the steps that each start is given before the better one goes on
-FRESH, LOOKS = (
-    0.2,
-    8,
-)  # share of the items that the search does not see, and batches of them that it must prove itself on
+FRESH = 0.2  # share of the items that the search does not see, and must prove itself on
+LOOKS = 8  # times and noises at which that is seen
 _linalg: Any = torch.linalg  # its functions have no types
 _FOLDED = 25  # steps after which the turn so far becomes the new zero: far from it the exponential bends
 
@@ -185,6 +183,33 @@ def _errors(denoise: Denoise, schedule: Schedule, z: Tensor, generator: Generato
     noise = torch.randn(z.shape, generator=generator).to(z)
     missed = (denoise(alpha * z + sigma * noise, t) - z) * trail(torch.exp(logsnr / 2), z)
     return missed.square().flatten(1).sum(1)
+
+
+@torch.no_grad()
+def class_evidence(under: Denoise, null: Denoise, schedule: Schedule, z: Tensor, generator: Generator) -> Tensor:
+    r"""How much more likely items z (B, ...) are under a class than without it: a value (B,), larger for more.
+
+    The mean of $\|\hat\epsilon_\varnothing - \epsilon\|^2 - \|\hat\epsilon_c - \epsilon\|^2$ over `LOOKS` times and
+    noises, which is in proportion to the difference of the bounds of $\log p(z | c)$ and $\log p(z)$.
+
+    Args:
+        under: (z, t) -> z_hat under the class.
+        null: The same without a condition.
+        schedule: The path.
+        z: Items.
+        generator: Draws times and noise.
+
+    References:
+        Li et al., Your Diffusion Model is Secretly a Zero-Shot Classifier, https://arxiv.org/abs/2303.16203 (eq. 5).
+    """
+    gains = list[Tensor]()
+    for _ in range(LOOKS):
+        begun, errors = generator.get_state(), list[Tensor]()
+        for denoise in (null, under):
+            generator.set_state(begun)  # the same noise for both
+            errors.append(_errors(denoise, schedule, z, generator))
+        gains.append(errors[0] - errors[1])
+    return torch.stack(gains).mean(0)
 
 
 def _told(count: int, on_step: Callable[[int], None] | None, before: int) -> Iterator[int]:

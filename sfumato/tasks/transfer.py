@@ -1,7 +1,7 @@
 """Given items carried over from one class to another, such as from one style to another."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sfumato.tasks.common import Progress
 
 CHUNK = 500  # new items drawn at once
+WEIGHTS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of the target class, tried until it shows
+TRIED_ON = 250  # items
 
 
 def transfer(
@@ -58,7 +60,8 @@ def transfer(
         align: Steps of the search for what corresponds; 0 takes the map that moves items least.
         samples: New items of each class that it is found from.
         steps: Steps of the flow, each way.
-        guidance: Weight of the target class; 1 is off (default: what fit chose).
+        guidance: Weight of the target class; 1 is off (default: the smallest at which items show the class as clearly
+            as what `generate` makes of it does).
         skip_bad: Leave out files that cannot be read.
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the new items and of the search.
@@ -108,8 +111,9 @@ def transfer(
         raise UserError(f"{source}: {count} items have no label; say which class its items are of with --own-label")
     classes = sorted({int(k) for k in own} - {goal})
     search = _Search(loaded, goal, align, samples, seed, progress)
-    crossings = {k: search(k) for k in classes}
-    change = _Carried(loaded, own, goal, crossings, start, how)
+    change = _Carried(loaded, own, goal, {k: search(k) for k in classes}, start, how)
+    if guidance is None and classes and change.grid is not None:
+        change.how = how = replace(how, guidance=_showing(change, search))
     items = changed(loaded, inputs, change, batch, "transfer", progress)
     facts = {"strength": strength, "align": align, "steps": steps, "guidance": how.guidance, "seed": seed}
     rows = changed_rows(loaded, inputs, torch.full((len(inputs),), goal), facts)
@@ -136,13 +140,15 @@ class _Search:
     seed: int
     progress: "Progress | None"
 
+    made: "dict[int, Tensor]" = field(default_factory=dict["int", "Tensor"])
+
     def __call__(self, label: int) -> "Crossing":
         from sfumato.core import align, measure_spread, shortest, step_generator
         from sfumato.core.align import BATCH
         from sfumato.tasks.common import tell
 
         model = self.model
-        z = self._new(label)
+        z = self.new(label)
         crossing = shortest(measure_spread(z), self.target)
         if not self.steps:
             return crossing
@@ -161,18 +167,24 @@ class _Search:
         """How new items of the goal lie."""
         from sfumato.core import measure_spread
 
-        return measure_spread(self._new(self.goal))
+        return measure_spread(self.new(self.goal))
 
-    def _new(self, label: int) -> "Tensor":
+    def new(self, label: int) -> "Tensor":
         """Latents of new items of a class (N, ...), without guidance, which moves their mean and narrows them."""
+        if label not in self.made:
+            self.made[label] = self.draw(label, self.samples, self.model.sampling.unguided)
+        return self.made[label]
+
+    def draw(self, label: int, count: int, how: "Sampling") -> "Tensor":
+        """Latents of so many new items of a class."""
         import torch
 
         from sfumato.tasks.common import drawn, tell
 
-        labels, parts = _same(label, self.samples), list["Tensor"]()
-        for z in drawn(self.model, range(self.samples), labels, self.model.sampling.unguided, self.seed, CHUNK):
+        parts = list["Tensor"]()
+        for z in drawn(self.model, range(count), _same(label, count), how, self.seed, CHUNK):
             parts.append(z)
-            tell(self.progress, "samples", sum(map(len, parts)), self.samples)
+            tell(self.progress, "samples", sum(map(len, parts)), count)
         return torch.cat(parts)
 
 
@@ -190,17 +202,35 @@ class _Carried:
     def __call__(self, items: list[int], x: "Tensor") -> "Tensor":
         import torch
 
-        from sfumato.core import flow_grid, invert, regenerate
-
-        z, own, schedule = self.model.encode(x).to(self.model.device), self.own[items], self.model.denoiser.schedule
-        grid = flow_grid(schedule, self.how.steps, self.start)
-        if self.start <= float(grid[-1]):  # no noise that is seen: the data themselves are carried over
-            return self.model.decode(self.carried(z, own, 0.0))
-        z_t = invert(self.model.denoise(own, len(z), self.how.unguided), schedule, z, grid)
-        z_t = self.carried(z_t, own, self.start)
-        under = self.model.denoise(_same(self.goal, len(z)), len(z), self.how)
+        z, own = self.model.encode(x).to(self.model.device), self.own[items]
         there = (own == self.goal).reshape(-1, *(1,) * (z.ndim - 1)).to(z.device)  # these need not be carried
-        return self.model.decode(torch.where(there, z, regenerate(under, schedule, z_t, grid)))
+        return self.model.decode(torch.where(there, z, self.new(self.state(z, own))))
+
+    @cached_property
+    def grid(self) -> "Tensor | None":
+        """Times of the flow; None if no noise is seen at the start, so that the data themselves are carried over."""
+        from sfumato.core import flow_grid
+
+        grid = flow_grid(self.model.denoiser.schedule, self.how.steps, self.start)
+        return None if self.start <= float(grid[-1]) else grid
+
+    def state(self, z: "Tensor", own: "Tensor") -> "Tensor":
+        """Latents (B, ...) of the classes `own` (B,), inverted up to the start and carried over."""
+        from sfumato.core import invert
+
+        if self.grid is None:
+            return self.carried(z, own, 0.0)
+        under = self.model.denoise(own, len(z), self.how.unguided)
+        return self.carried(invert(under, self.model.denoiser.schedule, z, self.grid), own, self.start)
+
+    def new(self, z_t: "Tensor") -> "Tensor":
+        """What the goal makes of such states (B, ...): latents."""
+        from sfumato.core import regenerate
+
+        if self.grid is None:
+            return z_t
+        under = self.model.denoise(_same(self.goal, len(z_t)), len(z_t), self.how)
+        return regenerate(under, self.model.denoiser.schedule, z_t, self.grid)
 
     def carried(self, z: "Tensor", own: "Tensor", t: float) -> "Tensor":
         """States (B, ...) at time t of the classes `own` (B,) as such of the goal."""
@@ -210,3 +240,36 @@ class _Carried:
             here = (own == label).to(z.device)
             z[here] = crossing(z[here], alpha, sigma)
         return z
+
+
+def _showing(change: _Carried, search: _Search) -> float:
+    """The smallest weight at which carried items show the goal's class as clearly as what `generate` makes of it.
+
+    Tried on new items of the classes that are left; the weight is read off between two. Where none does, the one at
+    which they show it most.
+    """
+    import numpy as np
+    import torch
+
+    from sfumato.core import class_evidence, step_generator
+    from sfumato.tasks.common import tell
+
+    model, goal, each = change.model, change.goal, -(-TRIED_ON // len(change.crossings))
+    parts = {k: search.new(k)[:each] for k in change.crossings}
+    z, own = torch.cat(list(parts.values())), torch.cat([_same(k, len(part)) for k, part in parts.items()])
+
+    def shown(z: "Tensor") -> float:
+        count, unguided = len(z), change.how.unguided
+        under, null = (model.denoise(label, count, unguided) for label in (_same(goal, count), None))
+        generator = step_generator(search.seed, "evidence", 0)
+        return float(class_evidence(under, null, model.denoiser.schedule, z, generator).median())
+
+    wanted, state = shown(search.draw(goal, len(z), model.sampling)), change.state(z, own)
+    tried = dict[float, float]()
+    for weight in WEIGHTS:
+        tried[weight] = shown(replace(change, how=replace(change.how, guidance=weight)).new(state))
+        tell(search.progress, "guidance", len(tried), len(WEIGHTS))
+        if tried[weight] >= wanted:
+            weights, reached = list(tried)[-2:], list(tried.values())[-2:]
+            return round(float(np.interp(wanted, reached, weights)), 2)
+    return max(tried, key=lambda weight: tried[weight])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.core import Crossing, align, make_schedule, measure_spread, shortest
+from sfumato.core import Crossing, align, class_evidence, make_schedule, measure_spread, shortest
 from sfumato.core.align import SHARES, _errors
 
 SIZE = 3
@@ -112,3 +112,22 @@ def test_errors_are_of_the_noise_evenly_over_log_snr():
     low, high = (-2 * math.log(share / (1 - share)) for share in SHARES)
     even = torch.sigmoid(torch.linspace(low, high, 1_001)).mean()
     assert float(_errors(denoise, schedule, z, generator).mean()) == pytest.approx(2 * float(even), rel=0.01)
+
+
+def test_evidence_of_a_class_is_the_gain_in_likelihood():
+    """Two classes of the same spread: the gain over their mixture's bound grows along the line between them."""
+
+    def gaussian(mean: float, variance: float):
+        def denoise(z: Tensor, t: Tensor) -> Tensor:
+            alpha, sigma = (value.float()[:, None] for value in schedule(t))
+            return mean + alpha * variance / (alpha**2 * variance + sigma**2) * (z - alpha * mean)
+
+        return denoise
+
+    schedule = make_schedule("flow")
+    z = torch.linspace(-2, 2, 5)[:, None].expand(5, SIZE).contiguous()
+    under, null = gaussian(1.0, 0.1), gaussian(0.0, 1.1)
+    seen = [class_evidence(under, null, schedule, z, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+    assert seen[0][3] > 0 > seen[0][1] > seen[0][0]  # at 1 the class is there, at -1 and -2 it is not
+    assert seen[0].argmax() == 3

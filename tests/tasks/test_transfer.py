@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sfumato
+import sfumato.core
 from sfumato.data.write import write_images
 from sfumato.errors import UserError
 from tests.training.common import pictures, small_fit
@@ -83,3 +84,24 @@ def test_items_without_a_label_are_counted_and_refused(run: Path, tmp_path: Path
     given = write_images(tmp_path / "in", images.float(), rows, mode="L")
     with pytest.raises(UserError, match=r"2 items have no label; .*--own-label"):
         sfumato.transfer(run, given, label="b", **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("shown", "weight"),
+    [
+        ([1.0, 0.2, 0.6, 1.4], 1.75),  # what generate makes; then at weights 1, 1.5 and 2
+        ([1.0, 1.2], 1.0),
+        ([1.0, 0.1, 0.2, 0.9, 0.3, 0.2, 0.1, 0.0], 2.0),  # never: where it shows most
+    ],
+)
+def test_the_class_is_guided_until_it_shows(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: list[float], weight: float
+):
+    left = iter(shown)
+    monkeypatch.setattr(sfumato.core, "class_evidence", lambda *_: torch.tensor([0.0, next(left), 9.0]))
+    given = source(tmp_path / "in", 4)
+    result = sfumato.transfer(run, given, label="b", **QUICK)
+    assert result.facts["guidance"] == weight and {row["guidance"] for row in result.rows} == {weight}
+    assert list(left) == []
+    again = sfumato.transfer(run, given, label="b", guidance=weight, **QUICK)  # no more is asked of the evidence
+    assert torch.equal(again.items, result.items)
