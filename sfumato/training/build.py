@@ -18,7 +18,7 @@ from sfumato.nn.semi import fit_semi, partly_labelled
 from sfumato.training.feeds import DataFeed, LatentFeed
 from sfumato.training.job import Job
 from sfumato.training.loop import Feed
-from sfumato.training.plan import ADVERSARIAL_START
+from sfumato.training.plan import ADVERSARIAL_START, PERCEPTUAL_START
 from sfumato.training.steps import CodecStep, DiffusionStep
 from sfumato.types import UNKNOWN
 
@@ -146,6 +146,7 @@ def codec_step(model: Model, settings: Settings, network: Classifier | None, ste
         perceptual_term(settings, network),
         kind=codec.reconstruction or "l1",
         perceptual_weight=codec.perceptual_weight or 0.0,
+        perceptual_start=round(PERCEPTUAL_START * steps),
         bottleneck_weight=(codec.kl_weight or 0.0) if codec.bottleneck == "kl" else 1.0,
         adversarial_weight=codec.adversarial_weight or 0.0,
         start=start,

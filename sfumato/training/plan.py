@@ -21,6 +21,7 @@ from sfumato.nn import net_size
 
 NOMINAL_RATE = 150e9  # operations a second, where steps are given: the plan must not depend on the machine then
 ADVERSARIAL_START = 0.5  # share of the codec's steps before the adversarial loss begins
+PERCEPTUAL_START = 0.7  # and before the perceptual one does: about half of the time
 WARMUP = 100  # steps of linear warm-up, at most a tenth of the stage
 FEATURE_STEPS, FEATURE_SHARE = 400, 0.08  # most steps of the feature network, and most of the budget it takes
 GUESS_STEPS, GUESS_SHARE = 2_400, 0.2  # the same where it has to guess labels that are left open

@@ -1,9 +1,11 @@
 """From a job to its plan: measures the machine and a few real steps, and decides what is still open."""
 
+import math
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,7 +35,6 @@ from sfumato.training.job import Job
 from sfumato.training.loop import Feed, Trainer
 from sfumato.training.measure import Speed, count_operations, measure_step
 from sfumato.training.plan import (
-    ADVERSARIAL_START,
     FEATURE_SHARE,
     FEATURE_STEPS,
     GUESS_SHARE,
@@ -46,7 +47,7 @@ from sfumato.training.plan import (
 )
 from sfumato.training.steps import TrainStep
 
-LATE = 99  # a step of a hundred at which every term of the loss plays
+LATE = 999_999  # a step of a million at which every term of the loss plays
 ENCODING_SHARE = 0.15  # of the budget; of more items than can be encoded in it, so many are drawn
 FEWEST_ENCODED = 5_000
 BRIEF = 0.2  # seconds that the steps of a plan that is only tried take, at least
@@ -155,7 +156,7 @@ def divide_time(job: Job, budget: float, share: float) -> None:
 
 
 def stage_copies(job: Job, network: Classifier | None) -> dict[str, tuple[TrainStep, StageSettings, Feed]]:
-    """What each stage would train, how and on what, to be thrown away; from step `LATE` on the discriminator plays."""
+    """What each stage would train, how and on what, to be thrown away; at step `LATE` every term of the loss plays."""
     settings, train = job.settings, job.settings.train
     model = new_model(job)
     z = torch.randn(4096, *model.codec.latent_shape)
@@ -207,7 +208,7 @@ def measured_pace(job: Job, facts: Facts, seconds: float) -> Callable[[str, Sett
             network = untrained_features(trial) if stage == "codec" and uses_features(trial.settings) else None
             step, settings, feed = stage_copies(trial, network)[stage]
             kit: dict[str, Any] = {"stage": stage, "seed": given.seed, "accelerator": job.accelerator}
-            return (settings.batch or 1) / measure_step(step, settings, feed, seconds=BRIEF, **kit).seconds
+            return (settings.batch or 1) / mean_speed(step, settings, feed, seconds=BRIEF, **kit).seconds
 
     return pace
 
@@ -219,9 +220,14 @@ def measure_stages(job: Job) -> dict[str, Speed]:
         network, speeds = measure_network(job)
         kit: dict[str, Any] = {"seed": settings.seed, "accelerator": job.accelerator}
         for stage, copy in stage_copies(job, network).items():
-            speeds[stage] = measure_step(*copy, stage=stage, **kit)
-            if stage == "codec" and settings.codec.adversarial_weight:
-                late = measure_step(*copy, stage=stage, first=LATE, **kit)
-                share = 1 - ADVERSARIAL_START
-                speeds[stage] = Speed(*((1 - share) * a + share * b for a, b in zip(speeds[stage], late, strict=True)))
+            speeds[stage] = mean_speed(*copy, stage=stage, **kit)
     return speeds
+
+
+def mean_speed(step: TrainStep, settings: StageSettings, feed: Feed, **kit: Any) -> Speed:
+    """Seconds and operations of a step, averaged over a stage whose terms begin one after the other."""
+    spans = list(pairwise([*step.turns, LATE + 1]))
+    shares = [(end - begin) / (LATE + 1) for begin, end in spans]
+    speeds = [measure_step(step, settings, feed, first=begin, **kit) for begin, _ in spans]
+    seconds, flops = (sum(map(math.prod, zip(shares, part, strict=True))) for part in zip(*speeds, strict=True))
+    return Speed(seconds, flops)

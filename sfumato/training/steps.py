@@ -57,6 +57,11 @@ class TrainStep(nn.Module):
         """The optimizers that take turns in each step."""
         raise NotImplementedError
 
+    @property
+    def turns(self) -> list[int]:
+        """Steps at which a step becomes more, or less, work than before; 0 is one."""
+        return [0]
+
     def forward(self, batch: Batch, phase: str, step: int, generator: Generator) -> Losses:
         raise NotImplementedError
 
@@ -64,6 +69,7 @@ class TrainStep(nn.Module):
 class CodecStep(TrainStep):
     r"""First stage: $L = L_{rec} + w_p L_{perc} + w_b L_{bottleneck} + w_a g(step) d L_{adv}$.
 
+    The perceptual term plays from its start on: what it adds is learned late, and steps without it take half as long.
     d balances the adversarial gradient against the others at the last layer; the gate g starts late, ramps up, and
     closes when the discriminator is always right.
 
@@ -72,6 +78,7 @@ class CodecStep(TrainStep):
         perceptual: (x̂, x) -> distance per item, or None.
         kind: `l1` or `l2` for the pixels.
         perceptual_weight: w_p.
+        perceptual_start: Step at which the perceptual term begins.
         bottleneck_weight: w_b: per data value for `kl`.
         adversarial_weight: w_a; 0 builds no discriminator.
         start: Step at which the adversarial loss begins; the discriminator begins `lead` steps before.
@@ -89,6 +96,7 @@ class CodecStep(TrainStep):
         *,
         kind: str = "l1",
         perceptual_weight: float = 0.5,
+        perceptual_start: int = 0,
         bottleneck_weight: float = 1e-2,
         adversarial_weight: float = 0.0,
         start: int = 0,
@@ -99,6 +107,7 @@ class CodecStep(TrainStep):
         self.codec = codec
         self.perceptual = perceptual
         self.kind, self.perceptual_weight, self.bottleneck_weight = kind, perceptual_weight, bottleneck_weight
+        self.perceptual_start = perceptual_start
         self.adversarial_weight, self.start, self.lead = adversarial_weight, start, lead
         self.discriminator = PatchDiscriminator(channels) if adversarial_weight else None
         self.gate = AdversarialGate(start, ramp=max(1, lead)) if adversarial_weight else None
@@ -115,6 +124,11 @@ class CodecStep(TrainStep):
             phases.append(Phase("discriminator", judge, lr=0.25, betas=(0.5, 0.9), start=self.start - self.lead))
         return phases
 
+    @property
+    def turns(self) -> list[int]:
+        late = [] if self.perceptual is None else [self.perceptual_start]
+        return sorted({0, *late, *([] if self.discriminator is None else [max(0, self.start - self.lead)])})
+
     def forward(self, batch: Batch, phase: str, step: int, generator: Generator) -> Losses:
         if phase == "discriminator":
             return self._judge(batch.data)
@@ -125,7 +139,7 @@ class CodecStep(TrainStep):
         self._drawn = x_hat.detach()
         terms = {"rec": self.codec.distance(x_hat, x, self.kind).mean(), "bottleneck": extra.mean()}
         loss = terms["rec"] + self.bottleneck_weight * terms["bottleneck"]
-        if self.perceptual is not None:
+        if self.perceptual is not None and step >= self.perceptual_start:
             terms["perceptual"] = self.perceptual(x_hat, x).mean()
             loss = loss + self.perceptual_weight * terms["perceptual"]
         if self.discriminator is not None and step >= self.start:

@@ -209,21 +209,32 @@ def test_the_largest_is_taken_that_is_fast_enough():
 def test_sizes_are_tried_as_they_would_be_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With what the user fixed; the codec of width 128, twice as wide inside, is the first that is too slow here."""
     tried: list[tuple[str, int | None, int]] = []
+    begun: list[int] = []
 
     def measure_step(step: torch.nn.Module, settings: StageSettings, feed: Any, **kit: Any) -> Speed:
         trained = [p for p in step.parameters() if p.ndim == 4 and p.requires_grad]
         channels = max((p.shape[0] for p in trained), default=0)
         tried.append((kit["stage"], settings.batch, channels))
+        begun.append(kit["first"])
         return Speed(1e-6 if channels < 256 else 1e6, 1.0)
 
     monkeypatch.setattr(planning, "measure_step", measure_step)
     fixed = ["train.codec.batch=7", "train.codec.steps=2", "train.denoiser.steps=2", "denoiser.width=32"]
     fit(str(source), out=tmp_path / "run", device="cpu", budget="600s", overrides=fixed)
     codecs = [channels for stage, _, channels in tried if stage == "codec"]
-    assert codecs == [64, 96, 128, 192, 256, 192]  # the search ends with the first misfit, what is planned comes last
+    assert codecs[::2] == codecs[1::2] == [64, 96, 128, 192, 256, 192]  # up to the first misfit, then what is planned
+    assert begun[:4] == [0, 700_000, 0, 700_000]  # without the perceptual term, and with it
     assert {batch for stage, batch, _ in tried if stage == "codec"} == {7}
     plan = record(tmp_path / "run")["plan"]
     assert (plan["codec"]["width"], plan["codec"]["perceptual"], plan["denoiser"]["width"]) == (96, "auto", 32)
+
+
+def test_speed_of_a_stage_counts_each_turn_by_its_length(monkeypatch: pytest.MonkeyPatch):
+    step = SimpleNamespace(turns=[0, 500_000, 700_000])
+    costs = {0: Speed(1.0, 10.0), 500_000: Speed(2.0, 30.0), 700_000: Speed(4.0, 50.0)}
+    monkeypatch.setattr(planning, "measure_step", lambda *_, first: costs[first])
+    found = planning.mean_speed(step, StageSettings(), None)  # type: ignore[arg-type]
+    assert found == pytest.approx((0.5 * 1 + 0.2 * 2 + 0.3 * 4, 0.5 * 10 + 0.2 * 30 + 0.3 * 50))
 
 
 def test_perceptual_term_comes_in_with_time():

@@ -96,6 +96,15 @@ def test_phases_hold_each_parameter_once():
     assert [phase.name for phase in codec_step(adversarial_weight=0).phases()] == ["codec"]
 
 
+def test_terms_begin_late():
+    assert codec_step(perceptual_start=7, start=5, lead=2).turns == [0, 3, 7]
+    assert codec_step(adversarial_weight=0).turns == [0]
+    step = codec_step(perceptual_start=7, adversarial_weight=0)
+    before, after = (step(batch(), "codec", k, generator()) for k in (6, 7))
+    assert "perceptual" not in before and after["perceptual"] > 0
+    torch.testing.assert_close(before["loss"] + step.perceptual_weight * after["perceptual"], after["loss"])
+
+
 @pytest.mark.parametrize(("weight", "term"), [("perceptual_weight", "perceptual"), ("bottleneck_weight", "bottleneck")])
 def test_loss_is_the_weighted_sum(weight: str, term: str):
     one, two = (codec_step(**{weight: w})(batch(), "codec", 0, generator()) for w in (1.0, 3.0))
