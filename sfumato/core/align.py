@@ -176,11 +176,16 @@ def _errors(denoise: Denoise, schedule: Schedule, z: Tensor, generator: Generato
 
     That is the integral of $\|\hat z - z\|^2$ over the SNR, by which the bound of the likelihood is made.
     """
+    share = torch.rand(len(z), generator=generator, dtype=torch.float64)
+    return _missed(denoise, schedule, z, share, torch.randn(z.shape, generator=generator).to(z))
+
+
+def _missed(denoise: Denoise, schedule: Schedule, z: Tensor, share: Tensor, noise: Tensor) -> Tensor:
+    """The squared error of a given noise at a share (B,) of the way from the lowest log-SNR to the highest one."""
     low, high = (-2 * math.log(share / (1 - share)) for share in SHARES)
-    logsnr = low + (high - low) * torch.rand(len(z), generator=generator, dtype=torch.float64)
+    logsnr = low + (high - low) * share
     t = schedule.inverse(logsnr)
     alpha, sigma = (trail(value, z) for value in schedule(t))
-    noise = torch.randn(z.shape, generator=generator).to(z)
     missed = (denoise(alpha * z + sigma * noise, t) - z) * trail(torch.exp(logsnr / 2), z)
     return missed.square().flatten(1).sum(1)
 
@@ -189,26 +194,25 @@ def _errors(denoise: Denoise, schedule: Schedule, z: Tensor, generator: Generato
 def class_evidence(under: Denoise, null: Denoise, schedule: Schedule, z: Tensor, generator: Generator) -> Tensor:
     r"""How much more likely items z (B, ...) are under a class than without it: a value (B,), larger for more.
 
-    The mean of $\|\hat\epsilon_\varnothing - \epsilon\|^2 - \|\hat\epsilon_c - \epsilon\|^2$ over `LOOKS` times and
-    noises, which is in proportion to the difference of the bounds of $\log p(z | c)$ and $\log p(z)$.
+    The mean of $\|\hat\epsilon_\varnothing - \epsilon\|^2 - \|\hat\epsilon_c - \epsilon\|^2$ over `LOOKS` log-SNRs,
+    evenly apart, which is in proportion to the difference of the bounds of $\log p(z | c)$ and $\log p(z)$. All items
+    get the same noise, so that none hangs on what is beside it.
 
     Args:
         under: (z, t) -> z_hat under the class.
         null: The same without a condition.
         schedule: The path.
         z: Items.
-        generator: Draws times and noise.
+        generator: Draws the noise.
 
     References:
         Li et al., Your Diffusion Model is Secretly a Zero-Shot Classifier, https://arxiv.org/abs/2303.16203 (eq. 5).
     """
     gains = list[Tensor]()
-    for _ in range(LOOKS):
-        begun, errors = generator.get_state(), list[Tensor]()
-        for denoise in (null, under):
-            generator.set_state(begun)  # the same noise for both
-            errors.append(_errors(denoise, schedule, z, generator))
-        gains.append(errors[0] - errors[1])
+    for share in (torch.arange(LOOKS, dtype=torch.float64) + 0.5) / LOOKS:
+        noise = torch.randn(z.shape[1:], generator=generator).to(z).expand_as(z)
+        without, with_ = (_missed(denoise, schedule, z, share.expand(len(z)), noise) for denoise in (null, under))
+        gains.append(without - with_)
     return torch.stack(gains).mean(0)
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 CHUNK = 500  # new items drawn at once
 WEIGHTS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of the target class, tried until it shows
-TRIED_ON = 250  # items
+UNCLEAR = 0.25  # share of new items that show their class less clearly than is asked of those carried over
+COMPARED = 500  # new items
 
 
 def transfer(
@@ -60,8 +61,8 @@ def transfer(
         align: Steps of the search for what corresponds; 0 takes the map that moves items least.
         samples: New items of each class that it is found from.
         steps: Steps of the flow, each way.
-        guidance: Weight of the target class; 1 is off (default: the smallest at which items show the class as clearly
-            as what `generate` makes of it does).
+        guidance: Weight of the target class; 1 is off (default: for each item the smallest at which it shows the class
+            as clearly as three in four that `generate` makes of it).
         skip_bad: Leave out files that cannot be read.
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the new items and of the search.
@@ -113,9 +114,9 @@ def transfer(
     search = _Search(loaded, goal, align, samples, seed, progress)
     change = _Carried(loaded, own, goal, {k: search(k) for k in classes}, start, how)
     if guidance is None and classes and change.grid is not None:
-        change.how = how = replace(how, guidance=_showing(change, search))
+        change.wanted = float(change.evidence(search.draw(goal, COMPARED, loaded.sampling)).quantile(UNCLEAR))
     items = changed(loaded, inputs, change, batch, "transfer", progress)
-    facts = {"strength": strength, "align": align, "steps": steps, "guidance": how.guidance, "seed": seed}
+    facts = {"strength": strength, "align": align, "steps": steps, "guidance": guidance, "seed": seed}
     rows = changed_rows(loaded, inputs, torch.full((len(inputs),), goal), facts)
     facts |= inputs.told()
     deliver(loaded, inputs, items, rows, out, sheet, overwrite)
@@ -198,6 +199,7 @@ class _Carried:
     crossings: "dict[int, Crossing]"
     start: float
     how: "Sampling"
+    wanted: float | None = None  # evidence of the goal that every item should show; None: the weight stands
 
     def __call__(self, items: list[int], x: "Tensor") -> "Tensor":
         import torch
@@ -224,13 +226,36 @@ class _Carried:
         return self.carried(invert(under, self.model.denoiser.schedule, z, self.grid), own, self.start)
 
     def new(self, z_t: "Tensor") -> "Tensor":
-        """What the goal makes of such states (B, ...): latents."""
-        from sfumato.core import regenerate
+        """What the goal makes of such states (B, ...): latents, guided no more than they need."""
+        import torch
 
         if self.grid is None:
             return z_t
-        under = self.model.denoise(_same(self.goal, len(z_t)), len(z_t), self.how)
+        if self.wanted is None:
+            return self.guided(z_t, self.how)
+        z, left = torch.empty_like(z_t), torch.arange(len(z_t))
+        for weight in WEIGHTS:
+            z[left] = self.guided(z_t[left], replace(self.how, guidance=weight))
+            left = left[(self.evidence(z[left]) < self.wanted).cpu()]
+            if not len(left):
+                break
+        return z
+
+    def guided(self, z_t: "Tensor", how: "Sampling") -> "Tensor":
+        """The flow from such states (B, ...) to latents of the goal."""
+        from sfumato.core import regenerate
+
+        assert self.grid is not None
+        under = self.model.denoise(_same(self.goal, len(z_t)), len(z_t), how)
         return regenerate(under, self.model.denoiser.schedule, z_t, self.grid)
+
+    def evidence(self, z: "Tensor") -> "Tensor":
+        """How clearly latents (B, ...) show the goal's class (B,)."""
+        from sfumato.core import class_evidence, step_generator
+
+        labels = (_same(self.goal, len(z)), None)
+        under, null = (self.model.denoise(label, len(z), self.how.unguided) for label in labels)
+        return class_evidence(under, null, self.model.denoiser.schedule, z, step_generator(0, "evidence", 0))
 
     def carried(self, z: "Tensor", own: "Tensor", t: float) -> "Tensor":
         """States (B, ...) at time t of the classes `own` (B,) as such of the goal."""
@@ -240,36 +265,3 @@ class _Carried:
             here = (own == label).to(z.device)
             z[here] = crossing(z[here], alpha, sigma)
         return z
-
-
-def _showing(change: _Carried, search: _Search) -> float:
-    """The smallest weight at which carried items show the goal's class as clearly as what `generate` makes of it.
-
-    Tried on new items of the classes that are left; the weight is read off between two. Where none does, the one at
-    which they show it most.
-    """
-    import numpy as np
-    import torch
-
-    from sfumato.core import class_evidence, step_generator
-    from sfumato.tasks.common import tell
-
-    model, goal, each = change.model, change.goal, -(-TRIED_ON // len(change.crossings))
-    parts = {k: search.new(k)[:each] for k in change.crossings}
-    z, own = torch.cat(list(parts.values())), torch.cat([_same(k, len(part)) for k, part in parts.items()])
-
-    def shown(z: "Tensor") -> float:
-        count, unguided = len(z), change.how.unguided
-        under, null = (model.denoise(label, count, unguided) for label in (_same(goal, count), None))
-        generator = step_generator(search.seed, "evidence", 0)
-        return float(class_evidence(under, null, model.denoiser.schedule, z, generator).median())
-
-    wanted, state = shown(search.draw(goal, len(z), model.sampling)), change.state(z, own)
-    tried = dict[float, float]()
-    for weight in WEIGHTS:
-        tried[weight] = shown(replace(change, how=replace(change.how, guidance=weight)).new(state))
-        tell(search.progress, "guidance", len(tried), len(WEIGHTS))
-        if tried[weight] >= wanted:
-            weights, reached = list(tried)[-2:], list(tried.values())[-2:]
-            return round(float(np.interp(wanted, reached, weights)), 2)
-    return max(tried, key=lambda weight: tried[weight])

@@ -129,5 +129,7 @@ def test_evidence_of_a_class_is_the_gain_in_likelihood():
     under, null = gaussian(1.0, 0.1), gaussian(0.0, 1.1)
     seen = [class_evidence(under, null, schedule, z, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+    alone = class_evidence(under, null, schedule, z[2:3], torch.Generator().manual_seed(0))
+    torch.testing.assert_close(alone, seen[0][2:3])
     assert seen[0][3] > 0 > seen[0][1] > seen[0][0]  # at 1 the class is there, at -1 and -2 it is not
     assert seen[0].argmax() == 3
