@@ -119,7 +119,7 @@ def copied(log_size: int, device: str) -> float:
 
 
 class Work(TorchDispatchMode):
-    """Calls, operations, bytes and least seconds of every operator within the block.
+    """Operations, bytes and least seconds of every operator within the block.
 
     Args:
         peak: Operations a second of the best matrix product.
@@ -135,8 +135,7 @@ class Work(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name, packet = str(func._schema.name), func.overloadpacket
         tensors = [] if func.is_view else tree_leaves((args, kwargs, out))
-        held = [min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors if isinstance(x, torch.Tensor)]
-        moved = sum(held)
+        moved = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors if isinstance(x, torch.Tensor))
         flops = float(flop_registry[packet](*args, **(kwargs or {}), out_val=out)) if packet in flop_registry else 0.0
         self.flops[name] += flops
         self.bytes[name] += moved

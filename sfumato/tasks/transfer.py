@@ -88,12 +88,10 @@ def transfer(
     import torch
 
     from sfumato.core import strength_time
-    from sfumato.errors import UserError
     from sfumato.tasks.common import check_counts, open_model
     from sfumato.tasks.generate import sampling
     from sfumato.tasks.inputs import changed, changed_rows, class_numbers, deliver, read_inputs
     from sfumato.tasks.places import check_places
-    from sfumato.types import UNKNOWN
 
     begun = time.perf_counter()
     check_counts(steps=steps, batch=batch)
@@ -104,12 +102,7 @@ def transfer(
     start = strength_time(loaded.denoiser.schedule, strength)
     sheet = check_places(loaded, out, sheet, overwrite, sources=[source])
     inputs = read_inputs(model, loaded, source, overrides, skip_bad)
-    own = class_numbers(loaded, own_label, inputs)
-    if own is None:
-        raise UserError(f"{source}: has no labels; say which class its items are of with --own-label")
-    if (own == UNKNOWN).any():
-        count = int((own == UNKNOWN).sum())
-        raise UserError(f"{source}: {count} items have no label; say which class its items are of with --own-label")
+    own = _own_classes(source, class_numbers(loaded, own_label, inputs))
     classes = sorted({int(k) for k in own} - {goal})
     search = _Search(loaded, goal, align, samples, seed, progress)
     change = _Carried(loaded, own, goal, {k: search(k) for k in classes}, start, how)
@@ -121,6 +114,19 @@ def transfer(
     facts |= inputs.told()
     deliver(loaded, inputs, items, rows, out, sheet, overwrite)
     return Result(items, rows, time.perf_counter() - begun, facts)
+
+
+def _own_classes(source: "str | Path", own: "Tensor | None") -> "Tensor":
+    """The class numbers (N,) of all items, which must be known."""
+    from sfumato.errors import UserError
+    from sfumato.types import UNKNOWN
+
+    remedy = "say which class its items are of with --own-label"
+    if own is None:
+        raise UserError(f"{source}: has no labels; {remedy}")
+    if (own == UNKNOWN).any():
+        raise UserError(f"{source}: {int((own == UNKNOWN).sum())} items have no label; {remedy}")
+    return own
 
 
 def _same(label: int, count: int) -> "Tensor":
@@ -202,11 +208,12 @@ class _Carried:
     wanted: float | None = None  # evidence of the goal that every item should show; None: the weight stands
 
     def __call__(self, items: list[int], x: "Tensor") -> "Tensor":
-        import torch
-
         z, own = self.model.encode(x).to(self.model.device), self.own[items]
-        there = (own == self.goal).reshape(-1, *(1,) * (z.ndim - 1)).to(z.device)  # these need not be carried
-        return self.model.decode(torch.where(there, z, self.new(self.state(z, own))))
+        moved = own != self.goal  # the others are there
+        if moved.any():
+            z = z.clone()
+            z[moved.to(z.device)] = self.new(self.state(z[moved.to(z.device)], own[moved]))
+        return self.model.decode(z)
 
     @cached_property
     def grid(self) -> "Tensor | None":
