@@ -1,27 +1,29 @@
-"""What made images are worth to a classifier: few labels, many images without; one row of a Markdown table a run.
+"""What `augment` is worth to a classifier: few labels, many images without; one row of a Markdown table a run.
 
     python benchmarks/augment.py --data fashion-mnist --labels 20,100 --seeds 0,1,2,3,4 --budget 10m
-    python benchmarks/augment.py --data fashion-mnist --labels all --made 1000
+    python benchmarks/augment.py --data fashion-mnist --labels all --more 1000
 
 For each number of labels a class and each seed: labels are drawn, the others left open; `sfumato fit` trains on all of
-it (a thousand of the open images are held out), `sfumato augment` makes a balanced set; and one small network is
-trained, always in the same way, on
+it (a thousand of the open images are held out), `sfumato augment` brings each class up to --more beyond the labelled
+ones; and one small network is trained, always in the same way, on
 
 * real: the labelled images as they are;
 * classical: the same moved, mirrored and cut into, as much as is best on a third of other labels, held back twice (a
   draw of as many that is no seed of the table);
-* pseudo: classical, and the open images under the labels that the classifier of `augment` sees in them (no generation);
-* augment: classical, and the made images.
+* pseudo: classical, and all open images under the labels that the classifier of `augment` sees in them;
+* made: classical, and made images alone, of `augment --no-guess`;
+* augment: classical, and what `augment` adds: open images that it is sure of, and made ones where these are short.
 
 A step sees as many labelled images each way; the others come on top, and count the less the more labels there are.
-`teacher` is the classifier of `augment` itself. All are measured on the official test images. Everything runs from
-commands as a user would type them; what is done is kept in OUT and skipped the next time.
+`teacher` is the classifier of `augment` itself; `guessed` and `made` say how many of each kind it added. All are
+measured on the official test images. Everything runs from commands as a user would type them; what is done is kept in
+OUT and skipped the next time.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -36,12 +38,14 @@ from tables import kept
 from torch import Tensor
 
 from sfumato.data import Data, Joined, read_images
+from sfumato.machine import best_precision
 from sfumato.modality.sorter import ImageSorter
 from sfumato.nn.classifier import Classifier, endless, fresh, predict
 from sfumato.nn.semi import moved
 
 Facts = dict[str, Any]
-WAYS = ("real", "classical", "pseudo", "augment")
+WAYS = ("real", "classical", "pseudo", "made", "augment")
+MORE = {"made": ["--no-guess"], "augment": []}  # ways that use a set, and what `augment` is told
 WIDTH, BATCH, RATE = 16, 128, 4e-3  # as many labelled images a step, and as many others
 SHORT, LONG, LONGEST = 500, 1_500, 4_000  # steps; the last where all images are labelled
 ENOUGH = 2_000  # labelled images from which on others count less: as much in all as so many labelled ones
@@ -97,7 +101,9 @@ def train(given: Data, more: Joined | None, classes: int, how: Moves, seed: int)
             x, y = torch.cat([x, other.data]), torch.cat([y, other.label])
             counts = torch.cat([counts, torch.full((len(other.data),), weight)])
         x = moved_about(x, how, generator).contiguous(memory_format=torch.channels_last)
-        losses = F.cross_entropy(net(x), y, label_smoothing=0.05, reduction="none")
+        with torch.autocast("cpu", torch.bfloat16, enabled=best_precision("cpu") == "bf16"):
+            logits = net(x)
+        losses = F.cross_entropy(logits.float(), y, label_smoothing=0.05, reduction="none")
         loss = (counts * losses).sum() / counts.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -152,57 +158,80 @@ def write_source(data: Data, path: Path, seed: int) -> None:
     np.savez(path, **parts, x_test=data.pixels[held], y_test=labels[held])
 
 
-def made_by(source: Path, run: Path, n: int, seed: int, options: argparse.Namespace) -> tuple[Data, Facts]:
-    """The images that `augment` made, and what the commands said and took."""
-    often, out = ["--seed", str(seed), "--overwrite", "--quiet"], f"{run}-set"
+def added(source: Path, run: Path, way: str, n: int, seed: int, options: argparse.Namespace) -> tuple[Data, Facts]:
+    """The images that `augment` adds to the labelled ones, and what the commands said and took."""
+    often, out = ["--seed", str(seed), "--overwrite", "--quiet"], f"{run}-{way}"
+
+    def fit() -> Facts:
+        done = call(["-m", "sfumato", "fit", str(source), "--out", str(run), "--budget", options.budget, *often])
+        return {"seconds": done.seconds}
 
     def make() -> Facts:
-        fit = call(["-m", "sfumato", "fit", str(source), "--out", str(run), "--budget", options.budget, *often])
         words = ["-m", "sfumato", "augment", str(run), str(source), "--out", out, "-n", str(n), *often, "--json"]
-        done = call([*words, *(word for part in options.draw for word in part.split("="))])
-        facts = {"fit": fit.seconds, "made": done.seconds, "gib": round(max(fit.gib, done.gib), 2)}
-        return facts | {"report": json.loads(done.output)}
+        done = call([*words, *MORE[way], *(word for part in options.draw for word in part.split("="))])
+        return {"seconds": done.seconds, "report": json.loads(done.output)}
 
-    facts = kept(run.with_name(f"{run.name}-made.json"), make)
+    fitted = kept(run.with_name(f"{run.name}-fit.json"), fit)
+    facts = {"fit": fitted["seconds"]} | kept(run.with_name(f"{run.name}-{way}.json"), make)
     whole, _ = read_images(out)
     rows = [json.loads(line) for line in Path(out, "metadata.jsonl").read_text().splitlines()]
-    return whole.subset([i for i, row in enumerate(rows) if "item" in row]), facts
+    return whole.subset([i for i, row in enumerate(rows) if "item" in row or "guessed" in row]), facts
 
 
 def run_name(labels: int, seed: int, options: argparse.Namespace) -> str:
     """What a run and its record are called."""
     how = "".join(part.lstrip("-") for part in options.draw)
-    return f"{Path(options.data).name}-{labels or 'all'}-{options.budget}-{options.made}{how}-{seed}"
+    return f"{Path(options.data).name}-{labels or 'all'}-{options.budget}-{options.more}{how}-{seed}"
 
 
-def measured(labels: int, seed: int, options: argparse.Namespace) -> Facts:
-    """The accuracy of each way."""
+def measured(labels: int, seed: int, way: str, options: argparse.Namespace) -> Facts:
+    """The accuracy of a way."""
     torch.set_num_threads(options.threads)
     (data, test), name = read_images(options.data), run_name(labels, seed, options)
     assert test is not None
     source = options.out / f"{name}.npz"
     write_source(drawn(data, labels, seed), source, seed)
-    part, classes = read_images(source)[0], data.classes
+    part = read_images(source)[0]
     given = labelled(part)
-    most = int(np.bincount(given.labels).max())
-    made, facts = made_by(source, options.out / name, most + options.made, seed, options)
+    how, facts, more = moves(data, labels, options), Facts(), None
+    if way == "real":
+        how = Moves(steps=how.steps)
+    elif way == "pseudo":
+        more = pseudo_labelled(part)
+    elif way in MORE:
+        more, facts = added(source, options.out / name, way, largest(given) + options.more, seed, options)
+    if way == "teacher":
+        return {"accuracy": accuracy(teacher(part), test)}
+    if more is not None:
+        how = how._replace(steps=max(LONG, how.steps))
+    net = train(given, None if more is None else Joined([more]), data.classes, how, seed)
+    return facts | {"moves": how._asdict(), "accuracy": accuracy(net, test)}
+
+
+def moves(data: Data, labels: int, options: argparse.Namespace) -> Moves:
+    """The classical augmentation of so many labels a class, found once and kept."""
     record = options.out / f"{Path(options.data).name}-{labels or 'all'}-moves.json"
-    others_drawn = labelled(drawn(data, labels, TUNING))
-    how = Moves(**kept(record, lambda: tuned(others_drawn, classes, TUNING)._asdict()))
-    how = how if labels else how._replace(steps=LONGEST)
-    teacher = ImageSorter(part, [], part.label_names).network  # as `augment` trained and kept it
+    others = labelled(drawn(data, labels, TUNING))
+    how = Moves(**kept(record, lambda: tuned(others, data.classes, TUNING)._asdict()))
+    return how if labels else how._replace(steps=LONGEST)
+
+
+def largest(data: Data) -> int:
+    """How many images the largest class has."""
+    assert data.labels is not None
+    return int(np.bincount(data.labels).max())
+
+
+def teacher(part: Data) -> Classifier:
+    """The classifier of `augment`, as it trained and kept it."""
+    return ImageSorter(part, [], part.label_names).network
+
+
+def pseudo_labelled(part: Data) -> Data | None:
+    """All open images under the labels that the teacher sees in them; None if there are none."""
     assert part.labels is not None
     others = part.subset(np.flatnonzero(part.labels < 0))
-    guessed = Joined([replace(others, labels=predict_all(teacher, others))]) if len(others) else None
-    longer = how._replace(steps=max(LONG, how.steps))
-    jobs: dict[str, Callable[[], Classifier]] = {
-        "real": lambda: train(given, None, classes, Moves(steps=how.steps), seed),
-        "classical": lambda: train(given, None, classes, how, seed),
-        "pseudo": lambda: train(given, guessed, classes, longer, seed),
-        "augment": lambda: train(given, Joined([made]), classes, longer, seed),
-        "teacher": lambda: teacher,
-    }
-    return facts | {"moves": how._asdict(), **{way: accuracy(make(), test) for way, make in jobs.items()}}
+    return replace(others, labels=predict_all(teacher(part), others)) if len(others) else None
 
 
 def labelled(data: Data) -> Data:
@@ -220,12 +249,20 @@ def table_row(name: str, labels: int, facts: Sequence[Facts]) -> str:
     """The line of one number of labels: mean and deviation over the seeds, in percent; and what is gained."""
 
     def shown(values: Sequence[float]) -> str:
+        if not values:
+            return "-"
         return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
 
-    cells = [name, labels or "all", len(facts), *(shown([f[way] for f in facts]) for way in (*WAYS, "teacher"))]
-    cells.append(shown([f["augment"] - f["classical"] for f in facts]))
-    cells += [f"{mean(f[part] for f in facts):.0f}" for part in ("fit", "made")]
-    cells.append(max(sum(f["report"].get("short", {}).values()) for f in facts))
+    def of(way: str) -> list[float]:
+        return [f[way]["accuracy"] for f in facts if way in f]
+
+    cells = [name, labels or "all", len(facts), *(shown(of(way)) for way in (*WAYS, "teacher"))]
+    for way in MORE:
+        both = [f for f in facts if {way, "classical"} <= set(f)]
+        cells.append(shown([f[way]["accuracy"] - f["classical"]["accuracy"] for f in both]))
+    done = [f["augment"] for f in facts if "augment" in f]
+    cells += [f"{mean(f[part] for f in done):.0f}" if done else "-" for part in ("fit", "seconds")]
+    cells += [f"{mean(f['report'][part] for f in done):.0f}" if done else "-" for part in ("guessed", "made")]
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -238,7 +275,8 @@ def read_options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--labels", type=counts, default=[20, 100], help="labels a class, or all")
     parser.add_argument("--seeds", type=counts, default=[0, 1, 2, 3, 4])
     parser.add_argument("--budget", default="10m", help="of each fit")
-    parser.add_argument("--made", type=int, default=2_000, help="images of each class that are made")
+    parser.add_argument("--more", type=int, default=2_000, help="images of each class that are added")
+    parser.add_argument("--ways", type=listed, default=[*WAYS, "teacher"], help="what is measured, in this order")
     listed_draw = "an option of augment and its value"
     parser.add_argument("--draw", action="append", default=[], metavar="--steps=20", help=listed_draw)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -250,14 +288,18 @@ def main(words: Sequence[str] | None = None) -> int:
     """Print the table; 1 if a run failed."""
     options, failed = read_options(words), 0
     options.out.mkdir(parents=True, exist_ok=True)
-    head = ["data", "labels", "seeds", *WAYS, "teacher", "gain", "fit s", "augment s", "short"]
+    gains = [f"gain of {way}" for way in MORE]
+    head = ["data", "labels", "seeds", *WAYS, "teacher", *gains, "fit s", "augment s", "guessed", "made"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
     for labels in options.labels:
         found: list[Facts] = []
         for seed in options.seeds:
+            facts: Facts = {}
             try:
-                make = lambda labels=labels, seed=seed: measured(labels, seed, options)
-                found.append(kept(options.out / f"{run_name(labels, seed, options)}.json", make))
+                for way in options.ways:
+                    make = lambda labels=labels, seed=seed, way=way: measured(labels, seed, way, options)
+                    facts[way] = kept(options.out / f"{run_name(labels, seed, options)}-{way}-accuracy.json", make)
+                found.append(facts)
                 print(table_row(options.data, labels, found), file=sys.stderr, flush=True)
             except Failed as error:
                 print(f"{labels} labels, seed {seed}: {error}", file=sys.stderr, flush=True)

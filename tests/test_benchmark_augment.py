@@ -69,16 +69,42 @@ def test_records_are_kept_by_what_was_asked(
 ):
     seen: list[tuple[int, int]] = []
 
-    def measured(labels: int, seed: int, options: Any) -> dict[str, Any]:
-        seen.append((labels, seed))
-        ways = {way: 0.5 + 0.01 * seed for way in (*augment.WAYS, "teacher")}
-        report = {"short": {"7": 2, "9": 1}} if seed else {}
-        return {**ways, "augment": 0.6 + 0.03 * seed, "fit": 60.0, "made": 9.0, "report": report}
+    def measured(labels: int, seed: int, way: str, options: Any) -> dict[str, Any]:
+        if way == "augment":
+            seen.append((labels, seed))
+            report = {"guessed": 50 + seed, "made": 7 * seed}
+            return {"accuracy": 0.6 + 0.03 * seed, "fit": 60.0, "seconds": 9.0, "report": report}
+        return {"accuracy": 0.5 + 0.01 * seed}
 
     monkeypatch.setattr(augment, "measured", measured)
     words = ["--data", "digits", "--labels", "20,all", "--seeds", "0,1", "--out", str(tmp_path)]
     assert augment.main(words) == augment.main(words) == 0
     assert seen == [(20, 0), (20, 1), (0, 0), (0, 1)]  # the second time nothing is done
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| digits | 20 | 2 | 50.5 ± 0.7 |") and "| 11.0 ± 1.4 | 60 | 9 | 3 |" in lines[2]
+    assert lines[2].startswith("| digits | 20 | 2 | 50.5 ± 0.7 |")
+    assert lines[2].endswith("| 0.0 ± 0.0 | 11.0 ± 1.4 | 60 | 9 | 50 | 4 |")
     assert augment.main([*words, "--budget", "1m"]) == 0 and len(seen) == 8
+    assert augment.main([*words, "--budget", "2m", "--ways", "real,classical"]) == 0 and len(seen) == 8
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "| digits | all | 2 | 50.5 ± 0.7 | 50.5 ± 0.7 | - | - | - | - | - | - | - | - | - | - |"
+
+
+def test_each_way_learns_from_what_it_says(augment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Only `pseudo`, `made` and `augment` get more than the labelled images, each something else."""
+    seen: list[Any] = []
+    monkeypatch.setattr(augment, "tuned", lambda *_: augment.Moves(shift=1))
+    monkeypatch.setattr(augment, "teacher", lambda part: "the teacher")
+    monkeypatch.setattr(augment, "predict_all", lambda net, data: np.full(len(data), 7))
+    monkeypatch.setattr(augment, "accuracy", lambda net, data: 0.5)
+    monkeypatch.setattr(augment, "train", lambda *told: seen.append(told))
+    monkeypatch.setattr(augment, "added", lambda source, run, way, *_: (read_images("digits")[0], {"of": way}))
+    tested = lambda place: read_images(place) if place != "digits" else (read_images(place)[0],) * 2
+    monkeypatch.setattr(augment, "read_images", tested)
+    options = augment.read_options(["--data", "digits", "--out", str(tmp_path)])
+    facts = {way: augment.measured(3, 0, way, options) for way in options.ways}
+    real, classical, pseudo, made, both = seen
+    assert [len(told[0]) for told in seen] == [30] * 5
+    assert [told[1] is None for told in seen] == [True, True, False, False, False]
+    assert (pseudo[1].numbers == 7).all() and len(made[1]) == len(both[1]) == len(read_images("digits")[0])
+    assert real[3].shift == 0 and classical[3].shift == both[3].shift == 1
+    assert facts["made"]["of"] == "made" and facts["augment"]["of"] == "augment" and facts["teacher"]["accuracy"] == 0.5

@@ -98,6 +98,10 @@ class Sorter(Protocol):
         """The class that each item (N, ...) shows, `UNKNOWN` where none is plausible: (N,)."""
         ...
 
+    def guessed(self, items: Tensor) -> Tensor:
+        """The class of items without a label (N, ...), `UNKNOWN` where it is not sure enough: (N,)."""
+        ...
+
     def points(self, items: Tensor) -> Tensor:
         """Items (N, ...) as points (N, D) whose distances mean something."""
         ...

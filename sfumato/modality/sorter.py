@@ -17,11 +17,13 @@ from sfumato.modality.judge import judge_cache
 from sfumato.modality.row import Progress
 from sfumato.nn.classifier import SMALLEST, Classifier, predict
 from sfumato.nn.semi import fit_semi, partly_labelled
+from sfumato.types import UNKNOWN
 
 STEPS, SEMI_STEPS = 500, 2_000  # of the classifier, where all images are labelled, and where some are not
 PASSES, MOST_STEPS, BATCH = 3, 2_000, 128  # through many labelled images, which say more than `STEPS` can take in
 WIDTH = 24  # channels of its stem
 CHUNK = 1_000  # images that are compared at once
+SURE = 0.8  # chance of a class from which on an image without a label is taken to be of it
 SEED = 54321  # of its weights: not those of the network that `fit` labels by
 
 
@@ -88,6 +90,12 @@ class ImageSorter:
     def shown(self, items: Tensor) -> Tensor:
         """The class that the network sees in each image (N, C, H, W): (N,)."""
         return predict(self.network, items)
+
+    @torch.no_grad()
+    def guessed(self, items: Tensor) -> Tensor:
+        """The class that the network sees in each image (N, C, H, W), `UNKNOWN` where it is not sure: (N,)."""
+        sure, label = self.network(items.to(self.device)).softmax(1).max(1)
+        return torch.where(sure < SURE, UNKNOWN, label).cpu()
 
     def points(self, items: Tensor) -> Tensor:
         """Images (N, C, H, W) as points (N, D): their pixels, averaged down to at most 32 a side."""

@@ -298,6 +298,10 @@ class TableSorter:
         rows = on_grid(self.columns, items.numpy().astype(np.float64))
         return torch.where(torch.from_numpy(self.plausible(rows)), self.classes(rows), UNKNOWN)
 
+    def guessed(self, items: Tensor) -> Tensor:
+        """None: the class of a row (N, D) is one of its cells, which `inpaint` fills in."""
+        return torch.full((len(items),), UNKNOWN)
+
     @cached_property
     def space(self) -> Callable[[NDArray[np.float64]], Tensor]:
         """Rows as points."""

@@ -1,4 +1,4 @@
-"""A small labelled set made larger and balanced: given items, and made ones that show their class and copy nothing."""
+"""A small labelled set made larger and balanced: by open items whose class is sure, and by made ones."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from sfumato.model import Model
     from sfumato.tasks.common import Progress
 
-LEAST = 1_000  # items of each class, unless told otherwise
 SHOWN = 100  # made items on a sheet
 
 
@@ -21,6 +20,7 @@ def augment(
     out: Path | None = None,
     n: int | None = None,
     unlabelled: Path | str | None = None,
+    no_guess: bool = False,
     target: str | None = None,
     sheet: Path | None = None,
     steps: int | None = None,
@@ -35,11 +35,12 @@ def augment(
     device: str | None = None,
     progress: "Progress | None" = None,
 ) -> Result:
-    """Make a labelled set larger and balanced: given items, and made ones up to the same number in each class.
+    """Make a labelled set larger and balanced: given items, and others up to the same number in each class.
 
-    A made item is refused when a classifier of the given ones does not see its class in it, and when it is nearer to a
-    given item, or to another made one, than 99 in 100 real ones are to their neighbours. The classifier also learns
-    from images without a label: those of the source (a folder unlabelled/, an open label) and those of --unlabelled.
+    The others are images without a label first: those of the source (a folder unlabelled/, an open label) and those of
+    --unlabelled. A classifier learns from them and from the given ones, and those whose class it is sure of are taken.
+    What is short then is made. A made item is refused when the classifier does not see its class in it, and when it is
+    nearer to a given item, or to another made one, than 99 in 100 real ones are to their neighbours.
 
     Args:
         model: Folder of the model.
@@ -49,6 +50,7 @@ def augment(
         n: Items of each class in the set, given ones included (default: as many as the largest class has, at least
             1,000).
         unlabelled: More images, whose labels are not known or do not count.
+        no_guess: Take no images without a label into the set; the classifier still learns from them.
         target: Column of a table that holds the classes (default: the last one).
         sheet: Picture file that shows some made items (default: OUT-sheet.png).
         steps: Steps of the sampler (default: what fit chose).
@@ -66,8 +68,9 @@ def augment(
         progress: Called with the stage, how much of it is done, and how much there is.
 
     Returns:
-        The given items that have a label, then the made ones, and a row for each: `label`; of given ones `source`, the
-        file; of made ones `item`, its number, and the settings. The facts say how many were tried, how many refused and
+        The given items that have a label, then those whose label is guessed, then the made ones, and a row for each:
+        `label`; of given ones `source`, the file; of guessed ones also `guessed`; of made ones `item`, its number, and
+        the settings. The facts say how many were guessed, how many made and tried for it, how many of these refused and
         why (`label`: another class seen; `copy`: near a given item; `double`: near another made one), and how many are
         still missing of a class (`short`) that was given up: after 50 tries for each item it needs (at least 200), or
         as soon as, after 1,000 tries for it, fewer than 1 in 200 were good.
@@ -84,7 +87,7 @@ def augment(
     from sfumato.tasks.common import check_counts, is_main, open_model
     from sfumato.tasks.generate import sampling
     from sfumato.tasks.places import check_places
-    from sfumato.tasks.sorting import Maker, fill, read_given
+    from sfumato.tasks.sorting import Guessed, Maker, fill, guess, read_given
 
     begun = time.perf_counter()
     check_counts(n=n, steps=steps, batch=batch)
@@ -92,13 +95,20 @@ def augment(
     how = sampling(loaded, steps, guidance, sampler, autoguidance)
     sheet = check_places(loaded, out, sheet, overwrite, sources=[source, unlabelled])
     given = read_given(model, loaded, source, unlabelled, target, overrides, skip_bad, progress)
-    wanted = max(LEAST, max(given.counts)) if n is None else n
-    made = fill(Maker(loaded, given.sorter, how, seed, batch), given.counts, wanted, progress)
-    items = torch.cat([given.items, made.items])
-    rows = given.rows + made.rows(given.sorter, vars(how) | {"seed": seed})
+    short, guessed = given.short(n), Guessed(given.items[:0])
+    if not no_guess:
+        guessed, short = guess(given, short, seed, progress)
+    made = fill(Maker(loaded, given.sorter, how, seed, batch), short, progress)
+    items = torch.cat([given.items, guessed.items, made.items])
+    rows = given.rows + guessed.rows + made.rows(given.sorter, vars(how) | {"seed": seed})
     if out is not None and is_main():
         loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)
     if sheet is not None and is_main() and len(made.items):
         save_picture(loaded.modality.sheet(made.items[:SHOWN], loaded.card.mode, None), sheet)
-    facts: dict[str, Any] = {"given": len(given.items), **made.facts(given.sorter), **given.facts}
+    facts: dict[str, Any] = {
+        "given": len(given.items),
+        "guessed": len(guessed.items),
+        **made.facts(given.sorter),
+        **given.facts,
+    }
     return Result(items, rows, time.perf_counter() - begun, facts)

@@ -1,8 +1,8 @@
-"""What `augment` is made of: the given items and who sorts, making until every class is full, and what was refused."""
+"""What `augment` is made of: given items, open ones whose class is sure, made ones until every class is full."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.core import step_generator
 from sfumato.data import Data
 from sfumato.errors import UserError
 from sfumato.modality import Sorter
@@ -18,6 +19,8 @@ from sfumato.tasks.common import Progress, drawn, gathered, label_values, shard,
 from sfumato.tasks.inputs import known_classes, offered, rows_of
 from sfumato.types import UNKNOWN
 
+LEAST = 1_000  # items of each class, unless told otherwise
+CHUNK = 1_000  # open items looked at at once
 ROUND, LARGEST = 200, 4_000  # items tried at once
 MOST_TRIED = 50  # for each item that is needed of a class
 FEW = 4  # items that a class is taken to need at least, when it is given up after so many
@@ -26,17 +29,25 @@ ENOUGH, RAREST = 1_000, 200  # a class is given up as well after so many, if few
 
 @dataclass
 class Given:
-    """The given items that have a label (N, ...), a row of facts for each, and who sorts made ones beside them."""
+    """The given items that have a label (N, ...), a row of facts for each, and who sorts others beside them.
+
+    `open` holds what has no label: data sets, with the numbers of such items in each.
+    """
 
     items: Tensor
     rows: list[dict[str, Any]]
     sorter: Sorter
+    open: list[tuple[Data, Tensor]]
     facts: dict[str, Any]
 
-    @property
-    def counts(self) -> list[int]:
-        """How many there are of each class."""
-        return [int(count) for count in _counted(self.sorter.labels, len(self.sorter.names))]
+    def short(self, wanted: int | None) -> Tensor:
+        """How many items each class lacks (K,) of `wanted` (default: of the largest, at least `LEAST`).
+
+        Of classes that none is given of nothing is lacking.
+        """
+        counts = _counted(self.sorter.labels, len(self.sorter.names))
+        wanted = max(LEAST, int(counts.max())) if wanted is None else wanted
+        return (wanted - counts).clamp_min(0).where(counts > 0, 0)
 
 
 def read_given(
@@ -68,12 +79,56 @@ def read_given(
     if len({int(k) for k in sorter.labels[known]}) < 2:
         found = "one class only" if len(known) else "no labels"
         raise UserError(f"{source}: has {found}; items of two classes or more are needed", code=1)
-    loose = sum(map(len, others)) + len(data) - len(known)
+    free = (sorter.labels == UNKNOWN).nonzero().flatten()
+    loose = [(data, free), *((other, torch.arange(len(other))) for other in others)]
+    count = sum(len(index) for _, index in loose)
     values = label_values(sorter.names)
     said = rows_of(data, [int(i) for i in known])
     rows = [row | {"label": values[int(k)]} for row, k in zip(said, sorter.labels[known], strict=True)]
-    facts = ({"unlabelled": loose} if loose else {}) | ({"notes": data.notes} if data.notes else {})
-    return Given(data.batch(known).data, rows, sorter, facts)
+    facts = ({"unlabelled": count} if count else {}) | ({"notes": data.notes} if data.notes else {})
+    return Given(data.batch(known).data, rows, sorter, loose, facts)
+
+
+@dataclass
+class Guessed:
+    """Open items (N, ...) whose class is sure enough, and a row of facts for each."""
+
+    items: Tensor
+    rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+
+def guess(given: Given, short: Tensor, seed: int, progress: Progress | None) -> tuple[Guessed, Tensor]:
+    """Open items, drawn by lot, until no class is short of any or all have been looked at; and what is short then (K,).
+
+    Args:
+        given: Who sorts, and the open items.
+        short: Items that each class lacks (K,).
+        seed: Of the lot.
+        progress: Who shows how far it is.
+    """
+    sorter, total, values = given.sorter, int(short.sum()), label_values(given.sorter.names)
+    found, facts = [given.items[:0]], list[dict[str, Any]]()
+    for data, index in _by_lot(given.open, seed):
+        if not short.any():
+            break
+        items = data.batch(index).data
+        labels = sorter.guessed(items)
+        chosen = _first(labels, short)
+        chosen = chosen[~sorter.copies.of_made(sorter.points(items[chosen]))]
+        short = short - _counted(labels[chosen], len(short))
+        found.append(items[chosen])
+        for row, k in zip(rows_of(data, [int(i) for i in index[chosen]]), labels[chosen], strict=True):
+            facts.append(row | {"label": values[int(k)], "guessed": True})
+        tell(progress, "guess", total - int(short.sum()), total)
+    return Guessed(torch.cat(found), facts), short
+
+
+def _by_lot(open_: Sequence[tuple[Data, Tensor]], seed: int) -> Iterator[tuple[Data, Tensor]]:
+    """The items of each data set that are said, `CHUNK` at a time, mixed."""
+    for data, index in open_:
+        mixed = index[torch.randperm(len(index), generator=step_generator(seed, "guess", 0))]
+        for begin in range(0, len(mixed), CHUNK):
+            yield data, mixed[begin : begin + CHUNK]
 
 
 @dataclass
@@ -127,21 +182,19 @@ class Made:
         return counts | ({"short": short} if short else {})
 
 
-def fill(make: Maker, counts: Sequence[int], wanted: int, progress: Progress | None) -> Made:
-    """Make items until each class that is there has `wanted`, with the given ones, or is given up.
+def fill(make: Maker, short: Tensor, progress: Progress | None) -> Made:
+    """Make items until no class is short of any, or it is given up.
 
     It is after `MOST_TRIED` for each item it needs, or as soon as `ENOUGH` show that good ones are too rare.
 
     Args:
         make: Who makes and who sorts.
-        counts: Given items of each class (K,).
-        wanted: Items of a class in the end.
+        short: Items that each class lacks (K,).
         progress: Who shows how far it is.
     """
-    short = torch.tensor([max(0, wanted - count) if count else 0 for count in counts])
     total = int(short.sum())
     most = MOST_TRIED * short.clamp_min(FEW)
-    found, tried = torch.zeros(len(counts)), torch.zeros(len(counts))  # of each class: good ones, and tried for it
+    found, tried = torch.zeros(len(short)), torch.zeros(len(short))  # of each class: good ones, and tried for it
     made = Made(torch.empty(0, *make.model.card.shape), torch.empty(0, dtype=torch.long))
     while (needed := _needed(short, found, tried, most)).any():
         asked = _cycled(needed) if make.sorter.asked else None
@@ -149,14 +202,14 @@ def fill(make: Maker, counts: Sequence[int], wanted: int, progress: Progress | N
         numbers = range(made.tried, made.tried + size)
         items = make(numbers, asked)
         labels = _sorted(make.sorter, items, asked, short, made.refused)
-        found += _counted(labels, len(counts))
-        tried += size if asked is None else _counted(asked, len(counts))
+        found += _counted(labels, len(short))
+        tried += size if asked is None else _counted(asked, len(short))
         chosen = _first(labels, short)
         twin = make.sorter.copies.of_made(make.sorter.points(items[chosen]))
         made.refused["double"] += int(twin.sum())
         made.add(items, labels, numbers, chosen[~twin])
         made.tried += size
-        short = short - _counted(labels[chosen[~twin]], len(counts))
+        short = short - _counted(labels[chosen[~twin]], len(short))
         tell(progress, "augment", total - int(short.sum()), total)
     made.short = [int(count) for count in short]
     return made

@@ -149,7 +149,7 @@ def test_a_set_that_is_large_enough_is_only_given_back(model: Model, digits: Pat
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_images_without_a_label_teach_the_classifier_and_are_left_out(
+def test_images_without_a_label_teach_the_classifier_and_may_be_left_out(
     model: Model, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: bool
 ):
     data, _ = read_images("digits")
@@ -167,11 +167,75 @@ def test_images_without_a_label_teach_the_classifier_and_are_left_out(
         write_images(tmp_path / "both", labelled, [{"label": k} if i < 30 else {} for i, k in enumerate(labels)])
         settings = {"source": tmp_path / "both"}
     monkeypatch.setattr(sorting, "MOST_TRIED", 0)
-    result = augment(model, **settings, n=40)
-    assert len(result.items) == 30 and result.facts["unlabelled"] == 30 and result.facts["tried"] == 0
+    result = augment(model, **settings, n=40, no_guess=True)
+    assert (
+        len(result.items) == 30
+        and result.facts["guessed"] == 0
+        and result.facts["unlabelled"] == 30
+        and result.facts["tried"] == 0
+    )
     monkeypatch.setattr(sorting, "MOST_TRIED", 1)
-    augment(model, **settings, n=5, seed=1)
+    augment(model, **settings, n=5, seed=1, no_guess=True)
     assert [(labels == UNKNOWN).sum() for labels in seen] == [30] and len(seen[0]) == 60
+
+
+def with_open_ones(path: Path, other: Path | None = None) -> np.ndarray:
+    """Thirty labelled digits and, there or elsewhere, thirty others; the true labels of these."""
+    data, _ = read_images("digits")
+    index = np.arange(1000, 1060)
+    items, labels = data.batch(index).data, data.labels[index]
+    rows = [{"label": int(k)} if i < 30 else {} for i, k in enumerate(labels)]
+    if other is None:
+        write_images(path, items, rows)
+    else:
+        write_images(path, items[:30], rows[:30])
+        write_images(other, items[30:])
+    return labels[30:]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_images_without_a_label_are_taken_before_any_is_made(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: bool
+):
+    """Those whose class is sure, until it is full; only what is short then is made."""
+    other = tmp_path / "others" if apart else None
+    truth = with_open_ones(tmp_path / "some", other)
+    opened = read_images(other or tmp_path / "some")[0].batch(range(0 if apart else 30, 30 if apart else 60)).data
+    sure = truth % 2 == 0  # of odd ones none is
+
+    def guessed(self: object, items: Tensor) -> Tensor:
+        place = torch.cdist(items.flatten(1), opened.flatten(1)).argmin(1)
+        return torch.where(torch.from_numpy(sure)[place], torch.from_numpy(truth)[place], UNKNOWN)
+
+    monkeypatch.setattr(sorters.ImageSorter, "guessed", guessed)
+    asked_of(monkeypatch)
+    result = augment(model, tmp_path / "some", unlabelled=other, n=6, out=tmp_path / "out")
+    assert Counter(row["label"] for row in result.rows) == dict.fromkeys(range(10), 6)
+    rows = [row for row in result.rows if "guessed" in row]
+    given = Counter(row["label"] for row in result.rows[:30])
+    there = Counter(truth[sure].tolist())
+    wanted = {k: min(there[k], 6 - given[k]) for k in range(0, 10, 2)}
+    assert Counter(row["label"] for row in rows) == Counter({k: n for k, n in wanted.items() if n}) and rows
+    assert result.facts["guessed"] == len(rows) and result.facts["made"] == 30 - len(rows)
+    order = [("guessed" in row, "item" in row) for row in result.rows]
+    assert order == sorted(order, key=[(False, False), (True, False), (False, True)].index)
+    for row, item in zip(result.rows[30:], result.items[30:], strict=True):
+        if "guessed" in row:  # they are the very images of these files
+            place = int(row["source"].split(".")[0]) - (0 if apart else 30)
+            assert torch.equal(item, opened[place]) and row["label"] == truth[place]
+    back = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert [row.get("guessed") for row in back].count(True) == len(rows)
+
+
+def test_a_guess_is_taken_only_if_it_is_sure(model: Model, tmp_path: Path):
+    """Sure of nothing, the classifier gives no class; sure of everything, that which it sees."""
+    with_open_ones(tmp_path / "some")
+    sorter = sorters.ImageSorter(read_images(tmp_path / "some")[0], [], [str(k) for k in range(10)])
+    items, head = sorter.given.batch(range(60)).data, sorter.network.head
+    head.weight.data.mul_(1e4)
+    assert torch.equal(sorter.guessed(items), sorter.shown(items))
+    head.weight.data.zero_()
+    assert (sorter.guessed(items) == UNKNOWN).all()
 
 
 @pytest.mark.parametrize(
