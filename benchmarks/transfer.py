@@ -8,8 +8,9 @@ moved by half a pixel for each that they lie below the middle). `sfumato fit` le
 Test digits are then carried over from plain into each style and back by
 
 * transfer: with its defaults;
-* aligned alone: `--strength 0`, the linear map that `transfer` finds;
-* moments alone: `--strength 0 --align 0`, the map that moves items least;
+* bent alone: `--strength 0`, the map that `transfer` finds, with what its small network adds;
+* aligned alone: `--strength 0 --rounds 0`, the linear map of it;
+* moments alone: `--strength 0 --rounds 0 --align 0`, the map that moves items least;
 * edit: noise and another label, at each strength of 0.2 to 0.9; the best one by distance is printed;
 * nothing: the digits as they are.
 
@@ -131,8 +132,9 @@ def ways(run: Path, source: Path, begin: str, end: str, judge: Judge) -> Iterato
     """Each way of getting from one style to another."""
     for name, how in (
         ("transfer", {}),
-        ("aligned alone", {"strength": 0.0}),
-        ("moments alone", {"strength": 0.0, "align": 0}),
+        ("bent alone", {"strength": 0.0}),
+        ("aligned alone", {"strength": 0.0, "rounds": 0}),
+        ("moments alone", {"strength": 0.0, "rounds": 0, "align": 0}),
     ):
         yield name, judge(sfumato.transfer(run, source, own_label=begin, label=end, **how).items)
     tried = {s: judge(sfumato.edit(run, source, label=end, strength=s).items) for s in STRENGTHS}

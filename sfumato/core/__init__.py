@@ -1,6 +1,7 @@
 """The mathematics: schedules, denoisers, objectives, noise, samplers, guidance, constraints. No I/O and no modality."""
 
 from .align import Crossing, Spread, align, class_evidence, measure_spread, shortest
+from .bend import Bent, bend
 from .constrain import Again, Known, consistent, strength_time
 from .denoiser import PREDICT, Denoiser, Weaker
 from .flow_map import Jump, Trajectories, fly, joined, landing, shaken
@@ -19,6 +20,7 @@ __all__ = [
     "TIMES",
     "WEIGHTS",
     "Again",
+    "Bent",
     "Crossing",
     "Denoiser",
     "Jump",
@@ -31,6 +33,7 @@ __all__ = [
     "Trajectories",
     "Weaker",
     "align",
+    "bend",
     "cfg",
     "class_evidence",
     "consistent",

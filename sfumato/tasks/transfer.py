@@ -1,6 +1,6 @@
 """Given items carried over from one class to another, such as from one style to another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from sfumato.tasks.generate import Result
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sfumato.core import Bent
     from sfumato.core.align import Crossing, Spread
     from sfumato.model import Model, Sampling
     from sfumato.tasks.common import Progress
@@ -19,6 +20,11 @@ CHUNK = 500  # new items drawn at once
 WEIGHTS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of the target class, tried until it shows
 UNCLEAR = 0.25  # share of new items that show their class less clearly than is asked of those carried over
 COMPARED = 500  # new items
+NEAR, DRAWS, GUIDED = (
+    0.4,
+    6,
+    1.5,
+)  # strength, steps and guidance by which items that are nearly of a class are drawn towards it
 
 
 def transfer(
@@ -31,7 +37,8 @@ def transfer(
     sheet: Path | None = None,
     strength: float = 0.3,
     align: int = 800,
-    samples: int = 2000,
+    rounds: int = 3,
+    samples: int = 4000,
     steps: int = 20,
     guidance: float | None = None,
     skip_bad: bool = False,
@@ -46,8 +53,9 @@ def transfer(
 
     The model is one of both classes (such as styles, a folder each), and no item need be there in both. What
     corresponds to what is found out from new items that it makes of each: the map that carries one class's mean and
-    covariance into the other's, turned so that what it makes is most likely in the target class. An item is inverted a
-    part of the way to its noise under its own class, carried over, and generated from there under the other.
+    covariance into the other's, turned so that what it makes is most likely in the target class, and a small network
+    that adds what no such map can do. An item is inverted a part of the way to its noise under its own class, carried
+    over, and generated from there under the other.
 
     Args:
         model: Folder of the model.
@@ -59,6 +67,7 @@ def transfer(
         strength: Share of noise at which the classes are crossed, from 0 (the map alone) to 1 (all the way). More
             gives the target's finer traits, and keeps less.
         align: Steps of the search for what corresponds; 0 takes the map that moves items least.
+        rounds: How often a small network learns, from new items carried there and back, what the map misses; 0 is off.
         samples: New items of each class that it is found from.
         steps: Steps of the flow, each way.
         guidance: Weight of the target class; 1 is off (default: for each item the smallest at which it shows the class
@@ -95,7 +104,7 @@ def transfer(
 
     begun = time.perf_counter()
     check_counts(steps=steps, batch=batch)
-    check_counts(least=0, align=align)
+    check_counts(least=0, align=align, rounds=rounds)
     check_counts(least=2, samples=samples)
     loaded = open_model(model, device)
     goal, how = loaded.class_number(label), sampling(loaded, steps, guidance, "heun")
@@ -104,12 +113,12 @@ def transfer(
     inputs = read_inputs(model, loaded, source, overrides, skip_bad)
     own = _own_classes(source, class_numbers(loaded, own_label, inputs))
     classes = sorted({int(k) for k in own} - {goal})
-    search = _Search(loaded, goal, align, samples, seed, progress)
+    search = _Search(loaded, goal, align, rounds, samples, seed, progress)
     change = _Carried(loaded, own, goal, {k: search(k) for k in classes}, start, how)
     if guidance is None and classes and change.grid is not None:
         change.wanted = float(change.evidence(search.draw(goal, COMPARED, loaded.sampling)).quantile(UNCLEAR))
     items = changed(loaded, inputs, change, batch, "transfer", progress)
-    facts = {"strength": strength, "align": align, "steps": steps, "guidance": guidance, "seed": seed}
+    facts = {"strength": strength, "align": align, "rounds": rounds, "steps": steps, "guidance": guidance, "seed": seed}
     rows = changed_rows(loaded, inputs, torch.full((len(inputs),), goal), facts)
     facts |= inputs.told()
     deliver(loaded, inputs, items, rows, out, sheet, overwrite)
@@ -143,13 +152,53 @@ class _Search:
     model: "Model"
     goal: int
     steps: int
+    rounds: int
     samples: int
     seed: int
     progress: "Progress | None"
 
     made: "dict[int, Tensor]" = field(default_factory=dict["int", "Tensor"])
 
-    def __call__(self, label: int) -> "Crossing":
+    def __call__(self, label: int) -> "Bent":
+        from sfumato.core import bend
+        from sfumato.tasks.common import tell
+
+        total = max(0, 2 * self.rounds - 1)
+        return bend(
+            self.crossing(label),
+            self.new(label),
+            self.new(self.goal),
+            self.toward(label),
+            self.toward(self.goal),
+            self.rounds,
+            self.seed,
+            lambda done: tell(self.progress, "bend", done, total),
+        )
+
+    def toward(self, label: int) -> "Callable[[Tensor], Tensor]":
+        """What draws latents (N, ...) that are nearly of a class towards it: noise is added and taken away again."""
+        import torch
+
+        from sfumato.core import flow_grid, regenerate, step_generator, strength_time
+
+        model, schedule = self.model, self.model.denoiser.schedule
+        start = strength_time(schedule, NEAR)
+        alpha, sigma = (float(value) for value in schedule(start))
+        generator, guided = step_generator(self.seed, "bend", label), replace(model.sampling.unguided, guidance=GUIDED)
+
+        def draw(z: "Tensor") -> "Tensor":
+            parts = list["Tensor"]()
+            for begin in range(0, len(z), CHUNK):
+                part = z[begin : begin + CHUNK]
+                noised = alpha * part + sigma * torch.randn(part.shape, generator=generator).to(part)
+                under = model.denoise(_same(label, len(part)), len(part), guided)
+                parts.append(regenerate(under, schedule, noised, flow_grid(schedule, DRAWS, start)))
+            return torch.cat(parts)
+
+        return draw
+
+    def crossing(self, label: int) -> "Crossing":
+        """The map, without what it misses."""
         from sfumato.core import align, measure_spread, shortest, step_generator
         from sfumato.core.align import BATCH
         from sfumato.tasks.common import tell
@@ -202,7 +251,7 @@ class _Carried:
     model: "Model"
     own: "Tensor"
     goal: int
-    crossings: "dict[int, Crossing]"
+    crossings: "dict[int, Bent]"
     start: float
     how: "Sampling"
     wanted: float | None = None  # evidence of the goal that every item should show; None: the weight stands
@@ -228,9 +277,9 @@ class _Carried:
         from sfumato.core import invert
 
         if self.grid is None:
-            return self.carried(z, own, 0.0)
+            return self.carried(z, z, own, 0.0)
         under = self.model.denoise(own, len(z), self.how.unguided)
-        return self.carried(invert(under, self.model.denoiser.schedule, z, self.grid), own, self.start)
+        return self.carried(invert(under, self.model.denoiser.schedule, z, self.grid), z, own, self.start)
 
     def new(self, z_t: "Tensor") -> "Tensor":
         """What the goal makes of such states (B, ...): latents, guided no more than they need."""
@@ -264,11 +313,11 @@ class _Carried:
         under, null = (self.model.denoise(label, len(z), self.how.unguided) for label in labels)
         return class_evidence(under, null, self.model.denoiser.schedule, z, step_generator(0, "evidence", 0))
 
-    def carried(self, z: "Tensor", own: "Tensor", t: float) -> "Tensor":
-        """States (B, ...) at time t of the classes `own` (B,) as such of the goal."""
+    def carried(self, z_t: "Tensor", z: "Tensor", own: "Tensor", t: float) -> "Tensor":
+        """States (B, ...) at time t of latents z (B, ...) of the classes `own` (B,), as such of the goal."""
         alpha, sigma = (float(value) for value in self.model.denoiser.schedule(t))
-        z = z.clone()
-        for label, crossing in self.crossings.items():
+        z_t = z_t.clone()
+        for label, way in self.crossings.items():
             here = (own == label).to(z.device)
-            z[here] = crossing(z[here], alpha, sigma)
-        return z
+            z_t[here] = way.crossing(z_t[here], alpha, sigma) + alpha * way.added(z[here])
+        return z_t

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ def test_inpaint(made: Model, source: Path, kind: dict[str, Any], tmp_path: Path
     torch.testing.assert_close(sfumato.inpaint(made, source, batch=3, **how).items, result.items, rtol=0, atol=1e-4)
 
 
-def test_transfer(made: Model, source: Path, kind: dict[str, Any], tmp_path: Path):
-    how = {"samples": 8, "align": 2, "steps": 3}
+def test_transfer(made: Model, source: Path, kind: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(import_module("sfumato.core.bend"), "STEPS", 4)
+    how = {"samples": 8, "align": 2, "rounds": 1, "steps": 3}
     if not kind["classes"]:
         with pytest.raises(UserError, match="trained without labels"):
             sfumato.transfer(made, source, label="3", **how)

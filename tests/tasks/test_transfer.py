@@ -1,5 +1,6 @@
 """transfer: items carried over into another class."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,13 @@ from sfumato.data.write import write_images
 from sfumato.errors import UserError
 from tests.training.common import pictures, small_fit
 
-QUICK = {"samples": 8, "align": 4, "steps": 3}
+QUICK = {"samples": 8, "align": 4, "rounds": 1, "steps": 3}
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps of the network that is put upon the map."""
+    monkeypatch.setattr(import_module("sfumato.core.bend"), "STEPS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +45,20 @@ def test_items_get_the_new_class_and_keep_their_own_on_record(run: Path, tmp_pat
     assert (tmp_path / "out" / "metadata.jsonl").is_file() and (tmp_path / "out-sheet.png").is_file()
     again = sfumato.transfer(run, tmp_path / "out", label="a", own_label="b", **QUICK)  # what is written can be read
     assert len(again.items) == 6
+
+
+def test_a_small_network_adds_to_the_map_unless_told_not_to(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given, how = source(tmp_path / "in", 6), QUICK | {"strength": 0.0}
+    told: list[tuple[str, int, int]] = []
+    learned = lambda way, x, y: way.net[-1].bias.data.add_(1.0)
+    monkeypatch.setattr(import_module("sfumato.core.bend"), "_fit", learned)
+    plain = sfumato.transfer(run, given, label="b", **how | {"rounds": 0})
+    bent = sfumato.transfer(run, given, label="b", **how | {"rounds": 2}, progress=lambda *part: told.append(part))
+    moved = torch.tensor([row["source_label"] != "b" for row in plain.rows])
+    gap = (plain.items - bent.items).abs().flatten(1).amax(1)
+    assert (gap[moved] > 1e-3).any() and gap[~moved].max() == 0
+    assert [part[1:] for part in told if part[0] == "bend"] == [(1, 3), (2, 3), (3, 3)] * 2  # from a, and from c
+    assert bent.rows[0]["rounds"] == 2
 
 
 def test_the_same_seed_gives_the_same_items(run: Path, tmp_path: Path):
