@@ -14,7 +14,7 @@ $z' = \alpha m' + (z - \alpha m) C^{-1/2} R C'^{1/2}$, with R orthogonal
 # pyright: reportUnknownMemberType=false
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -191,16 +191,19 @@ def _missed(denoise: Denoise, schedule: Schedule, z: Tensor, share: Tensor, nois
 
 
 @torch.no_grad()
-def class_evidence(under: Denoise, null: Denoise, schedule: Schedule, z: Tensor, generator: Generator) -> Tensor:
-    r"""How much more likely items z (B, ...) are under a class than without it: a value (B,), larger for more.
+def class_evidence(
+    under: Denoise, rivals: Sequence[Denoise], schedule: Schedule, z: Tensor, generator: Generator
+) -> Tensor:
+    r"""How much more likely items z (B, ...) are under a class than under the likeliest of its rivals: (B,).
 
-    The mean of $\|\hat\epsilon_\varnothing - \epsilon\|^2 - \|\hat\epsilon_c - \epsilon\|^2$ over `LOOKS` log-SNRs,
-    evenly apart, which is in proportion to the difference of the bounds of $\log p(z | c)$ and $\log p(z)$. All items
-    get the same noise, so that none hangs on what is beside it.
+    The least, over rivals r, of the mean of $\|\hat\epsilon_r - \epsilon\|^2 - \|\hat\epsilon_c - \epsilon\|^2$ over
+    `LOOKS` log-SNRs, evenly apart, which is in proportion to the difference of the bounds of $\log p(z | c)$ and
+    $\log p(z | r)$.
+    All items get the same noise, so that none hangs on what is beside it.
 
     Args:
         under: (z, t) -> z_hat under the class.
-        null: The same without a condition.
+        rivals: The same under others.
         schedule: The path.
         z: Items.
         generator: Draws the noise.
@@ -211,9 +214,9 @@ def class_evidence(under: Denoise, null: Denoise, schedule: Schedule, z: Tensor,
     gains = list[Tensor]()
     for share in (torch.arange(LOOKS, dtype=torch.float64) + 0.5) / LOOKS:
         noise = torch.randn(z.shape[1:], generator=generator).to(z).expand_as(z)
-        without, with_ = (_missed(denoise, schedule, z, share.expand(len(z)), noise) for denoise in (null, under))
-        gains.append(without - with_)
-    return torch.stack(gains).mean(0)
+        mine, *theirs = (_missed(way, schedule, z, share.expand(len(z)), noise) for way in (under, *rivals))
+        gains.append(torch.stack(theirs) - mine)
+    return torch.stack(gains).mean(0).amin(0)
 
 
 def _told(count: int, on_step: Callable[[int], None] | None, before: int) -> Iterator[int]:

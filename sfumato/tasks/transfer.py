@@ -20,6 +20,7 @@ CHUNK = 500  # new items drawn at once
 WEIGHTS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of the target class, tried until it shows
 UNCLEAR = 0.25  # share of new items that show their class less clearly than is asked of those carried over
 COMPARED = 500  # new items
+RIVALS = 8  # other classes that an item might show instead, at most
 NEAR, DRAWS, GUIDED = (
     0.4,
     6,
@@ -35,7 +36,7 @@ def transfer(
     own_label: str | None = None,
     out: Path | None = None,
     sheet: Path | None = None,
-    strength: float = 0.3,
+    strength: float = 0.4,
     align: int = 800,
     rounds: int = 3,
     samples: int = 4000,
@@ -70,8 +71,8 @@ def transfer(
         rounds: How often a small network learns, from new items carried there and back, what the map misses; 0 is off.
         samples: New items of each class that it is found from.
         steps: Steps of the flow, each way.
-        guidance: Weight of the target class; 1 is off (default: for each item the smallest at which it shows the class
-            as clearly as three in four that `generate` makes of it).
+        guidance: Weight of the target class; 1 is off (default: for each item the smallest at which it shows the class,
+            against the others, as clearly as three in four that `generate` makes of it).
         skip_bad: Leave out files that cannot be read.
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the new items and of the search.
@@ -309,9 +310,10 @@ class _Carried:
         """How clearly latents (B, ...) show the goal's class (B,)."""
         from sfumato.core import class_evidence, step_generator
 
-        labels = (_same(self.goal, len(z)), None)
-        under, null = (self.model.denoise(label, len(z), self.how.unguided) for label in labels)
-        return class_evidence(under, null, self.model.denoiser.schedule, z, step_generator(0, "evidence", 0))
+        rivals = [*self.crossings, *(k for k in range(len(self.model.card.label_names)) if k not in self.crossings)]
+        labels = [self.goal, *[k for k in rivals if k != self.goal][:RIVALS]]
+        under, *others = (self.model.denoise(_same(k, len(z)), len(z), self.how.unguided) for k in labels)
+        return class_evidence(under, others, self.model.denoiser.schedule, z, step_generator(0, "evidence", 0))
 
     def carried(self, z_t: "Tensor", z: "Tensor", own: "Tensor", t: float) -> "Tensor":
         """States (B, ...) at time t of latents z (B, ...) of the classes `own` (B,), as such of the goal."""

@@ -115,7 +115,7 @@ def test_errors_are_of_the_noise_evenly_over_log_snr():
 
 
 def test_evidence_of_a_class_is_the_gain_in_likelihood():
-    """Two classes of the same spread: the gain over their mixture's bound grows along the line between them."""
+    """Over no class at first: it is largest where the class is. A rival that is as likely leaves none."""
 
     def gaussian(mean: float, variance: float):
         def denoise(z: Tensor, t: Tensor) -> Tensor:
@@ -127,9 +127,15 @@ def test_evidence_of_a_class_is_the_gain_in_likelihood():
     schedule = make_schedule("flow")
     z = torch.linspace(-2, 2, 5)[:, None].expand(5, SIZE).contiguous()
     under, null = gaussian(1.0, 0.1), gaussian(0.0, 1.1)
-    seen = [class_evidence(under, null, schedule, z, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    seen = [class_evidence(under, [null], schedule, z, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
-    alone = class_evidence(under, null, schedule, z[2:3], torch.Generator().manual_seed(0))
+    alone = class_evidence(under, [null], schedule, z[2:3], torch.Generator().manual_seed(0))
     torch.testing.assert_close(alone, seen[0][2:3])
     assert seen[0][3] > 0 > seen[0][1] > seen[0][0]  # at 1 the class is there, at -1 and -2 it is not
     assert seen[0].argmax() == 3
+    rivals = [gaussian(-1.0, 0.1), gaussian(2.0, 0.1), null]
+    least = class_evidence(under, rivals, schedule, z, torch.Generator().manual_seed(0))
+    single = [class_evidence(under, [way], schedule, z, torch.Generator().manual_seed(0)) for way in rivals]
+    torch.testing.assert_close(least, torch.stack(single).amin(0))
+    assert least[3] > 0 > least[4]  # at 2 there is a rival, which the gain over no class does not see
+    assert seen[0][4] > least[4]

@@ -121,6 +121,26 @@ def test_each_item_is_guided_until_it_shows_its_class(run: Path, tmp_path: Path,
     assert {row["guidance"] for row in result.rows} == {None} and {row["guidance"] for row in fixed.rows} == {2.0}
 
 
+def test_a_class_is_shown_against_those_it_may_be_taken_for(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Those that items come from first, and never the class itself."""
+    asked: list[list[int]] = []
+    real = sfumato.model.Model.denoise
+
+    def denoise(self: sfumato.model.Model, label: torch.Tensor | None, *rest: object):
+        way = real(self, label, *rest)
+        way.label = None if label is None else int(label[0])  # type: ignore[attr-defined]
+        return way
+
+    def evidence(under: object, rivals: list[object], *_: object) -> torch.Tensor:
+        asked.append([way.label for way in (under, *rivals)])  # type: ignore[attr-defined]
+        return torch.ones(500 if len(asked) == 1 else 4)
+
+    monkeypatch.setattr(sfumato.model.Model, "denoise", denoise)
+    monkeypatch.setattr(sfumato.core, "class_evidence", evidence)
+    sfumato.transfer(run, source(tmp_path / "in", 4), label="b", own_label="c", **QUICK)
+    assert asked == [[1, 2, 0], [1, 2, 0]]
+
+
 def test_guidance_stops_at_the_last_weight(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shown = iter([torch.ones(500), *(torch.zeros(4) for _ in range(7))])
     monkeypatch.setattr(sfumato.core, "class_evidence", lambda *_: next(shown))
