@@ -196,10 +196,9 @@ def class_evidence(
 ) -> Tensor:
     r"""How much more likely items z (B, ...) are under a class than under the likeliest of its rivals: (B,).
 
-    The least, over rivals r, of the mean of $\|\hat\epsilon_r - \epsilon\|^2 - \|\hat\epsilon_c - \epsilon\|^2$ over
-    `LOOKS` log-SNRs, evenly apart, which is in proportion to the difference of the bounds of $\log p(z | c)$ and
-    $\log p(z | r)$.
-    All items get the same noise, so that none hangs on what is beside it.
+    The least, over rivals r, of $\frac{1}{2} \int (\|\hat\epsilon_r - \epsilon\|^2 - \|\hat\epsilon_c - \epsilon\|^2)
+    d\lambda$ over the log-SNR, in nats: the difference of the bounds of $\log p(z | c)$ and $\log p(z | r)$. All items
+    get the same noise, so that none hangs on what is beside it.
 
     Args:
         under: (z, t) -> z_hat under the class.
@@ -216,7 +215,8 @@ def class_evidence(
         noise = torch.randn(z.shape[1:], generator=generator).to(z).expand_as(z)
         mine, *theirs = (_missed(way, schedule, z, share.expand(len(z)), noise) for way in (under, *rivals))
         gains.append(torch.stack(theirs) - mine)
-    return torch.stack(gains).mean(0).amin(0)
+    low, high = (-2 * math.log(share / (1 - share)) for share in SHARES)
+    return (low - high) / 2 * torch.stack(gains).mean(0).amin(0)
 
 
 def _told(count: int, on_step: Callable[[int], None] | None, before: int) -> Iterator[int]:

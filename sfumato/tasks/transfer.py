@@ -1,5 +1,6 @@
 """Given items carried over from one class to another, such as from one style to another."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 CHUNK = 500  # new items drawn at once
 WEIGHTS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of the target class, tried until it shows
-UNCLEAR = 0.25  # share of new items that show their class less clearly than is asked of those carried over
+UNCLEAR = 0.2  # share of new items that show their class less clearly than is asked of those carried over
+CLEAR = math.log(1e6)  # nats, from which on no more is asked: a class that is a million times as likely as the others
 COMPARED = 500  # new items
 RIVALS = 8  # other classes that an item might show instead, at most
 NEAR, DRAWS, GUIDED = (
@@ -36,7 +38,7 @@ def transfer(
     own_label: str | None = None,
     out: Path | None = None,
     sheet: Path | None = None,
-    strength: float = 0.4,
+    strength: float = 0.35,
     align: int = 800,
     rounds: int = 3,
     samples: int = 4000,
@@ -72,7 +74,7 @@ def transfer(
         samples: New items of each class that it is found from.
         steps: Steps of the flow, each way.
         guidance: Weight of the target class; 1 is off (default: for each item the smallest at which it shows the class,
-            against the others, as clearly as three in four that `generate` makes of it).
+            against the others, as clearly as four in five that `generate` makes of it, or beyond doubt).
         skip_bad: Leave out files that cannot be read.
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of the new items and of the search.
@@ -117,7 +119,8 @@ def transfer(
     search = _Search(loaded, goal, align, rounds, samples, seed, progress)
     change = _Carried(loaded, own, goal, {k: search(k) for k in classes}, start, how)
     if guidance is None and classes and change.grid is not None:
-        change.wanted = float(change.evidence(search.draw(goal, COMPARED, loaded.sampling)).quantile(UNCLEAR))
+        seen = change.evidence(search.draw(goal, COMPARED, loaded.sampling))
+        change.wanted = min(CLEAR, float(seen.quantile(UNCLEAR)))
     items = changed(loaded, inputs, change, batch, "transfer", progress)
     facts = {"strength": strength, "align": align, "rounds": rounds, "steps": steps, "guidance": guidance, "seed": seed}
     rows = changed_rows(loaded, inputs, torch.full((len(inputs),), goal), facts)

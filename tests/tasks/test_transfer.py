@@ -109,7 +109,7 @@ def test_items_without_a_label_are_counted_and_refused(run: Path, tmp_path: Path
 
 def test_each_item_is_guided_until_it_shows_its_class(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """No more than it needs: items 1 and 2 not at all, item 0 with weight 1.5 and item 3 with 2."""
-    new = torch.cat([torch.full((130,), -5.0), torch.full((370,), 2.0)])  # a quarter is no clearer
+    new = torch.cat([torch.full((110,), -5.0), torch.full((390,), 2.0)])  # a fifth is no clearer
     shown = iter([new, *(torch.tensor(v) for v in ([-6.0, 3.0, -5.0, -9.0], [-4.0, -6.0], [-5.0]))])
     monkeypatch.setattr(sfumato.core, "class_evidence", lambda *_: next(shown))
     given = source(tmp_path / "in", 4)
@@ -139,6 +139,18 @@ def test_a_class_is_shown_against_those_it_may_be_taken_for(run: Path, tmp_path:
     monkeypatch.setattr(sfumato.core, "class_evidence", evidence)
     sfumato.transfer(run, source(tmp_path / "in", 4), label="b", own_label="c", **QUICK)
     assert asked == [[1, 2, 0], [1, 2, 0]]
+
+
+def test_beyond_doubt_no_more_is_asked(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """However clear new items are."""
+    shown = iter([torch.full((500,), 99.0), torch.tensor([20.0, 14.0, 13.0, 50.0]), torch.tensor([13.9])])
+    monkeypatch.setattr(sfumato.core, "class_evidence", lambda *_: next(shown))
+    given = source(tmp_path / "in", 4)
+    result = sfumato.transfer(run, given, label="b", own_label="a", **QUICK)
+    assert next(shown, None) is None
+    for item, weight in enumerate((1.0, 1.0, 1.5, 1.0)):
+        fixed = sfumato.transfer(run, given, label="b", own_label="a", guidance=weight, **QUICK)
+        torch.testing.assert_close(result.items[item], fixed.items[item], rtol=0, atol=1e-3)
 
 
 def test_guidance_stops_at_the_last_weight(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
