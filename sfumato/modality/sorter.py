@@ -91,10 +91,11 @@ class ImageSorter:
         """The class that the network sees in each image (N, C, H, W): (N,)."""
         return predict(self.network, items)
 
-    @torch.no_grad()
     def guessed(self, items: Tensor) -> Tensor:
         """The class that the network sees in each image (N, C, H, W), `UNKNOWN` where it is not sure: (N,)."""
-        sure, label = self.network(items.to(self.device)).softmax(1).max(1)
+        network = self.network  # trained at the first call
+        with torch.no_grad():
+            sure, label = network(items.to(self.device)).softmax(1).max(1)
         return torch.where(sure < SURE, UNKNOWN, label).cpu()
 
     def points(self, items: Tensor) -> Tensor:

@@ -231,7 +231,9 @@ def test_a_guess_is_taken_only_if_it_is_sure(model: Model, tmp_path: Path):
     """Sure of nothing, the classifier gives no class; sure of everything, that which it sees."""
     with_open_ones(tmp_path / "some")
     sorter = sorters.ImageSorter(read_images(tmp_path / "some")[0], [], [str(k) for k in range(10)])
-    items, head = sorter.given.batch(range(60)).data, sorter.network.head
+    items = sorter.given.batch(range(60)).data
+    sorter.guessed(items)  # trains the classifier, as nothing has asked for it yet
+    head = sorter.network.head
     head.weight.data.mul_(1e4)
     assert torch.equal(sorter.guessed(items), sorter.shown(items))
     head.weight.data.zero_()
