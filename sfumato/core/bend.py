@@ -46,12 +46,11 @@ class Bent(nn.Module):
         self.crossing, size = crossing, z[0].numel()
         self.register_buffer("mean", z.flatten(1).mean(0))
         self.register_buffer("deviation", z.flatten(1).std(0).clamp_min(1e-3))
-        hidden = [part for i in range(2) for part in (nn.Linear(WIDTH if i else size, WIDTH), nn.SiLU())]
-        drops = [nn.Dropout(DROPPED), nn.Dropout(DROPPED)]
+        layers = _hidden(size) + _hidden(WIDTH)
         last = nn.Linear(WIDTH, size)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.net = nn.Sequential(*hidden[:2], drops[0], *hidden[2:], drops[1], last).to(z.device)
+        self.net = nn.Sequential(*layers, last).to(z.device)
         self.eval()
 
     def added(self, z: Tensor) -> Tensor:
@@ -61,6 +60,11 @@ class Bent(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """f(z), (B, ...)."""
         return self.crossing(z) + self.added(z)
+
+
+def _hidden(size: int) -> list[nn.Module]:
+    """A layer of the network."""
+    return [nn.Linear(size, WIDTH), nn.SiLU(), nn.Dropout(DROPPED)]
 
 
 def bend(

@@ -93,7 +93,7 @@ def transfer(
 
     References:
         Su et al., Dual Diffusion Implicit Bridges, https://arxiv.org/abs/2203.08382 (algorithm 1), which this is at
-        strength 1 with no map; the map: `sfumato.core.align`.
+        strength 1 with no map; the map: `sfumato.core.align`; what it misses: `sfumato.core.bend`.
     """
     import time
 
