@@ -192,6 +192,8 @@ def measured(labels: int, seed: int, way: str, options: argparse.Namespace) -> F
     source = options.out / f"{name}.npz"
     write_source(drawn(data, labels, seed), source, seed)
     part = read_images(source)[0]
+    if way == "teacher":
+        return {"accuracy": accuracy(teacher(part), test)}
     given = labelled(part)
     how, facts, more = moves(data, labels, options), Facts(), None
     if way == "real":
@@ -200,8 +202,6 @@ def measured(labels: int, seed: int, way: str, options: argparse.Namespace) -> F
         more = pseudo_labelled(part)
     elif way in MORE:
         more, facts = added(source, options.out / name, way, largest(given) + options.more, seed, options)
-    if way == "teacher":
-        return {"accuracy": accuracy(teacher(part), test)}
     if more is not None:
         how = how._replace(steps=max(LONG, how.steps))
     net = train(given, None if more is None else Joined([more]), data.classes, how, seed)

@@ -23,11 +23,8 @@ UNCLEAR = 0.2  # share of new items that show their class less clearly than is a
 CLEAR = math.log(1e6)  # nats, from which on no more is asked: a class that is a million times as likely as the others
 COMPARED = 500  # new items
 RIVALS = 8  # other classes that an item might show instead, at most
-NEAR, DRAWS, GUIDED = (
-    0.4,
-    6,
-    1.5,
-)  # strength, steps and guidance by which items that are nearly of a class are drawn towards it
+NEAR = 0.4  # strength by which items that are nearly of a class are drawn towards it
+DRAWS, GUIDED = 6, 1.5  # steps and guidance of that
 
 
 def transfer(
