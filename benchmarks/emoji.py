@@ -111,7 +111,7 @@ def table(options: argparse.Namespace) -> Iterator[str]:
     begin, end = STYLES
     x, truth = (tensor(emoji.test[style]) for style in STYLES)
     given = write_images(options.out / "given", x, overwrite=True)
-    made = {"transfer": sfumato.transfer(run, given, own_label=begin, label=end).items}
+    made = {"transfer": sfumato.transfer(run, given, own_label=begin, label=end, budget=options.search).items}
     tried = {s: sfumato.edit(run, given, label=end, strength=s).items for s in STRENGTHS}
     best = max(tried, key=lambda strength: psnr(tried[strength], truth))
     coded = sfumato.reconstruct(run, write_images(options.out / "truth", truth, overwrite=True)).items
@@ -129,7 +129,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Print the table; 1 if something failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of both sets")
-    parser.add_argument("--budget", default="30m")
+    parser.add_argument("--budget", default="30m", help="of the training")
+    parser.add_argument("--search", help="what transfer's search may take, such as 10m (default: as long as it takes)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--items", type=int, default=96, help="captions for the test")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"))

@@ -14,7 +14,7 @@ $z' = \alpha m' + (z - \alpha m) C^{-1/2} R C'^{1/2}$, with R orthogonal
 # pyright: reportUnknownMemberType=false
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,10 @@ _FOLDED = 25  # steps after which the turn so far becomes the new zero: far from
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean (d,) and covariance of a class, by eigenvalues (d,), rising, and eigenvectors (d, d) in columns; float64."""
+    """Mean (d,) and covariance of a class, by eigenvalues (d,), rising, and eigenvectors (d, d) in columns.
+
+    All in float64, on the CPU.
+    """
 
     mean: Tensor
     values: Tensor
@@ -55,7 +58,7 @@ def measure_spread(z: Tensor) -> Spread:
     References:
         Chen et al., Shrinkage Algorithms for MMSE Covariance Estimation, https://arxiv.org/abs/0907.4698 (eq. 23, OAS).
     """
-    x = z.flatten(1).double()
+    x = z.flatten(1).double().cpu()
     count, size = x.shape
     mean = x.mean(0)
     values: Tensor
@@ -88,6 +91,20 @@ class Crossing:
         matrix = self.source.root(-0.5, alpha, sigma) @ self.turn @ self.target.root(0.5, alpha, sigma)
         x = z.flatten(1).double().cpu() - alpha * self.source.mean
         return (x @ matrix + alpha * self.target.mean).reshape(z.shape).to(z)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it is made of, by name."""
+        spreads = {"source": self.source, "target": self.target}
+        parts = {f"{end}.{name}": part for end, spread in spreads.items() for name, part in vars(spread).items()}
+        return {"turn": self.turn} | parts
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Crossing":
+        """What `tensors` gave."""
+        parts = ("mean", "values", "vectors")
+        source, target = (Spread(*(tensors[f"{end}.{part}"] for part in parts)) for end in ("source", "target"))
+        return cls(source, target, tensors["turn"])
 
     @property
     def back(self) -> "Crossing":

@@ -1,8 +1,8 @@
 """Given items carried over from one class to another, such as from one style to another."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,18 +13,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.core import Bent
-    from sfumato.core.align import Crossing, Spread
     from sfumato.model import Model, Sampling
     from sfumato.tasks.common import Progress
 
-CHUNK = 500  # new items drawn at once
 WEIGHTS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of the target class, tried until it shows
 UNCLEAR = 0.2  # share of new items that show their class less clearly than is asked of those carried over
 CLEAR = math.log(1e6)  # nats, from which on no more is asked: a class that is a million times as likely as the others
 COMPARED = 500  # new items
 RIVALS = 8  # other classes that an item might show instead, at most
-NEAR = 0.4  # strength by which items that are nearly of a class are drawn towards it
-DRAWS, GUIDED = 6, 1.5  # steps and guidance of that
 
 
 def transfer(
@@ -39,6 +35,7 @@ def transfer(
     align: int = 800,
     rounds: int = 3,
     samples: int = 4000,
+    budget: str | None = None,
     steps: int = 20,
     guidance: float | None = None,
     skip_bad: bool = False,
@@ -55,7 +52,7 @@ def transfer(
     corresponds to what is found out from new items that it makes of each: the map that carries one class's mean and
     covariance into the other's, turned so that what it makes is most likely in the target class, and a small network
     that adds what no such map can do. An item is inverted a part of the way to its noise under its own class, carried
-    over, and generated from there under the other.
+    over, and generated from there under the other. What was found is kept in the cache: it is searched for once.
 
     Args:
         model: Folder of the model.
@@ -69,6 +66,8 @@ def transfer(
         align: Steps of the search for what corresponds; 0 takes the map that moves items least.
         rounds: How often a small network learns, from new items carried there and back, what the map misses; 0 is off.
         samples: New items of each class that it is found from.
+        budget: What the search may take for each class that items are of, such as 5m; if need be with fewer of these
+            items, and fewer steps (default: as long as it takes).
         steps: Steps of the flow, each way.
         guidance: Weight of the target class; 1 is off (default: for each item the smallest at which it shows the class,
             against the others, as clearly as four in five that `generate` makes of it, or beyond doubt).
@@ -85,8 +84,8 @@ def transfer(
 
     Raises:
         UserError: No such model, source or class; a model without classes; nothing says of which class the items are;
-            the source has other items than the model's; a strength outside 0..1; the folder is not empty or cannot be
-            written.
+            the source has other items than the model's; a strength outside 0..1; too small a budget; the folder is not
+            empty or cannot be written.
 
     References:
         Su et al., Dual Diffusion Implicit Bridges, https://arxiv.org/abs/2203.08382 (algorithm 1), which this is at
@@ -96,8 +95,10 @@ def transfer(
 
     import torch
 
+    from sfumato.config import parse_budget
     from sfumato.core import strength_time
     from sfumato.tasks.common import check_counts, open_model
+    from sfumato.tasks.crossing import Effort, Search
     from sfumato.tasks.generate import sampling
     from sfumato.tasks.inputs import changed, changed_rows, class_numbers, deliver, read_inputs
     from sfumato.tasks.places import check_places
@@ -113,7 +114,8 @@ def transfer(
     inputs = read_inputs(model, loaded, source, overrides, skip_bad)
     own = _own_classes(source, class_numbers(loaded, own_label, inputs))
     classes = sorted({int(k) for k in own} - {goal})
-    search = _Search(loaded, goal, align, rounds, samples, seed, progress)
+    effort = Effort(align, rounds, samples, None if budget is None else parse_budget(budget, 1.0))
+    search = Search(loaded, goal, effort, seed, progress)
     change = _Carried(loaded, own, goal, {k: search(k) for k in classes}, start, how)
     if guidance is None and classes and change.grid is not None:
         seen = change.evidence(search.draw(goal, COMPARED, loaded.sampling))
@@ -137,112 +139,6 @@ def _own_classes(source: "str | Path", own: "Tensor | None") -> "Tensor":
     if (own == UNKNOWN).any():
         raise UserError(f"{source}: {int((own == UNKNOWN).sum())} items have no label; {remedy}")
     return own
-
-
-def _same(label: int, count: int) -> "Tensor":
-    """The class number of `count` items (count,)."""
-    import torch
-
-    return torch.full((count,), label)
-
-
-@dataclass
-class _Search:
-    """Finds the way from a class to the goal, from new items of both."""
-
-    model: "Model"
-    goal: int
-    steps: int
-    rounds: int
-    samples: int
-    seed: int
-    progress: "Progress | None"
-
-    made: "dict[int, Tensor]" = field(default_factory=dict["int", "Tensor"])
-
-    def __call__(self, label: int) -> "Bent":
-        from sfumato.core import bend
-        from sfumato.tasks.common import tell
-
-        total = max(0, 2 * self.rounds - 1)
-        return bend(
-            self.crossing(label),
-            self.new(label),
-            self.new(self.goal),
-            self.toward(label),
-            self.toward(self.goal),
-            self.rounds,
-            self.seed,
-            lambda done: tell(self.progress, "bend", done, total),
-        )
-
-    def toward(self, label: int) -> "Callable[[Tensor], Tensor]":
-        """What draws latents (N, ...) that are nearly of a class towards it: noise is added and taken away again."""
-        import torch
-
-        from sfumato.core import flow_grid, regenerate, step_generator, strength_time
-
-        model, schedule = self.model, self.model.denoiser.schedule
-        start = strength_time(schedule, NEAR)
-        alpha, sigma = (float(value) for value in schedule(start))
-        generator, guided = step_generator(self.seed, "bend", label), replace(model.sampling.unguided, guidance=GUIDED)
-
-        def draw(z: "Tensor") -> "Tensor":
-            parts = list["Tensor"]()
-            for begin in range(0, len(z), CHUNK):
-                part = z[begin : begin + CHUNK]
-                noised = alpha * part + sigma * torch.randn(part.shape, generator=generator).to(part)
-                under = model.denoise(_same(label, len(part)), len(part), guided)
-                parts.append(regenerate(under, schedule, noised, flow_grid(schedule, DRAWS, start)))
-            return torch.cat(parts)
-
-        return draw
-
-    def crossing(self, label: int) -> "Crossing":
-        """The map, without what it misses."""
-        from sfumato.core import align, measure_spread, shortest, step_generator
-        from sfumato.core.align import BATCH
-        from sfumato.tasks.common import tell
-
-        model = self.model
-        z = self.new(label)
-        crossing = shortest(measure_spread(z), self.target)
-        if not self.steps:
-            return crossing
-        return align(
-            model.denoise(_same(self.goal, BATCH), BATCH, model.sampling.unguided),
-            model.denoiser.schedule,
-            crossing,
-            z,
-            self.steps,
-            step_generator(self.seed, "align", label),
-            lambda done: tell(self.progress, "align", done, self.steps),
-        )
-
-    @cached_property
-    def target(self) -> "Spread":
-        """How new items of the goal lie."""
-        from sfumato.core import measure_spread
-
-        return measure_spread(self.new(self.goal))
-
-    def new(self, label: int) -> "Tensor":
-        """Latents of new items of a class (N, ...), without guidance, which moves their mean and narrows them."""
-        if label not in self.made:
-            self.made[label] = self.draw(label, self.samples, self.model.sampling.unguided)
-        return self.made[label]
-
-    def draw(self, label: int, count: int, how: "Sampling") -> "Tensor":
-        """Latents of so many new items of a class."""
-        import torch
-
-        from sfumato.tasks.common import drawn, tell
-
-        parts = list["Tensor"]()
-        for z in drawn(self.model, range(count), _same(label, count), how, self.seed, CHUNK):
-            parts.append(z)
-            tell(self.progress, "samples", sum(map(len, parts)), count)
-        return torch.cat(parts)
 
 
 @dataclass
@@ -301,18 +197,20 @@ class _Carried:
     def guided(self, z_t: "Tensor", how: "Sampling") -> "Tensor":
         """The flow from such states (B, ...) to latents of the goal."""
         from sfumato.core import regenerate
+        from sfumato.tasks.crossing import same
 
         assert self.grid is not None
-        under = self.model.denoise(_same(self.goal, len(z_t)), len(z_t), how)
+        under = self.model.denoise(same(self.goal, len(z_t)), len(z_t), how)
         return regenerate(under, self.model.denoiser.schedule, z_t, self.grid)
 
     def evidence(self, z: "Tensor") -> "Tensor":
         """How clearly latents (B, ...) show the goal's class (B,)."""
         from sfumato.core import class_evidence, step_generator
+        from sfumato.tasks.crossing import same
 
         rivals = [*self.crossings, *(k for k in range(len(self.model.card.label_names)) if k not in self.crossings)]
         labels = [self.goal, *[k for k in rivals if k != self.goal][:RIVALS]]
-        under, *others = (self.model.denoise(_same(k, len(z)), len(z), self.how.unguided) for k in labels)
+        under, *others = (self.model.denoise(same(k, len(z)), len(z), self.how.unguided) for k in labels)
         return class_evidence(under, others, self.model.denoiser.schedule, z, step_generator(0, "evidence", 0))
 
     def carried(self, z_t: "Tensor", z: "Tensor", own: "Tensor", t: float) -> "Tensor":

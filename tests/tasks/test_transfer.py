@@ -1,5 +1,6 @@
 """transfer: items carried over into another class."""
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -10,14 +11,16 @@ import sfumato
 import sfumato.core
 from sfumato.data.write import write_images
 from sfumato.errors import UserError
+from sfumato.tasks import crossing
 from tests.training.common import pictures, small_fit
 
 QUICK = {"samples": 8, "align": 4, "rounds": 1, "steps": 3}
 
 
 @pytest.fixture(autouse=True)
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few steps of the network that is put upon the map."""
+def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Few steps of the network that is put upon the map, and nothing found before."""
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(import_module("sfumato.core.bend"), "STEPS", 4)
 
 
@@ -61,6 +64,58 @@ def test_a_small_network_adds_to_the_map_unless_told_not_to(run: Path, tmp_path:
     assert bent.rows[0]["rounds"] == 2
 
 
+def test_what_was_found_is_kept(run: Path, tmp_path: Path):
+    """Until the model or the effort is another."""
+    given, how = source(tmp_path / "in", 4), {"label": "b", "own_label": "a", "guidance": 1.0} | QUICK
+    stages: list[str] = []
+    tell = lambda stage, done, total: stages.append(stage)
+    first = sfumato.transfer(run, given, **how, progress=tell)
+    assert {"samples", "align", "bend"} < set(stages)
+    stages.clear()
+    again = sfumato.transfer(run, given, **how, progress=tell)
+    assert set(stages) == {"transfer"} and torch.equal(first.items, again.items)
+    stages.clear()
+    sfumato.transfer(run, given, **how | {"rounds": 2}, progress=tell)
+    assert "bend" in stages and "align" not in stages
+    stages.clear()
+    other = sfumato.model.load(run)
+    with torch.no_grad():
+        next(other.denoiser.net.parameters()).add_(0.1)
+    sfumato.transfer(other, given, **how, progress=tell)
+    assert {"align", "bend"} < set(stages)
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "file"))
+    assert len(sfumato.transfer(run, source(tmp_path / "in", 4), label="b", own_label="a", **QUICK).items) == 4
+
+
+def test_a_budget_makes_the_search_shorter(run: Path, monkeypatch: pytest.MonkeyPatch):
+    """Steps and items by the same share, by what a call of 256 items takes."""
+    model = sfumato.model.load(run)
+    monkeypatch.setattr(crossing, "_pace", lambda *_: (1.0, 2.0))
+    calls = 4 * model.sampling.steps + 3 * 6 * 4  # 2 classes, 2 calls a step; 3 fits of 6 steps, 2 calls of 2 each
+    whole = crossing.Effort(align=100, rounds=2, samples=2560, seconds=(10 * calls + 200) / 2)
+    half = whole.within(model, 1)
+    assert (half.align, half.samples, half.rounds) == (50, 1280, 2)
+    assert replace(whole, seconds=1e9).within(model, 1).align == 100
+    assert replace(whole, seconds=None).within(model, 1).samples == 2560
+    with pytest.raises(UserError, match=f"a search of 1 s is too short .* needs {0.05 * (10 * calls + 200):.0f} s"):
+        replace(whole, seconds=1.0).within(model, 1)
+
+
+def test_a_budget_counts_for_the_whole_search(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given, told = source(tmp_path / "in", 4), list[tuple[str, int]]()
+    monkeypatch.setattr(crossing, "_pace", lambda *_: (1.0, 1.0))
+    tell = lambda stage, done, total: told.append((stage, total))
+    how = {"label": "b", "own_label": "a", "align": 40, "samples": 80, "rounds": 0, "guidance": 1.0}
+    model = sfumato.model.load(run)
+    seconds = (80 / 256 * 4 * model.sampling.steps + 40) / 4
+    sfumato.transfer(run, given, **how, budget=f"{seconds}s", progress=tell)
+    assert set(told) == {("samples", 20), ("align", 10), ("transfer", 4)}
+
+
 def test_the_same_seed_gives_the_same_items(run: Path, tmp_path: Path):
     given = source(tmp_path / "in", 4)
     first, second, other = (sfumato.transfer(run, given, label="b", seed=seed, **QUICK).items for seed in (0, 0, 1))
@@ -84,6 +139,7 @@ def test_what_is_of_the_class_already_stays(run: Path, tmp_path: Path, strength:
         ({"label": "b", "strength": 1.5}, "strength"),
         ({"label": "b", "align": -1}, "align"),
         ({"label": "b", "samples": 1}, "samples"),
+        ({"label": "b", "budget": "soon"}, "budget 'soon'"),
     ],
 )
 def test_mistakes_are_named(run: Path, tmp_path: Path, options: dict[str, object], message: str):
