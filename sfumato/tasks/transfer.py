@@ -80,7 +80,8 @@ def transfer(
         progress: Called with the stage, how much of it is done, and how much there is.
 
     Returns:
-        The items and a row for each: its `source`, `label` (the new one), `source_label`, the settings.
+        The items and a row for each: its `source`, `label` (the new one), `source_label`, `guidance` (none where it
+        was of the class already, or is carried over by the map alone), the settings.
 
     Raises:
         UserError: No such model, source or class; a model without classes; nothing says of which class the items are;
@@ -97,7 +98,7 @@ def transfer(
 
     from sfumato.config import parse_budget
     from sfumato.core import strength_time
-    from sfumato.tasks.common import check_counts, open_model
+    from sfumato.tasks.common import check_counts, gathered, open_model, shard
     from sfumato.tasks.crossing import Effort, Search
     from sfumato.tasks.generate import sampling
     from sfumato.tasks.inputs import changed, changed_rows, class_numbers, deliver, read_inputs
@@ -121,9 +122,11 @@ def transfer(
         seen = change.evidence(search.draw(goal, COMPARED, loaded.sampling))
         change.wanted = min(CLEAR, float(seen.quantile(UNCLEAR)))
     items = changed(loaded, inputs, change, batch, "transfer", progress)
-    facts = {"strength": strength, "align": align, "rounds": rounds, "steps": steps, "guidance": guidance, "seed": seed}
+    facts = {"strength": strength, "align": align, "rounds": rounds, "steps": steps, "seed": seed}
     rows = changed_rows(loaded, inputs, torch.full((len(inputs),), goal), facts)
-    facts |= inputs.told()
+    for row, weight in zip(rows, gathered(change.weights[shard(len(inputs))], len(inputs)).tolist(), strict=True):
+        row["guidance"] = weight or None
+    facts |= {"guidance": guidance, **inputs.told()}
     deliver(loaded, inputs, items, rows, out, sheet, overwrite)
     return Result(items, rows, time.perf_counter() - begun, facts)
 
@@ -153,12 +156,22 @@ class _Carried:
     how: "Sampling"
     wanted: float | None = None  # evidence of the goal that every item should show; None: the weight stands
 
+    @cached_property
+    def weights(self) -> "Tensor":
+        """The guidance that each item got (N,); 0 of those that got none."""
+        import torch
+
+        return torch.zeros(len(self.own))
+
     def __call__(self, items: list[int], x: "Tensor") -> "Tensor":
+        import torch
+
         z, own = self.model.encode(x).to(self.model.device), self.own[items]
         moved = own != self.goal  # the others are there
         if moved.any():
+            there, index = moved.to(z.device), torch.tensor(items)[moved]
             z = z.clone()
-            z[moved.to(z.device)] = self.new(self.state(z[moved.to(z.device)], own[moved]))
+            z[there], self.weights[index] = self.new(self.state(z[there], own[moved]))
         return self.model.decode(z)
 
     @cached_property
@@ -178,21 +191,22 @@ class _Carried:
         under = self.model.denoise(own, len(z), self.how.unguided)
         return self.carried(invert(under, self.model.denoiser.schedule, z, self.grid), z, own, self.start)
 
-    def new(self, z_t: "Tensor") -> "Tensor":
-        """What the goal makes of such states (B, ...): latents, guided no more than they need."""
+    def new(self, z_t: "Tensor") -> "tuple[Tensor, Tensor]":
+        """What the goal makes of such states (B, ...): latents, guided no more than they need; and by what weight."""
         import torch
 
         if self.grid is None:
-            return z_t
+            return z_t, torch.zeros(len(z_t))
         if self.wanted is None:
-            return self.guided(z_t, self.how)
-        z, left = torch.empty_like(z_t), torch.arange(len(z_t))
+            return self.guided(z_t, self.how), torch.full((len(z_t),), self.how.guidance)
+        z, left, weights = torch.empty_like(z_t), torch.arange(len(z_t)), torch.ones(len(z_t))
         for weight in WEIGHTS:
+            weights[left] = weight
             z[left] = self.guided(z_t[left], replace(self.how, guidance=weight))
             left = left[(self.evidence(z[left]) < self.wanted).cpu()]
             if not len(left):
                 break
-        return z
+        return z, weights
 
     def guided(self, z_t: "Tensor", how: "Sampling") -> "Tensor":
         """The flow from such states (B, ...) to latents of the goal."""

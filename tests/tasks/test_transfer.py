@@ -12,6 +12,7 @@ import sfumato.core
 from sfumato.data.write import write_images
 from sfumato.errors import UserError
 from sfumato.tasks import crossing
+from sfumato.tasks.generate import Result
 from tests.training.common import pictures, small_fit
 
 QUICK = {"samples": 8, "align": 4, "rounds": 1, "steps": 3}
@@ -130,6 +131,7 @@ def test_what_is_of_the_class_already_stays(run: Path, tmp_path: Path, strength:
     back = sfumato.reconstruct(run, given, n=6).items
     torch.testing.assert_close(result.items[mine], back[mine], rtol=0, atol=1e-4)
     assert (result.items[~mine] - back[~mine]).abs().max() > 1e-3
+    assert [weight is None for weight in guided(result)] == (mine | (strength == 0)).tolist()
 
 
 @pytest.mark.parametrize(
@@ -171,6 +173,11 @@ def check_weights(run: Path, given: Path, items: torch.Tensor, weights: tuple[fl
         assert {row["guidance"] for row in fixed.rows} == {weight}
 
 
+def guided(result: Result) -> list[float | None]:
+    """The weight that each item has on record."""
+    return [row["guidance"] for row in result.rows]
+
+
 def test_each_item_is_guided_until_it_shows_its_class(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """No more than it needs: items 1 and 2 not at all, item 0 with weight 1.5 and item 3 with 2."""
     new = torch.cat([torch.full((110,), -5.0), torch.full((390,), 2.0)])  # a fifth is no clearer
@@ -180,7 +187,7 @@ def test_each_item_is_guided_until_it_shows_its_class(run: Path, tmp_path: Path,
     result = sfumato.transfer(run, given, label="b", own_label="a", **QUICK)
     assert next(shown, None) is None
     check_weights(run, given, result.items, (1.5, 1.0, 1.0, 2.0))
-    assert {row["guidance"] for row in result.rows} == {None}
+    assert guided(result) == [1.5, 1.0, 1.0, 2.0]
 
 
 def test_a_class_is_shown_against_those_it_may_be_taken_for(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -220,3 +227,4 @@ def test_guidance_stops_at_the_last_weight(run: Path, tmp_path: Path, monkeypatc
     result = sfumato.transfer(run, given, label="b", own_label="a", **QUICK)
     fixed = sfumato.transfer(run, given, label="b", own_label="a", guidance=8.0, **QUICK)
     torch.testing.assert_close(result.items, fixed.items)
+    assert guided(result) == guided(fixed) == [8.0] * 4
