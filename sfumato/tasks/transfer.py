@@ -51,8 +51,9 @@ def transfer(
     The model is one of both classes (such as styles, a folder each), and no item need be there in both. What
     corresponds to what is found out from new items that it makes of each: the map that carries one class's mean and
     covariance into the other's, turned so that what it makes is most likely in the target class, and a small network
-    that adds what no such map can do. An item is inverted a part of the way to its noise under its own class, carried
-    over, and generated from there under the other. What was found is kept in the cache: it is searched for once.
+    that adds what no such map can do. What was found is kept in the cache: it is searched for once. An item that does
+    not show the class yet is inverted a part of the way to its noise under its own class, carried over, and generated
+    from there under the other.
 
     Args:
         model: Folder of the model.
@@ -81,7 +82,7 @@ def transfer(
 
     Returns:
         The items and a row for each: its `source`, `label` (the new one), `source_label`, `guidance` (none where it
-        was of the class already, or is carried over by the map alone), the settings.
+        was of the class already, or the map alone is enough), the settings.
 
     Raises:
         UserError: No such model, source or class; a model without classes; nothing says of which class the items are;
@@ -171,7 +172,7 @@ class _Carried:
         if moved.any():
             there, index = moved.to(z.device), torch.tensor(items)[moved]
             z = z.clone()
-            z[there], self.weights[index] = self.new(self.state(z[there], own[moved]))
+            z[there], self.weights[index] = self.new(z[there], own[moved])
         return self.model.decode(z)
 
     @cached_property
@@ -186,27 +187,36 @@ class _Carried:
         """Latents (B, ...) of the classes `own` (B,), inverted up to the start and carried over."""
         from sfumato.core import invert
 
-        if self.grid is None:
-            return self.carried(z, z, own, 0.0)
+        assert self.grid is not None
         under = self.model.denoise(own, len(z), self.how.unguided)
         return self.carried(invert(under, self.model.denoiser.schedule, z, self.grid), z, own, self.start)
 
-    def new(self, z_t: "Tensor") -> "tuple[Tensor, Tensor]":
-        """What the goal makes of such states (B, ...): latents, guided no more than they need; and by what weight."""
+    def new(self, z: "Tensor", own: "Tensor") -> "tuple[Tensor, Tensor]":
+        """What becomes of latents (B, ...) of the classes `own` (B,), and by what guidance (B,): 0 is the map alone."""
         import torch
 
+        new, weights = self.carried(z, z, own, 0.0), torch.zeros(len(z))
         if self.grid is None:
-            return z_t, torch.zeros(len(z_t))
+            return new, weights
         if self.wanted is None:
-            return self.guided(z_t, self.how), torch.full((len(z_t),), self.how.guidance)
-        z, left, weights = torch.empty_like(z_t), torch.arange(len(z_t)), torch.ones(len(z_t))
+            return self.guided(self.state(z, own), self.how), weights + self.how.guidance
+        left = self.unclear(new, torch.arange(len(z)))
+        if not len(left):
+            return new, weights
+        z_t = self.state(z[left], own[left])
         for weight in WEIGHTS:
             weights[left] = weight
-            z[left] = self.guided(z_t[left], replace(self.how, guidance=weight))
-            left = left[(self.evidence(z[left]) < self.wanted).cpu()]
+            new[left] = self.guided(z_t, replace(self.how, guidance=weight))
+            some = self.unclear(new[left], torch.arange(len(left)))
+            left, z_t = left[some], z_t[some]
             if not len(left):
                 break
-        return z, weights
+        return new, weights
+
+    def unclear(self, z: "Tensor", items: "Tensor") -> "Tensor":
+        """Those of some items, of latents z (B, ...), that do not show the goal's class as clearly as is wanted."""
+        assert self.wanted is not None
+        return items[(self.evidence(z) < self.wanted).cpu()]
 
     def guided(self, z_t: "Tensor", how: "Sampling") -> "Tensor":
         """The flow from such states (B, ...) to latents of the goal."""
