@@ -63,8 +63,8 @@ def test_the_sheet_shows_all_four(emoji: ModuleType, data: Path, tmp_path: Path,
     monkeypatch.setattr(emoji, "trained", lambda found, options: tmp_path)
     monkeypatch.setattr(emoji.sfumato, "edit", edit)
     monkeypatch.setattr(emoji.sfumato, "reconstruct", lambda *_: Made(torch.ones(10, 3, 64, 64)))
-    monkeypatch.setattr(emoji.sfumato, "transfer", lambda *_, **how: Made(torch.zeros(10, 3, 64, 64)))
-    options = argparse.Namespace(data=data, items=10, out=tmp_path / "out")
+    monkeypatch.setattr(emoji.sfumato, "transfer", lambda *_, budget, **how: Made(torch.zeros(10, 3, 64, 64)))
+    options = argparse.Namespace(data=data, items=10, out=tmp_path / "out", search="3m")
     lines = list(emoji.table(options))
     assert {label for label, _ in asked} == {"fluent"} and len(asked) == 8
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [

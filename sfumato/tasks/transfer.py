@@ -125,8 +125,8 @@ def transfer(
     items = changed(loaded, inputs, change, batch, "transfer", progress)
     facts = {"strength": strength, "align": align, "rounds": rounds, "steps": steps, "seed": seed}
     rows = changed_rows(loaded, inputs, torch.full((len(inputs),), goal), facts)
-    for row, weight in zip(rows, gathered(change.weights[shard(len(inputs))], len(inputs)).tolist(), strict=True):
-        row["guidance"] = weight or None
+    for row, weight in zip(rows, gathered(change.weights[shard(len(inputs))], len(inputs)), strict=True):
+        row["guidance"] = float(weight) or None
     facts |= {"guidance": guidance, **inputs.told()}
     deliver(loaded, inputs, items, rows, out, sheet, overwrite)
     return Result(items, rows, time.perf_counter() - begun, facts)
@@ -162,7 +162,7 @@ class _Carried:
         """The guidance that each item got (N,); 0 of those that got none."""
         import torch
 
-        return torch.zeros(len(self.own))
+        return torch.zeros(len(self.own), dtype=torch.float64)
 
     def __call__(self, items: list[int], x: "Tensor") -> "Tensor":
         import torch
@@ -195,7 +195,7 @@ class _Carried:
         """What becomes of latents (B, ...) of the classes `own` (B,), and by what guidance (B,): 0 is the map alone."""
         import torch
 
-        new, weights = self.carried(z, z, own, 0.0), torch.zeros(len(z))
+        new, weights = self.carried(z, z, own, 0.0), torch.zeros(len(z), dtype=torch.float64)
         if self.grid is None:
             return new, weights
         if self.wanted is None:

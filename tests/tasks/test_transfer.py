@@ -198,6 +198,11 @@ def test_each_item_is_guided_until_it_shows_its_class(run: Path, tmp_path: Path,
     check_weights(run, given, result, (1.5, 1.0, None, 2.0))
 
 
+def test_a_weight_is_recorded_as_it_was_given(run: Path, tmp_path: Path):
+    result = sfumato.transfer(run, source(tmp_path / "in", 2), label="b", own_label="a", guidance=1.3, **QUICK)
+    assert guided(result) == [1.3, 1.3]
+
+
 def test_a_class_is_shown_against_those_it_may_be_taken_for(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Those that items come from first, and never the class itself."""
     asked: list[list[int]] = []
