@@ -37,6 +37,7 @@ from sfumato.tasks.common import Progress, drawn, tell
 CHUNK = 500  # new items drawn at once
 NEAR = 0.4  # strength by which items that are nearly of a class are drawn towards it
 DRAWS, GUIDED = 6, 1.5  # steps and guidance of that
+CALLS = 0.7  # share of a budget that calls of the denoiser may take; the rest is for what is learned from them
 LEAST = 0.05  # share of the full search that a budget must pay for
 PASSES = 3  # of the denoiser, by which its speed is measured
 VERSION = 1  # of what is searched for, and of how it is kept
@@ -74,7 +75,7 @@ class Effort:
         forward, both = _pace(model.denoise(same(label, BATCH), BATCH, model.sampling.unguided), _blank(model))
         calls = 2 * 2 * model.sampling.steps  # of both classes, each step two calls at most
         calls += self.fits * DRAWS * 2 * 2  # each of these once more without the class
-        share = self.seconds / (forward * calls * self.samples / BATCH + both * self.align)
+        share = CALLS * self.seconds / (forward * calls * self.samples / BATCH + both * self.align)
         if share < LEAST:
             least = self.seconds / share * LEAST
             raise UserError(f"a search of {self.seconds:.0f} s is too short for this model: it needs {least:.0f} s")
