@@ -76,6 +76,7 @@ def bend(
     rounds: int,
     seed: int,
     on_fit: Callable[[int], None] | None = None,
+    share: float = 1.0,
 ) -> Bent:
     """The crossing with what it misses.
 
@@ -88,15 +89,17 @@ def bend(
         rounds: How often the way there is learned; in between the way back is. 0 adds nothing.
         seed: Of weights and order.
         on_fit: Called with the number of fits done, of 2 * rounds - 1.
+        share: Of the usual steps of each fit.
     """
+    steps = max(1, round(share * STEPS))
     with torch.random.fork_rng(devices=[a.device] if a.device.type == "cuda" else []):
         torch.manual_seed(seed)
         there, back = Bent(crossing, a), Bent(crossing.back, b)
         for k in range(2 * rounds - 1):
             if k % 2:
-                _fit(back, _through(there, a, draw_b), a)
+                _fit(back, _through(there, a, draw_b), a, steps)
             else:
-                _fit(there, _through(back, b, draw_a), b)
+                _fit(there, _through(back, b, draw_a), b, steps)
             if on_fit is not None:
                 on_fit(k + 1)
     return there.requires_grad_(False)
@@ -108,12 +111,12 @@ def _through(way: Bent, z: Tensor, draw: Draw) -> Tensor:
     return draw(way(z))
 
 
-def _fit(way: Bent, x: Tensor, y: Tensor) -> None:
+def _fit(way: Bent, x: Tensor, y: Tensor, steps: int) -> None:
     """Learn to give y (N, ...) for x (N, ...), stopping where items held back are met best."""
     rest = (y - way.crossing(x)).detach()
     count = len(x) - max(1, round(HELD * len(x)))
     optimizer = torch.optim.AdamW(way.net.parameters(), RATE, weight_decay=DECAY)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
 
     def missed(index: Tensor) -> Tensor:
         return (way.added(x[index]) - rest[index]).square().mean()
@@ -124,14 +127,14 @@ def _fit(way: Bent, x: Tensor, y: Tensor) -> None:
             return float(missed(torch.arange(count, len(x))))
 
     best, kept = held(), copy.deepcopy(way.net.state_dict())
-    for step in range(STEPS):
+    for step in range(steps):
         way.train()
         loss = missed(torch.randint(count, (BATCH,)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if (step + 1) % LOOK == 0 and (now := held()) < best:
+        if ((step + 1) % LOOK == 0 or step + 1 == steps) and (now := held()) < best:
             best, kept = now, copy.deepcopy(way.net.state_dict())
     way.net.load_state_dict(kept)
     way.eval()

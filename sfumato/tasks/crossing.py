@@ -52,12 +52,14 @@ class Effort:
         rounds: How often a network learns what the map misses; 0 is never.
         samples: New items of each class that both are found from.
         seconds: What one search may take, by the measured speed of the denoiser: fewer steps and items then.
+        share: Of the steps in which that network learns.
     """
 
     align: int
     rounds: int
     samples: int
     seconds: float | None = None
+    share: float = 1.0
 
     @property
     def fits(self) -> int:
@@ -80,7 +82,8 @@ class Effort:
             least = self.seconds / share * LEAST
             raise UserError(f"a search of {self.seconds:.0f} s is too short for this model: it needs {least:.0f} s")
         share = min(1.0, share)
-        return replace(self, align=round(share * self.align), samples=max(2, round(share * self.samples)))
+        align, samples = round(share * self.align), max(2, round(share * self.samples))
+        return replace(self, align=align, samples=samples, share=share)
 
 
 def _pace(denoise: Denoise, z: Tensor) -> tuple[float, float]:
@@ -181,6 +184,7 @@ class Search:
             self.effort.rounds,
             self.seed,
             lambda done: tell(self.progress, "bend", done, self.effort.fits),
+            self.affordable.share,
         )
 
     def toward(self, label: int) -> Callable[[Tensor], Tensor]:

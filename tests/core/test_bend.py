@@ -49,6 +49,14 @@ def test_a_bow_is_learned_that_no_linear_map_makes(crossing: Crossing):
     assert missed[1] < missed[0] / 4
 
 
+def test_a_share_of_the_steps_learns_less(crossing: Crossing):
+    a, b = line(0), bow(line(1))
+    fresh = line(2, 300)
+    ways = (crossing, *(bend(crossing, a, b, nearest(a), nearest(b), 1, 0, share=share) for share in (0.25, 1.0)))
+    missed = [float((way(fresh) - bow(fresh)).square().mean()) for way in ways]
+    assert missed[2] < missed[1] < missed[0]
+
+
 def test_nothing_is_added_where_nothing_is_missed_or_asked(crossing: Crossing):
     a, b = line(0), bow(line(1))
     for rounds in (0, 2):  # without drawing, the way there undoes the way back already

@@ -55,7 +55,7 @@ def test_items_get_the_new_class_and_keep_their_own_on_record(run: Path, tmp_pat
 def test_a_small_network_adds_to_the_map_unless_told_not_to(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     given, how = source(tmp_path / "in", 6), QUICK | {"strength": 0.0}
     told: list[tuple[str, int, int]] = []
-    learned = lambda way, x, y: way.net[-1].bias.data.add_(1.0)
+    learned = lambda way, *_: way.net[-1].bias.data.add_(1.0)
     monkeypatch.setattr(import_module("sfumato.core.bend"), "_fit", learned)
     plain = sfumato.transfer(run, given, label="b", **how | {"rounds": 0})
     bent = sfumato.transfer(run, given, label="b", **how | {"rounds": 2}, progress=lambda *part: told.append(part))
@@ -101,7 +101,7 @@ def test_a_budget_makes_the_search_shorter(run: Path, monkeypatch: pytest.Monkey
     full = (10 * calls + 200) / 0.7  # seconds: of a budget three tenths are for other work
     whole = crossing.Effort(align=100, rounds=2, samples=2560, seconds=full / 2)
     half = whole.within(model, 1)
-    assert (half.align, half.samples, half.rounds) == (50, 1280, 2)
+    assert (half.align, half.samples, half.rounds) == (50, 1280, 2) and half.share == pytest.approx(0.5)
     assert replace(whole, seconds=1e9).within(model, 1).align == 100
     assert replace(whole, seconds=None).within(model, 1).samples == 2560
     with pytest.raises(UserError, match=f"a search of 1 s is too short .* needs {0.05 * full:.0f} s"):
