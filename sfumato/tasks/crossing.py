@@ -123,11 +123,10 @@ class Search:
 
     def __call__(self, label: int) -> Bent:
         crossing = self.crossing(label)
-        if not self.effort.rounds:
-            return Bent(crossing, _blank(self.model))
-        state = self._kept(("bend", label, self.effort.rounds), lambda: self.bent(label, crossing).state_dict())
         bent = Bent(crossing, _blank(self.model))
-        bent.load_state_dict(state)
+        if self.effort.rounds:
+            parts = "bend", label, self.effort.rounds
+            bent.load_state_dict(self._kept(parts, lambda: self.bent(label, crossing).state_dict()))
         return bent.requires_grad_(False)
 
     def crossing(self, label: int) -> Crossing:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sfumato.tasks.generate import Result
 
@@ -99,7 +99,7 @@ def transfer(
 
     from sfumato.config import parse_budget
     from sfumato.core import strength_time
-    from sfumato.tasks.common import check_counts, gathered, open_model, shard
+    from sfumato.tasks.common import check_counts, open_model
     from sfumato.tasks.crossing import Effort, Search
     from sfumato.tasks.generate import sampling
     from sfumato.tasks.inputs import changed, changed_rows, class_numbers, deliver, read_inputs
@@ -125,11 +125,18 @@ def transfer(
     items = changed(loaded, inputs, change, batch, "transfer", progress)
     facts = {"strength": strength, "align": align, "rounds": rounds, "steps": steps, "seed": seed}
     rows = changed_rows(loaded, inputs, torch.full((len(inputs),), goal), facts)
-    for row, weight in zip(rows, gathered(change.weights[shard(len(inputs))], len(inputs)), strict=True):
-        row["guidance"] = float(weight) or None
+    _record(rows, change.weights)
     facts |= {"guidance": guidance, **inputs.told()}
     deliver(loaded, inputs, items, rows, out, sheet, overwrite)
     return Result(items, rows, time.perf_counter() - begun, facts)
+
+
+def _record(rows: "list[dict[str, Any]]", weights: "Tensor") -> None:
+    """Put the guidance (N,) that each item got, in whichever process, into its row; None for none."""
+    from sfumato.tasks.common import gathered, shard
+
+    for row, weight in zip(rows, gathered(weights[shard(len(rows))], len(rows)), strict=True):
+        row["guidance"] = float(weight) or None
 
 
 def _own_classes(source: "str | Path", own: "Tensor | None") -> "Tensor":
