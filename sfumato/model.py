@@ -244,8 +244,12 @@ class Model(Methods):
         name = (how or self.sampling).sampler
         if name != JUMP or not self.denoiser.jumps:
             return choose(SAMPLERS, "sampler", name)
+        return self.jump(label, count)
+
+    def jump(self, label: Tensor | None, count: int) -> Jump:
+        """The jumps of a few-step model for `count` items under their labels (B,), None for no condition."""
         cond = self.conditioner(label, count)
-        return Jump(lambda z, t, s: self.denoiser(z, t, cond, s=s))
+        return Jump(lambda z, t: self.denoiser(z, t, cond, s=torch.zeros_like(t)))
 
     def _denoise(self, label: Tensor | None, count: int, autoguidance: float) -> Denoise:
         """The denoiser with its condition bound and no guidance but that away from the weaker one."""

@@ -2,9 +2,9 @@
 
 from .align import Crossing, Spread, align, class_evidence, measure_spread, shortest
 from .bend import Bent, bend
+from .consistency import Jump, Trajectories, fly, joined, shaken
 from .constrain import Again, Known, consistent, strength_time
 from .denoiser import PREDICT, Denoiser, Weaker
-from .flow_map import Jump, Trajectories, fly, joined, landing, shaken
 from .guidance import cfg, interval, rescale
 from .inversion import flow_grid, invert, regenerate, slerp
 from .noise import Noise, item_generator, item_noise, step_generator
@@ -45,7 +45,6 @@ __all__ = [
     "item_generator",
     "item_noise",
     "joined",
-    "landing",
     "make_schedule",
     "make_times",
     "make_weight",

@@ -86,7 +86,7 @@ class Denoiser(nn.Module):
         predict: What F means: `z`, `eps`, `v` or `flow` (eps - z).
         clock: t -> what the network is told of the time, in the shape of t; default $\log(\sigma / \alpha) / 4$.
         c_in: t -> the scale of the network's input; default $1 / \sqrt{\alpha^2 + \sigma^2}$.
-        jumps: Whether the network has a second clock, which tells it where a step ends (see `flow_map`).
+        jumps: Whether the network has a second clock, which tells it where a step ends (see `consistency`).
         corners: What says which positions are categories, if any are: F is about their chances then, see `corners`.
 
     Raises:
@@ -187,7 +187,7 @@ class Denoiser(nn.Module):
             t: Times (B,), or (B, N) for one per leading position.
             cond: What the network is told.
             mask: (B, N), true where a padded item has data.
-            s: Where the step ends, in the shape of t: z_hat is then that of the flow map (a network with `jumps`).
+            s: Where the step ends, in the shape of t: at 0 z_hat is the end of the flow (a network with `jumps`).
             weaker: A network to move away from.
 
         Returns:

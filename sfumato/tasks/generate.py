@@ -147,7 +147,7 @@ def sampling(
 
     Autoguidance is for new items (None: as `fit` chose); what is made of given ones should stay as likely as it was.
 
-    Of a few-step model `steps` means jumps; any other sampler takes as many as it took of the teacher.
+    Of a few-step model `steps` means jumps; any other sampler takes the steps that it took of the teacher.
     """
     from dataclasses import replace
 
@@ -156,12 +156,13 @@ def sampling(
     from sfumato.errors import UserError
     from sfumato.model import JUMP
 
-    taught = model.card.distilled
+    taught, grid = model.card.distilled, None
     if sampler == JUMP and taught is None:
         raise UserError(f"--sampler {JUMP} is for few-step models; make one with: sfumato distill MODEL --out RUN")
     if sampler not in (None, JUMP):
         choose(SAMPLERS, "sampler", sampler)
         steps = steps if taught is None else steps or taught["steps"]
+        grid = None if taught is None else taught["grid"]
     if taught is not None and guidance not in (None, 1):
         built_in = f"the weight {taught['guidance']} is built into this few-step model"
         raise UserError(f"--guidance {guidance}: {built_in}; take its teacher, or distill it with another --guidance")
@@ -170,7 +171,7 @@ def sampling(
     if model.guide is None and autoguidance not in (None, 1):
         remedy = "train one with --set sample.autoguidance=2"
         raise UserError(f"--autoguidance {autoguidance:g}: this model has no weaker self; {remedy}")
-    given = {"steps": steps, "guidance": guidance, "sampler": sampler, "autoguidance": autoguidance}
+    given = {"steps": steps, "guidance": guidance, "sampler": sampler, "autoguidance": autoguidance, "grid": grid}
     return replace(model.sampling, **{key: value for key, value in given.items() if value is not None})
 
 

@@ -50,13 +50,13 @@ def write_few_step_card(folder: Path, out: Path, told: dict[str, Any], seconds: 
         seconds: How long it took.
         example: What new items could be written to.
     """
-    misses = ", ".join(f"{miss} in {jumps}" for jumps, miss in told["miss"].items())
+    misses = ", ".join(f"{miss} from time {t}" for t, miss in told["miss"].items())
     lines = [
         *head(out),
         "",
         f"A few-step model made from {told['teacher'] or 'another one'} (guidance {told['guidance']}, autoguidance "
-        f"{told['autoguidance']} built in) by sfumato {__version__} in {seconds:.0f} s. Its jumps miss the latents "
-        f"(root mean square) by {misses}.",
+        f"{told['autoguidance']} built in) by sfumato {__version__} in {seconds:.0f} s. Its jumps miss the teacher's "
+        f"ends (root mean square, of latents of unit variance) by {misses}.",
         "",
         "```",
         f"sfumato generate {out} -n 64 --out {example}",

@@ -1,4 +1,4 @@
-"""From a teacher to a few-step model: its trajectories, then a network that jumps along them."""
+"""From a teacher to a few-step model: its trajectories, then a network that jumps to their ends."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfumato import __version__
 from sfumato.config import StageSettings
-from sfumato.core import Trajectories, fly, joined, prior, sample, shaken, step_generator, time_grid
+from sfumato.core import Trajectories, fly, joined, prior, shaken, step_generator, time_grid
 from sfumato.data import check_writable, swapped_folder
 from sfumato.errors import UserError
 from sfumato.machine import best_precision, default_device
@@ -22,26 +22,26 @@ from sfumato.model import JUMP, Card, Model, Sampling, load, read_json, write_js
 from sfumato.nn import count_parameters
 from sfumato.nn.blocks import with_clocks
 from sfumato.training.card import write_few_step_card
-from sfumato.training.feeds import LegFeed
+from sfumato.training.feeds import JumpFeed
 from sfumato.training.horizon import Horizon
 from sfumato.training.log import Log, Progress
 from sfumato.training.loop import Trainer
 from sfumato.training.measure import Speed, measure_step
 from sfumato.training.run import is_run, make_accelerator
-from sfumato.training.steps import FlowMapStep
+from sfumato.training.steps import JumpStep
 
 SHARE = 0.2  # of the teacher's training time, unless told otherwise
 SMALLEST = 10.0  # seconds: below this little but imports and measuring would happen
 FEWEST = 20  # optimizer steps: with fewer nothing would be learned
 FINISH_SHARE, FINISH_SECONDS = 0.03, 1.5  # of the budget, kept back for checking and saving
-KNOTS = 8  # steps of a trajectory
-BATCH = 512  # parts of trajectories in a step, at most: the teacher's batch is known to suit the network
-RATE = 1e-3  # peak learning rate
-REUSE = 8  # times that each trajectory is trained on, on average: a new one costs as much as five parts of an old one
+KNOTS = 6  # steps of a trajectory
+BATCH = 512  # states of trajectories in a step, at most: the teacher's batch is known to suit the network
+RATE = 2e-3  # peak learning rate
+REUSE = 6  # times that each trajectory is trained on, on average: a new one costs as much as five states of an old one
+AT_ONCE = 4  # batches of trajectories made at once: larger ones are faster
 MEMORY = 2**30  # bytes of trajectories at most
-JUMPS = 2  # what the few-step model does unless told otherwise
+JUMPS, GRID = 2, "late"  # what the few-step model does unless told otherwise
 CHECKED = 1_000  # trajectories that it is compared with at the end
-CHECKS = (1, 2, 4)  # numbers of jumps that are compared
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,9 @@ def few_step(teacher: Model, how: Sampling) -> Model:
     """
     card = copy.deepcopy(teacher.card)
     card.denoiser["net"]["clocks"] = 2
-    card.distilled = {key: getattr(how, key) for key in ("sampler", "steps", "guidance", "autoguidance")}
-    card.sample |= {"sampler": JUMP, "steps": JUMPS, "guidance": 1.0, "autoguidance": 1.0, "interval": None}
+    card.distilled = {key: getattr(how, key) for key in ("sampler", "steps", "grid", "guidance", "autoguidance")}
+    card.sample |= {"sampler": JUMP, "steps": JUMPS, "grid": GRID}
+    card.sample |= {"guidance": 1.0, "autoguidance": 1.0, "interval": None}
     card.guide = None  # built in
     student = Model(Card(**vars(card))).to(teacher.device)
     for name, part in student.parts.items():
@@ -188,7 +189,7 @@ class Lesson:
 
     @property
     def batch(self) -> int:
-        """Parts of trajectories in a step; also trajectories made at once."""
+        """States of trajectories in a step."""
         return self.settings.batch or 1
 
     @property
@@ -247,12 +248,11 @@ class Lesson:
         """Seconds and operations of a real step, on a copy that is thrown away."""
         parts = copy.deepcopy((self.student.denoiser, self.student.conditioner))
         seconds = min(1.2, 0.05 * (self.deadline - time.monotonic()))
-        return measure_step(FlowMapStep(*parts), self.settings, self.feed(flights, label), seconds=seconds, **self.kit)
+        return measure_step(JumpStep(*parts), self.settings, self.feed(flights, label), seconds=seconds, **self.kit)
 
-    def feed(self, flights: Trajectories, label: Tensor | None) -> LegFeed:
-        """Parts of these trajectories."""
-        schedule = self.teacher.denoiser.schedule
-        return LegFeed(flights, label, schedule, self.batch, self.seed, str(self.teacher.device))
+    def feed(self, flights: Trajectories, label: Tensor | None) -> JumpFeed:
+        """States of these trajectories."""
+        return JumpFeed(flights, label, self.batch, self.seed, str(self.teacher.device))
 
     def trajectories(self) -> tuple[Trajectories, Tensor | None]:
         """As many as training wants and memory holds."""
@@ -260,16 +260,17 @@ class Lesson:
         sets = min(math.ceil((self.settings.steps or 1) / REUSE), max(1, MEMORY // (bytes_each * self.batch)))
         began = time.monotonic()
         parts: list[tuple[Trajectories, Tensor | None]] = []
-        for number in range(sets):
-            parts.append(self.flown(number, self.batch))
-            eta = (time.monotonic() - began) * (sets - number - 1) / (number + 1)
-            self.log.show("trajectories", number + 1, sets, {"eta": eta})
+        for number in range(0, sets, AT_ONCE):
+            done = min(number + AT_ONCE, sets)
+            parts.append(self.flown(number, (done - number) * self.batch))
+            eta = (time.monotonic() - began) * (sets - done) / done
+            self.log.show("trajectories", done, sets, {"eta": eta})
         labels = [label for _, label in parts if label is not None]
         return joined([flights for flights, _ in parts]), torch.cat(labels) if labels else None
 
     def train(self, flights: Trajectories, label: Tensor | None, flops: float) -> None:
         """Teach the student; its average becomes its weights."""
-        step = FlowMapStep(self.student.denoiser, self.student.conditioner)
+        step = JumpStep(self.student.denoiser, self.student.conditioner)
         horizon = Horizon(self.settings.steps or 1, max(1.0, self.deadline - time.monotonic()))
         peak = float(self.record.get("peak", 1.0))
         trainer = Trainer(step, self.settings, horizon, flops=flops, peak=peak, **self.kit)
@@ -280,14 +281,16 @@ class Lesson:
 
     @torch.no_grad()
     def misses(self) -> dict[str, float]:
-        """How far from the ends of new trajectories a number of jumps lands: root mean square, of unit latents."""
+        """How far from the ends of new trajectories jumps land, from noise and from halfway, by the time of these.
+
+        Root mean square, of latents of unit variance.
+        """
         flights, label = self.flown(-1, CHECKED)
-        schedule, place = self.student.denoiser.schedule, self.student.device
-        step, denoise = self.student.rule(label, CHECKED), self.student.denoise(label, CHECKED)
-        found: dict[str, float] = {}
-        for jumps in CHECKS:
-            z = sample(denoise, schedule, flights.z[0].to(place), time_grid(schedule, jumps, self.how.grid), step)
-            found[str(jumps)] = round(float((z.cpu() - flights.z[-1]).square().mean().sqrt()), 4)
+        jump, found = self.student.jump(label, CHECKED), dict[str, float]()
+        for knot in (0, KNOTS // 2):
+            z, t = flights.z[knot].to(self.student.device), flights.grid[knot]
+            miss = jump.end(z, t).cpu() - flights.z[-1]
+            found[f"{t.mean():.2f}"] = round(float(miss.square().mean().sqrt()), 4)
         return found
 
     def sheet(self) -> Any:

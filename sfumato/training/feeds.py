@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from sfumato.config import StageSettings
-from sfumato.core import Schedule, Trajectories, step_generator
+from sfumato.core import Trajectories, step_generator
 from sfumato.data import Data
 from sfumato.data.cache import IN_MEMORY
-from sfumato.training.steps import Legs
+from sfumato.training.steps import Jumps
 from sfumato.types import Batch
 
-FROM_NOISE, TO_DATA, DIAGONAL = 0.3, 0.5, 0.15  # shares of the parts of trajectories that begin or end there
+FROM_NOISE, STILL = 0.5, 0.1  # shares of states: pure noise, and those that are to stay where they are
 
 
 class Order:
@@ -70,41 +70,30 @@ class LatentFeed:
         return Batch(self.z[index.to(self.z.device)].to(self.device), index, label)
 
 
-class LegFeed:
-    """Batches of parts of a teacher's trajectories.
+class JumpFeed:
+    """Batches of states of a teacher's trajectories.
 
-    Of all parts `DIAGONAL` have no length: there the flow map is the denoiser itself. Of the others some begin at the
-    noise and half end at the data, since that is what the fewest steps need.
+    Half of them are the noise, where every item begins, the others from all over. Most lead to their ends; a few are
+    still, so that the denoiser is not forgotten.
 
     Args:
         flights: The trajectories.
         label: Class numbers (N,) that they were made under, or None.
-        schedule: The path.
-        batch: Parts a step.
+        batch: States a step.
         seed: Seed of which are taken.
         device: Where they are wanted.
     """
 
-    def __init__(
-        self, flights: Trajectories, label: Tensor | None, schedule: Schedule, batch: int, seed: int, device: str
-    ) -> None:
-        self.flights, self.label, self.schedule = flights, label, schedule
+    def __init__(self, flights: Trajectories, label: Tensor | None, batch: int, seed: int, device: str) -> None:
+        self.flights, self.label = flights, label
         self.size, self.seed, self.device = batch, seed, device
 
-    def batch(self, step: int) -> Legs:
+    def batch(self, step: int) -> Jumps:
         """The batch of a step."""
-        generator = step_generator(self.seed, "distill/legs", step)
+        generator = step_generator(self.seed, "distill/jumps", step)
         item = torch.randint(len(self.flights), (self.size,), generator=generator)
-        z, t, s, target = self.flights.leg(self.schedule, item, *self.ends(generator))
+        chance, where, still = torch.rand(3, self.size, generator=generator)
+        knot = torch.where(chance < FROM_NOISE, 0, (where * self.flights.knots).long())
+        z, t, s, target = self.flights.at(item, knot, still < STILL)
         label = None if self.label is None else self.label[item]
-        return Legs(data=z.to(self.device), index=item, label=label, t=t, s=s, target=target.to(self.device))
-
-    def ends(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The numbers of the times at which each part begins and ends (B,)."""
-        chance, first, last = torch.rand(3, self.size, generator=generator)
-        knots = self.flights.knots
-        i = torch.where(chance < FROM_NOISE, 0, (first * knots).long())
-        some = i + 1 + (last * (knots - i)).long()
-        chance = torch.rand(2, self.size, generator=generator)
-        j = torch.where(chance[0] < TO_DATA, knots, some)
-        return i, torch.where(chance[1] < DIAGONAL, i, j)
+        return Jumps(data=z.to(self.device), index=item, label=label, t=t, s=s, target=target.to(self.device))

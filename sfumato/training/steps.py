@@ -16,8 +16,7 @@ from sfumato.codecs.losses import (
 )
 from sfumato.conditioners import Conditioner
 from sfumato.core import Denoiser, Objective
-from sfumato.core.denoiser import trail
-from sfumato.core.objective import masked_mean, squared, uniform
+from sfumato.core.objective import masked_mean, squared
 from sfumato.types import Batch
 
 Losses = dict[str, Tensor]
@@ -203,26 +202,28 @@ class DiffusionStep(TrainStep):
 
 
 @dataclass(kw_only=True)
-class Legs(Batch):
-    """Parts of trajectories: z (B, ...) at times t (B,), and as `target` the z_hat (B, ...) that leads to times s."""
+class Jumps(Batch):
+    """States z (B, ...) of trajectories at times t (B,); as `target` (B, ...) their ends (s = 0) or z_hat (s = t)."""
 
     t: Tensor
     s: Tensor
     target: Tensor
 
 
-class FlowMapStep(TrainStep):
-    r"""Teach a denoiser the flow map: $(1 + \alpha_t / \sigma_t)^2 \, \| \hat z(z_t, t, s) - target \|^2$.
+class JumpStep(TrainStep):
+    r"""Teach a denoiser where trajectories end: $\sqrt{\| \hat z(z_t, t, s) - target \|^2 / d + c^2}$, d numbers each.
 
-    For `flow` this is the squared error of the mean velocity from t to s.
+    Where an end is a toss-up, as between two classes, a squared error would pull hardest, and towards the middle.
 
     Args:
         denoiser: One that jumps.
         conditioner: Labels -> what the network is told.
 
     References:
-        Boffi et al., https://arxiv.org/abs/2406.07507 (section 3: learning from the trajectories of a known velocity).
+        Song and Dhariwal, https://arxiv.org/abs/2310.14189 (section 3.3, the pseudo-Huber loss of consistency models).
     """
+
+    C = 0.03
 
     def __init__(self, denoiser: Denoiser, conditioner: Conditioner) -> None:
         super().__init__()
@@ -233,14 +234,13 @@ class FlowMapStep(TrainStep):
         return nn.ModuleDict({"denoiser": self.denoiser, "conditioner": self.conditioner})
 
     def phases(self) -> list[Phase]:
-        return [Phase("flow map", list(self.averaged.parameters()))]
+        return [Phase("jump", list(self.averaged.parameters()))]
 
     def forward(self, batch: Batch, phase: str, step: int, generator: Generator) -> Losses:
-        assert isinstance(batch, Legs)
+        assert isinstance(batch, Jumps)
         cond = self.conditioner(batch.label, len(batch.data))
         z_hat = self.denoiser(batch.data, batch.t, cond, s=batch.s)
-        weight = trail(uniform(self.denoiser.schedule.logsnr(batch.t)), z_hat)
-        return {"loss": masked_mean(weight * squared(z_hat, batch.target)).mean()}
+        return {"loss": (masked_mean(squared(z_hat, batch.target)) + self.C**2).sqrt().mean()}
 
 
 def matrices(parameters: list[nn.Parameter]) -> Iterator[nn.Parameter]:

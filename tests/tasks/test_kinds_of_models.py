@@ -18,7 +18,7 @@ from sfumato.errors import UserError
 from sfumato.model import Model
 from tests.training.common import stirred
 
-TAUGHT = {"sampler": "heun", "steps": 4, "guidance": 1.5, "autoguidance": 1.0}
+TAUGHT = {"sampler": "heun", "steps": 4, "grid": "uniform", "guidance": 1.5, "autoguidance": 1.0}
 KINDS: dict[str, dict[str, Any]] = {
     "few-step": {"distilled": TAUGHT},
     "no classes": {"classes": 0},

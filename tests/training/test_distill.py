@@ -17,14 +17,15 @@ from sfumato.data import write_images
 from sfumato.errors import UserError
 from sfumato.model import Card, Model, Sampling, load
 from sfumato.training import distilling
-from sfumato.training.distilling import Lesson, Wish, budget, few_step
-from sfumato.training.feeds import DIAGONAL, FROM_NOISE, TO_DATA, LegFeed
+from sfumato.training.distilling import KNOTS, REUSE, Lesson, Wish, budget, few_step
+from sfumato.training.feeds import FROM_NOISE, STILL, JumpFeed
 from sfumato.training.measure import Speed
 from sfumato.training.run import make_accelerator
 from tests.core.exact import GAUSSIAN
 from tests.training.common import pictures, record, rows, small_fit, stirred, weights
 
 LEARNED = ("denoiser", "conditioner")
+TAUGHT = {"sampler": "heun", "steps": 4, "grid": "uniform", "guidance": 1.0, "autoguidance": 1.0}
 
 
 def new_model(classes: int = 3, predict: str = "flow", **net: Any) -> Model:
@@ -95,7 +96,7 @@ def gaussian_teacher(monkeypatch: pytest.MonkeyPatch) -> Model:
     return model
 
 
-def test_the_flow_map_of_a_gaussian_is_learned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_ends_of_a_gaussian_are_learned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Its noise ε ends at m + s ε: one jump learns that, and one step of the teacher, which gives m, misses by s."""
     monkeypatch.setattr(distilling, "BATCH", 128)
     monkeypatch.setattr(distilling, "RATE", 5e-3)
@@ -108,11 +109,18 @@ def test_the_flow_map_of_a_gaussian_is_learned(monkeypatch: pytest.MonkeyPatch, 
     miss = lambda z: float((z - wanted).square().mean().sqrt())
     denoise = model.denoise(None, 500)
     assert miss(sample(denoise, schedule, eps, time_grid(schedule, 1), "ddim")) == pytest.approx(0.7, abs=0.02)
-    for jumps in (1, 2, 4):
-        grid = time_grid(schedule, jumps)
-        found = sample(student.denoise(None, 500), schedule, eps, grid, student.rule(None, 500))
-        assert miss(found) < 0.08, (jumps, miss(found))
-        assert taught.facts["miss"][str(jumps)] == pytest.approx(miss(found), abs=0.03)
+    ask = (student.denoise(None, 500), schedule, eps)
+    found = sample(*ask, time_grid(schedule, 1), student.rule(None, 500))
+    assert miss(found) < 0.08, miss(found)
+    assert taught.facts["miss"]["1.00"] == pytest.approx(miss(found), abs=0.03)
+    assert taught.facts["miss"]["0.50"] < 0.08
+    generator = torch.Generator().manual_seed(6)
+    for jumps in (2, 4):
+        draw = lambda: torch.randn(eps.shape, generator=generator)
+        found = sample(*ask, time_grid(schedule, jumps, "late"), student.rule(None, 500), draw)
+        assert float(found.mean()) == pytest.approx(0.4, abs=0.05) and float(found.std()) == pytest.approx(
+            0.7, abs=0.05
+        )
     middle = torch.full((500,), 0.6, dtype=torch.float64)
     z_t = model.denoiser.noised(wanted, eps, middle)
     assert float((student.denoise(None, 500)(z_t, middle) - denoise(z_t, middle)).square().mean().sqrt()) < 0.12
@@ -151,19 +159,19 @@ def test_guidance_is_built_in(tmp_path: Path):
         assert torch.allclose(alone, wanted[none], atol=1e-5)
 
 
-def test_parts_that_are_trained_on(tmp_path: Path):
+def test_states_that_are_trained_on(tmp_path: Path):
     taught = lesson(new_model(), tmp_path)
     flights, label = taught.flown(0, 64)
-    feed = LegFeed(flights, label, taught.teacher.denoiser.schedule, 20_000, 0, "cpu")
-    legs = feed.batch(3)
-    assert bool((legs.s <= legs.t).all()) and float(legs.t.min()) > 0
-    still, ends, begins = legs.s == legs.t, legs.s == 0, legs.t == 1
-    assert float(still.float().mean()) == pytest.approx(DIAGONAL, abs=0.01)
-    assert float(begins.float().mean()) == pytest.approx(FROM_NOISE + (1 - FROM_NOISE) / 8, abs=0.02)
-    assert float(ends[~still].float().mean()) > TO_DATA
-    again = LegFeed(flights, label, taught.teacher.denoiser.schedule, 20_000, 0, "cpu").batch(3)
-    assert torch.equal(again.target, legs.target) and torch.equal(again.label, legs.label)
-    assert not torch.equal(feed.batch(4).index, legs.index)
+    feed = JumpFeed(flights, label, 20_000, 0, "cpu")
+    jumps = feed.batch(3)
+    still, begins = jumps.s == jumps.t, jumps.t == 1
+    assert bool((jumps.s[~still] == 0).all()) and float(jumps.t.min()) > 0
+    assert float(still.float().mean()) == pytest.approx(STILL, abs=0.01)
+    assert float(begins.float().mean()) == pytest.approx(FROM_NOISE + (1 - FROM_NOISE) / flights.knots, abs=0.02)
+    assert torch.equal(jumps.target[~still], flights.z[-1, jumps.index[~still]])
+    again = JumpFeed(flights, label, 20_000, 0, "cpu").batch(3)
+    assert torch.equal(again.target, jumps.target) and torch.equal(again.label, jumps.label)
+    assert not torch.equal(feed.batch(4).index, jumps.index)
 
 
 # ---- plan and budget
@@ -195,9 +203,9 @@ def test_steps_come_from_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(distilling, "measure_step", lambda *_, **__: Speed(0.1, 7.0))
     taught.deadline = 1000 + 1.6 + 2 * 0.8 * 20 / 32 + 30
     assert taught.plan().flops == 7.0
-    assert taught.settings.steps == int(30 / (0.1 + 0.8 / 8) + 1e-6) and taught.settings.warmup == 15
+    assert taught.settings.steps == int(30 / (0.1 + 0.8 / REUSE) + 1e-6) and taught.settings.warmup == taught.settings.steps // 10 == 12
     flights, label = taught.trajectories()
-    assert len(flights) == math.ceil(taught.settings.steps / 8) * 32 == len(label)
+    assert len(flights) == math.ceil(taught.settings.steps / REUSE) * 32 == len(label)
     taught.deadline, taught.settings.steps = now[0] + 3, None
     with pytest.raises(UserError, match=r"too small for this model; give \d+ s more with --budget"):
         taught.plan()
@@ -210,7 +218,7 @@ def test_batches_are_no_larger_than_the_teachers(tmp_path: Path):
 
 def test_memory_holds_the_trajectories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     taught = lesson(new_model(), tmp_path, steps=400)
-    monkeypatch.setattr(distilling, "MEMORY", 3 * 32 * 4 * 17 * taught.teacher.codec.latent_size + 1)
+    monkeypatch.setattr(distilling, "MEMORY", 3 * 32 * 4 * (2 * KNOTS + 1) * taught.teacher.codec.latent_size + 1)
     assert len(taught.trajectories()[0]) == 3 * 32
 
 
@@ -233,11 +241,17 @@ def test_the_folder_is_a_model(teacher: Path, student: Path):
     assert [row["stage"] for row in rows(student)] == ["distill"] and rows(student)[-1]["step"] == 4
     said = record(student)
     assert said["distilled"]["teacher"] == str(teacher) and said["distilled"]["guidance"] == 1.5
-    assert said["distilled"]["trajectories"] == 32 and said["distilled"]["miss"].keys() == {"1", "2", "4"}
+    assert said["distilled"]["trajectories"] == 32 and said["distilled"]["miss"].keys() == {"1.00", "0.50"}
     assert said["plan"] == record(teacher)["plan"] and said["metrics"]["codec"] == {"psnr": 20.0}
     model = load(student, "cpu")
-    assert model.sampling == Sampling("jump", 2, 1.0)
-    assert model.card.distilled == {"sampler": "heun", "steps": 4, "guidance": 1.5, "autoguidance": 1.0}
+    assert model.sampling == Sampling("jump", 2, 1.0, grid="late")
+    assert model.card.distilled == {
+        "sampler": "heun",
+        "steps": 4,
+        "grid": "uniform",
+        "guidance": 1.5,
+        "autoguidance": 1.0,
+    }
     ours, theirs = weights(student), weights(teacher)
     same = {name for name in ours if ours[name].shape == theirs[name].shape and torch.equal(ours[name], theirs[name])}
     assert {name for name in ours if name.startswith("codec/")} <= same
@@ -267,7 +281,7 @@ def test_interrupted_it_leaves_everything_as_it_was(
     def stop(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(LegFeed, "batch", stop)
+    monkeypatch.setattr(JumpFeed, "batch", stop)
     before = load_file(student / "denoiser" / "model.safetensors")
     for out in (student, student.with_name("new")):
         with pytest.raises(error):
@@ -365,7 +379,13 @@ def test_without_classes(tmp_path: Path):
     model.save(tmp_path / "teacher")
     sfumato.distill(tmp_path / "teacher", out=tmp_path / "student", steps=3)
     student = load(tmp_path / "student")
-    assert student.card.distilled == {"sampler": "heun", "steps": 4, "guidance": 1.0, "autoguidance": 1.0}
+    assert student.card.distilled == {
+        "sampler": "heun",
+        "steps": 4,
+        "grid": "uniform",
+        "guidance": 1.0,
+        "autoguidance": 1.0,
+    }
     assert len(sfumato.generate(student, n=3).items) == 3
 
 

@@ -1,16 +1,14 @@
-r"""Flow maps: where the probability flow takes z from time t to any time s < t, in one call of the network.
+r"""Where the probability flow ends, in one call of the network; and the trajectories that this is learned from.
 
-A denoiser that is told s as well gives the $\hat z$ with which the step of `ddim` lands where the flow does:
-$X_{t,s}(z) = (\sigma_s / \sigma_t) \, z + (\alpha_s - \alpha_t \sigma_s / \sigma_t) \, \hat z(z, t, s)$.
-At s = t that is $E[z | z_t]$ as ever, at s = 0 the end of the flow.
+A network that is told a second time s as well gives for s = 0 the end $f(z_t, t)$ of the flow that leads through z_t,
+and for s = t $E[z | z_t]$ as ever. Noised anew, an end is as good a place to jump from as one that was reached
+otherwise: what the jump before had missed is covered by the noise.
 
 References:
-    Boffi et al., Flow Map Matching, https://arxiv.org/abs/2406.07507 (definition 2.1 and proposition 2.4: the flow map
-    and the velocity on its diagonal); Kim et al., Consistency Trajectory Models, https://arxiv.org/abs/2310.02279
-    (eq. 5, the same parametrisation for the variance-exploding path).
+    Song et al., Consistency Models, https://arxiv.org/abs/2303.01469 (definition 1 and algorithm 1); Kim et al.,
+    Consistency Trajectory Models, https://arxiv.org/abs/2310.02279 (one network for f and for the denoiser).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,35 +16,34 @@ import torch
 from torch import Tensor
 
 from .denoiser import trail
-from .sampler import SAMPLERS, Denoise, Draw, State, Stepped
+from .sampler import SAMPLERS, Ask, Denoise, Draw, Knot, Rule, State, Stepped
 from .schedule import Schedule, time
-
-Toward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Jump:
-    """A `Step` that lands where the flow does, however far away s is.
+class Jump(Rule):
+    r"""To the flow's end and, unless it is there, back to time s with new noise: $z_s = \alpha_s f(z, t) + \sigma_s w$.
 
     Args:
-        toward: (z, t, s) -> z_hat of the flow map; t and s have the leading axes of z.
+        end: (z, t) -> f(z, t); it is asked in place of the denoiser.
     """
 
-    toward: Toward
+    end: Denoise
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def advance(self, ask: Ask, z: Tensor, now: Knot, then: Knot, noise: Draw | None, state: State) -> Stepped:
+        if noise is None:
+            raise ValueError("jumps need `noise`")
+        z_hat = ask(z, now)
+        return trail(then.alpha, z) * z_hat + trail(then.sigma, z) * noise().to(z), None, z_hat
 
     def __call__(
         self, denoise: Denoise, schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, noise: Draw | None, state: State
     ) -> Stepped:
-        return SAMPLERS["ddim"](lambda z, t: self.toward(z, t, s.expand(t.shape)), schedule, z, t, s, None, None)
-
-
-def landing(schedule: Schedule, z: Tensor, z_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """The z_hat (B, ...) with which `Jump` goes from z (B, ...) at times t (B,) to z_s (B, ...) at times s < t (B,)."""
-    alpha, sigma = schedule(t)
-    alpha_s, sigma_s = schedule(s)
-    ratio = sigma_s / sigma
-    reach = torch.where(s > 0, alpha_s - ratio * alpha, 1.0)  # the step that ends at 0 returns z_hat
-    return (z_s - trail(torch.where(s > 0, ratio, 0.0), z) * z) / trail(reach, z)
+        return super().__call__(self.end, schedule, z, t, s, noise, state)
 
 
 @dataclass
@@ -71,15 +68,20 @@ class Trajectories:
         """The number K of steps."""
         return len(self.z_hat)
 
-    def leg(self, schedule: Schedule, item: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Part of some trajectories, from their time i < K to their time j >= i, all (B,).
+    def at(self, item: Tensor, knot: Tensor, still: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """States of some trajectories and where they lead, or, of those that are `still`, what the denoiser said there.
+
+        Args:
+            item: Whose (B,).
+            knot: The number of the time (B,), below K.
+            still: Which are still (B,).
 
         Returns:
-            z (B, ...) at the beginning, its time t and that of the end s (B,), and the z_hat (B, ...) that leads there.
+            z (B, ...), its time t and the time s (B,) of the target: 0, or t; and the target (B, ...).
         """
-        t, s, z = self.grid[i, item], self.grid[j, item], self.z[i, item]
-        far = landing(schedule, z, self.z[j, item], t, torch.where(j > i, s, 0.0))
-        return z, t, s, torch.where(trail((j > i).float(), z) > 0, far, self.z_hat[i, item])
+        t, end = self.grid[knot, item], self.grid[-1, item]
+        target = torch.where(trail(still.float(), self.z[0]) > 0, self.z_hat[knot, item], self.z[-1, item])
+        return self.z[knot, item], t, torch.where(still, t, end), target
 
 
 def joined(parts: list[Trajectories]) -> Trajectories:
