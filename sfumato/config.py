@@ -25,7 +25,7 @@ Predict = Literal["z", "eps", "v", "flow"]
 Weight = Literal["uniform", "min_snr", "sigmoid", "edm", "learned"]
 Times = Literal["uniform", "logit_normal", "lognormal", "adaptive"]
 SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "unipc", "abm2", "sde"]
-Grid = Literal["uniform", "ends", "late", "logsnr", "karras"]
+Grid = Literal["uniform", "ends", "early", "late", "logsnr", "karras"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 

@@ -305,11 +305,20 @@ def _ends(u: Tensor) -> Tensor:
     return (u + torch.sin(u * (math.pi / 2)) ** 2) / 2
 
 
+def _early(u: Tensor) -> Tensor:
+    return 1 - (1 - u).sqrt()
+
+
 def _late(u: Tensor) -> Tensor:
     return 1 - (1 - u) ** 1.5
 
 
-IN_TIME: dict[str, Callable[[Tensor], Tensor]] = {"uniform": lambda u: u, "ends": _ends, "late": _late}
+IN_TIME: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": lambda u: u,
+    "ends": _ends,
+    "early": _early,
+    "late": _late,
+}
 SPACINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"logsnr": torch.lerp, "karras": _karras}
 GRIDS = (*IN_TIME, *SPACINGS)
 
@@ -320,10 +329,10 @@ def time_grid(schedule: Schedule, steps: int, kind: str = "uniform", t_max: floa
     Args:
         schedule: The path the times are for.
         steps: Number of steps, at least 1.
-        kind: `uniform` in t, `ends` (finer towards both ends: the mean of an even grid and a cosine one), `late` (finer
-            towards the data: t^(2/3) even, for jumps), `logsnr` (even in the log signal-to-noise ratio) or `karras`
-            (even in (sigma / alpha)^(1/7)). The last two span sigma / alpha in [0.002, 80] and add t_max and t_min as
-            they are.
+        kind: `uniform` in t, `ends` (finer towards both ends: the mean of an even grid and a cosine one), `early` and
+            `late` (for jumps: finer towards the noise, t^2 even, or the data, t^(2/3) even), `logsnr` (even in the log
+            signal-to-noise ratio) or `karras` (even in (sigma / alpha)^(1/7)). The last two span sigma / alpha in
+            [0.002, 80] and add t_max and t_min as they are.
         t_max: First time.
         t_min: Last time.
 

@@ -142,6 +142,7 @@ class Modality(Generic[D]):
         shown: Items that a sheet takes while training.
         fewest: Items of each set without which two sets cannot be compared.
         example: What new items could be written to.
+        jump_grid: Time grid of a few-step model's jumps.
     """
 
     name: str
@@ -169,3 +170,4 @@ class Modality(Generic[D]):
     check_whole: Callable[[str, Sequence[D], Any], None] | None = None
     animation: Callable[[Path], Callable[[Tensor], None]] | None = None
     sorter: Callable[[D, Sequence[D], Sequence[str], str | None, str | None, Progress | None], Sorter] | None = None
+    jump_grid: str = "late"

@@ -377,4 +377,5 @@ TABLE: Modality[TableData] = Modality(
     fill=fill,
     check_whole=check_whole,
     sorter=TableSorter,
+    jump_grid="early",  # which level a row has is decided early on the way from noise
 )

@@ -24,8 +24,8 @@ def distill(
 ) -> "Model":
     """Turn a model into one that makes new items in one to four calls of its network.
 
-    The few-step model learns to jump to the ends of the trajectories that the model itself takes from noise to data, its
-    guidance built in; no data are needed. Interrupted, it leaves nothing behind.
+    The few-step model learns to jump to the ends of the trajectories that the model itself takes from noise to data,
+    its guidance built in; no data are needed. Interrupted, it leaves nothing behind.
 
     Args:
         model: Folder of the model.
@@ -46,9 +46,9 @@ def distill(
         UserError: No such model, or it cannot be distilled; too small a budget; the folder cannot be written.
 
     References:
-        Song et al., Consistency Models, https://arxiv.org/abs/2303.01469 (jumps with new noise between them); Luhman and
-        Luhman, Knowledge Distillation in Iterative Generative Models, https://arxiv.org/abs/2101.02388 (learning from
-        whole trajectories of the teacher).
+        Song et al., Consistency Models, https://arxiv.org/abs/2303.01469 (jumps with new noise between them); Luhman
+        and Luhman, Knowledge Distillation in Iterative Generative Models, https://arxiv.org/abs/2101.02388 (learning
+        from whole trajectories of the teacher).
     """
     started = begin()
     from sfumato.config import parse_budget

@@ -40,7 +40,7 @@ RATE = 2e-3  # peak learning rate
 REUSE = 6  # times that each trajectory is trained on, on average: a new one costs as much as five states of an old one
 AT_ONCE = 4  # batches of trajectories made at once: larger ones are faster
 MEMORY = 2**30  # bytes of trajectories at most
-JUMPS, GRID = 2, "late"  # what the few-step model does unless told otherwise
+JUMPS = 2  # what the few-step model does unless told otherwise
 CHECKED = 1_000  # trajectories that it is compared with at the end
 
 
@@ -137,7 +137,7 @@ def few_step(teacher: Model, how: Sampling) -> Model:
     card = copy.deepcopy(teacher.card)
     card.denoiser["net"]["clocks"] = 2
     card.distilled = {key: getattr(how, key) for key in ("sampler", "steps", "grid", "guidance", "autoguidance")}
-    card.sample |= {"sampler": JUMP, "steps": JUMPS, "grid": GRID}
+    card.sample |= {"sampler": JUMP, "steps": JUMPS, "grid": teacher.modality.jump_grid}
     card.sample |= {"guidance": 1.0, "autoguidance": 1.0, "interval": None}
     card.guide = None  # built in
     student = Model(Card(**vars(card))).to(teacher.device)

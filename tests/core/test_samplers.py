@@ -207,6 +207,12 @@ def test_grids_in_time(kind):
     assert first == pytest.approx(1.0 if kind == "uniform" else 0.5 + 10 * math.sin(math.pi / 40) ** 2)
 
 
+@pytest.mark.parametrize(("kind", "power"), [("early", 2), ("late", 2 / 3)])
+def test_grids_for_jumps_are_even_in_a_power_of_t(kind: str, power: float):
+    grid = time_grid(make_schedule("flow"), 4, kind)
+    assert torch.allclose(grid**power, torch.linspace(1, 0, 5, dtype=torch.float64), atol=1e-12)
+
+
 def test_abm2_is_exact_on_a_line():
     """Where z_hat is a line in the angle, whatever z, any two steps are exact but for the first, which is corrected."""
     schedule, start, stop = make_schedule("flow"), 0.95, 0.2

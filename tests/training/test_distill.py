@@ -202,7 +202,10 @@ def test_steps_come_from_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(distilling, "measure_step", lambda *_, **__: Speed(0.1, 7.0))
     taught.deadline = 1000 + 1.6 + 2 * 0.8 * 20 / 32 + 30
     assert taught.plan().flops == 7.0
-    assert taught.settings.steps == int(30 / (0.1 + 0.8 / REUSE) + 1e-6) and taught.settings.warmup == taught.settings.steps // 10 == 12
+    assert (
+        taught.settings.steps == int(30 / (0.1 + 0.8 / REUSE) + 1e-6)
+        and taught.settings.warmup == taught.settings.steps // 10 == 12
+    )
     flights, label = taught.trajectories()
     assert len(flights) == math.ceil(taught.settings.steps / REUSE) * 32 == len(label)
     taught.deadline, taught.settings.steps = now[0] + 3, None
@@ -398,5 +401,6 @@ def test_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="--autoguidance 2: what the teacher had is built into this few-step model"):
         sfumato.generate(tmp_path / "student", n=2, autoguidance=2)
     made = sfumato.generate(tmp_path / "student", n=20, out=tmp_path / "made.csv")
+    assert sfumato.load(tmp_path / "student").sampling.grid == "early"
     assert made.facts["sampler"] == "jump" and (tmp_path / "made.csv").read_text().startswith("size,kind\n")
     assert "c2st" in sfumato.evaluate(tmp_path / "student", tmp_path / "t.csv", n=50)
