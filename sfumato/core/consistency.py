@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .denoiser import trail
+from .denoiser import aligned, trail
 from .sampler import SAMPLERS, Ask, Denoise, Draw, Knot, Rule, State, Stepped
 from .schedule import Schedule, time
 
@@ -80,7 +80,7 @@ class Trajectories:
             z (B, ...), its time t and the time s (B,) of the target: 0, or t; and the target (B, ...).
         """
         t, end = self.grid[knot, item], self.grid[-1, item]
-        target = torch.where(trail(still.float(), self.z[0]) > 0, self.z_hat[knot, item], self.z[-1, item])
+        target = torch.where(aligned(still, self.z[0]), self.z_hat[knot, item], self.z[-1, item])
         return self.z[knot, item], t, torch.where(still, t, end), target
 
 

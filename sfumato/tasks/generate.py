@@ -162,7 +162,7 @@ def sampling(
     if sampler not in (None, JUMP):
         choose(SAMPLERS, "sampler", sampler)
         steps = steps if taught is None else steps or taught["steps"]
-        grid = None if taught is None else taught["grid"]
+        grid = None if taught is None else taught.get("grid")  # folders of before have none
     if taught is not None and guidance not in (None, 1):
         built_in = f"the weight {taught['guidance']} is built into this few-step model"
         raise UserError(f"--guidance {guidance}: {built_in}; take its teacher, or distill it with another --guidance")

@@ -120,8 +120,7 @@ def transfer(
     search = Search(loaded, goal, effort, seed, progress)
     change = _Carried(loaded, own, goal, {k: search(k) for k in classes}, start, how)
     if guidance is None and classes and change.grid is not None:
-        seen = change.evidence(search.draw(goal, COMPARED, loaded.sampling))
-        change.wanted = min(CLEAR, float(seen.quantile(UNCLEAR)))
+        change.ask_as_clear_as(search.draw(goal, COMPARED, loaded.sampling))
     items = changed(loaded, inputs, change, batch, "transfer", progress)
     facts = {"strength": strength, "align": align, "rounds": rounds, "steps": steps, "seed": seed}
     rows = changed_rows(loaded, inputs, torch.full((len(inputs),), goal), facts)
@@ -219,6 +218,10 @@ class _Carried:
             if not len(left):
                 break
         return new, weights
+
+    def ask_as_clear_as(self, new: "Tensor") -> None:
+        """Want items to show the class as clearly as most of these new ones (B, ...) do, or beyond doubt."""
+        self.wanted = min(CLEAR, float(self.evidence(new).quantile(UNCLEAR)))
 
     def unclear(self, z: "Tensor", items: "Tensor") -> "Tensor":
         """Those of some items, of latents z (B, ...), that do not show the goal's class as clearly as is wanted."""

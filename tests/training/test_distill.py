@@ -16,6 +16,7 @@ from sfumato.core import Denoiser, sample, time_grid
 from sfumato.data import write_images
 from sfumato.errors import UserError
 from sfumato.model import Card, Model, Sampling, load
+from sfumato.tasks.generate import sampling
 from sfumato.training import distilling
 from sfumato.training.distilling import KNOTS, REUSE, Lesson, Wish, budget, few_step
 from sfumato.training.feeds import FROM_NOISE, STILL, JumpFeed
@@ -202,10 +203,8 @@ def test_steps_come_from_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(distilling, "measure_step", lambda *_, **__: Speed(0.1, 7.0))
     taught.deadline = 1000 + 1.6 + 2 * 0.8 * 20 / 32 + 30
     assert taught.plan().flops == 7.0
-    assert (
-        taught.settings.steps == int(30 / (0.1 + 0.8 / REUSE) + 1e-6)
-        and taught.settings.warmup == taught.settings.steps // 10 == 12
-    )
+    assert taught.settings.steps == int(30 / (0.1 + 0.8 / REUSE) + 1e-6)
+    assert taught.settings.warmup == taught.settings.steps // 10 == 12
     flights, label = taught.trajectories()
     assert len(flights) == math.ceil(taught.settings.steps / REUSE) * 32 == len(label)
     taught.deadline, taught.settings.steps = now[0] + 3, None
@@ -239,13 +238,7 @@ def test_the_folder_is_a_model(teacher: Path, student: Path):
     assert said["plan"] == record(teacher)["plan"] and said["metrics"]["codec"] == {"psnr": 20.0}
     model = load(student, "cpu")
     assert model.sampling == Sampling("jump", 2, 1.0, grid="late")
-    assert model.card.distilled == {
-        "sampler": "heun",
-        "steps": 4,
-        "grid": "uniform",
-        "guidance": 1.5,
-        "autoguidance": 1.0,
-    }
+    assert model.card.distilled == TAUGHT | {"guidance": 1.5}
     ours, theirs = weights(student), weights(teacher)
     same = {name for name in ours if ours[name].shape == theirs[name].shape and torch.equal(ours[name], theirs[name])}
     assert {name for name in ours if name.startswith("codec/")} <= same
@@ -334,6 +327,7 @@ def test_one_call_a_jump(teacher: Path, student: Path, monkeypatch: pytest.Monke
     calls.clear()
     assert sfumato.generate(model, n=5, sampler="heun").facts["steps"] == 4  # as many as the teacher took
     assert calls == [5] * 7
+    assert sampling(model, None, None, "heun").grid == "uniform"  # and at the same times
     calls.clear()
     sfumato.generate(load(teacher, "cpu"), n=5)
     assert calls == [5] * 14
@@ -373,13 +367,7 @@ def test_without_classes(tmp_path: Path):
     model.save(tmp_path / "teacher")
     sfumato.distill(tmp_path / "teacher", out=tmp_path / "student", steps=3)
     student = load(tmp_path / "student")
-    assert student.card.distilled == {
-        "sampler": "heun",
-        "steps": 4,
-        "grid": "uniform",
-        "guidance": 1.0,
-        "autoguidance": 1.0,
-    }
+    assert student.card.distilled == TAUGHT
     assert len(sfumato.generate(student, n=3).items) == 3
 
 
