@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -37,7 +37,7 @@ FINISH_SHARE, FINISH_SECONDS = 0.03, 1.5  # of the budget, kept back for checkin
 KNOTS = 8  # steps of a trajectory: with six, those of a well-trained teacher end elsewhere
 BATCH = 512  # states of trajectories in a step, at most: the teacher's batch is known to suit the network
 RATE = 2e-3  # peak learning rate
-REUSE = 6  # times that each trajectory is trained on, on average: a new one costs as much as five states of an old one
+REUSE = 6  # times that each trajectory is trained on: a new one costs as much as five states of an old one
 AT_ONCE = 4  # batches of trajectories made at once: larger ones are faster
 MEMORY = 2**30  # bytes of trajectories at most
 JUMPS = 2  # what the few-step model does unless told otherwise
@@ -148,6 +148,13 @@ def few_step(teacher: Model, how: Sampling) -> Model:
     return student
 
 
+class Flown(NamedTuple):
+    """Trajectories with the class numbers (N,) they were made under, and the seconds they took."""
+
+    made: tuple[Trajectories, Tensor | None]
+    seconds: float
+
+
 class Lesson:
     """A distillation under way.
 
@@ -193,15 +200,23 @@ class Lesson:
         return self.settings.batch or 1
 
     @property
+    def left(self) -> float:
+        """Seconds until training has to end."""
+        return self.deadline - time.monotonic()
+
+    @property
     def kit(self) -> dict[str, Any]:
         """What every trainer is given."""
         return {"stage": "distill", "seed": self.seed, "accelerator": self.accelerator}
 
     def give(self) -> None:
         """Plan, make the trajectories, train, and measure what came of it."""
-        speed = self.plan()
-        flights, label = self.trajectories()
-        self.train(flights, label, speed.flops)
+        self.log.show("trajectories", 0, 1)
+        began = time.monotonic()
+        first = Flown(self.flown(0, self.batch), time.monotonic() - began)
+        speed = self.plan(first) if self.settings.steps is None else None
+        flights, label = self.trajectories(first, speed)
+        self.train(flights, label, speed)
         self.student.eval()
         self.facts |= {"trajectories": len(flights), "knots": KNOTS, "miss": self.misses()}
         self.log.picture("samples", self.sheet(), self.facts["steps"])
@@ -225,54 +240,71 @@ class Lesson:
             flights = fly(denoise, schedule, prior(schedule, lambda: noise.to(place)), grid)
         return Trajectories(flights.grid, flights.z.cpu(), flights.z_hat.cpu()), label
 
-    def plan(self) -> Speed:
-        """Decide on the number of steps, if the user did not, by the time of real ones."""
-        speed = Speed(0.0, 0.0)
-        if self.settings.steps is None:
-            self.log.show("plan", 0, 1)
-            self.flown(0, self.batch)  # the first is a slow one
-            began = time.perf_counter()
-            flights, label = self.flown(0, self.batch)
-            flight = time.perf_counter() - began
-            speed = self.measured(flights, label)
-            left = self.deadline - time.monotonic() - 2 * flight * CHECKED / self.batch
-            self.settings.steps = int(left / (speed.seconds + flight / REUSE))
-            if self.settings.steps < FEWEST:
-                need = FEWEST * (speed.seconds + flight / REUSE) - left
-                raise UserError(f"the budget is too small for this model; give {math.ceil(need)} s more with --budget")
-            self.facts["measured"] = {"trajectories": self.batch / flight, **speed._asdict()}
-        self.settings.warmup = min(20, self.settings.steps // 10)
+    def plan(self, first: Flown) -> Speed:
+        """The time of a real step; refuses a budget in which nothing would be learned."""
+        speed = self.measured(*first.made)
+        self.deadline -= first.seconds * CHECKED / self.batch  # what the check at the end takes
+        need = FEWEST * (speed.seconds + first.seconds / REUSE) - self.left
+        if need > 0:
+            raise UserError(f"the budget is too small for this model; give {math.ceil(need)} s more with --budget")
         return speed
+
+    def trajectories(self, first: Flown, speed: Speed | None) -> tuple[Trajectories, Tensor | None]:
+        """As many as training wants and memory holds, and their class numbers.
+
+        Args:
+            first: The first batch of them.
+            speed: Of a training step; None where the user told the number of steps.
+        """
+        parts, made, flight = [first.made], 1, first.seconds
+        began = time.monotonic()
+        while made < (sets := self.sets(made, flight, speed)):
+            count = min(AT_ONCE, sets - made)
+            parts.append(self.flown(made, count * self.batch))
+            made += count
+            flight = (time.monotonic() - began) / (made - 1)
+            self.log.show("trajectories", made, max(made, sets), {"eta": flight * max(0, sets - made)})
+        if speed is not None:
+            self.facts["measured"] = {"trajectories": self.batch / flight, **speed._asdict()}
+        labels = [label for _, label in parts if label is not None]
+        return joined([flights for flights, _ in parts]), torch.cat(labels) if labels else None
+
+    def sets(self, made: int, flight: float, speed: Speed | None) -> int:
+        """Batches of trajectories that there have to be for each to be trained on `REUSE` times.
+
+        With x more, which take f seconds each, (made + x) REUSE steps of τ seconds are to fill what is left then:
+        (made + x) REUSE τ = left - x f.
+
+        Args:
+            made: How many there are.
+            flight: f.
+            speed: τ; None where the user told the number of steps.
+        """
+        if speed is None:
+            wanted = math.ceil((self.settings.steps or 1) / REUSE)
+        else:
+            used = REUSE * speed.seconds
+            wanted = made + max(0, int((self.left - made * used) / (flight + used)))
+        bytes_each = 4 * (2 * KNOTS + 1) * self.teacher.codec.latent_size
+        return min(wanted, max(1, MEMORY // (bytes_each * self.batch)))
 
     def measured(self, flights: Trajectories, label: Tensor | None) -> Speed:
         """Seconds and operations of a real step, on a copy that is thrown away."""
         parts = copy.deepcopy((self.student.denoiser, self.student.conditioner))
-        seconds = min(1.2, 0.05 * (self.deadline - time.monotonic()))
+        seconds = min(1.2, 0.05 * self.left)
         return measure_step(JumpStep(*parts), self.settings, self.feed(flights, label), seconds=seconds, **self.kit)
 
     def feed(self, flights: Trajectories, label: Tensor | None) -> JumpFeed:
         """States of these trajectories."""
         return JumpFeed(flights, label, self.batch, self.seed, str(self.teacher.device))
 
-    def trajectories(self) -> tuple[Trajectories, Tensor | None]:
-        """As many as training wants and memory holds."""
-        bytes_each = 4 * (2 * KNOTS + 1) * self.teacher.codec.latent_size
-        sets = min(math.ceil((self.settings.steps or 1) / REUSE), max(1, MEMORY // (bytes_each * self.batch)))
-        began = time.monotonic()
-        parts: list[tuple[Trajectories, Tensor | None]] = []
-        for number in range(0, sets, AT_ONCE):
-            done = min(number + AT_ONCE, sets)
-            parts.append(self.flown(number, (done - number) * self.batch))
-            eta = (time.monotonic() - began) * (sets - done) / done
-            self.log.show("trajectories", done, sets, {"eta": eta})
-        labels = [label for _, label in parts if label is not None]
-        return joined([flights for flights, _ in parts]), torch.cat(labels) if labels else None
-
-    def train(self, flights: Trajectories, label: Tensor | None, flops: float) -> None:
+    def train(self, flights: Trajectories, label: Tensor | None, speed: Speed | None) -> None:
         """Teach the student; its average becomes its weights."""
+        steps = self.settings.steps or 1 if speed is None else max(FEWEST, int(self.left / speed.seconds))
+        self.settings.steps, self.settings.warmup = steps, min(20, steps // 10)
         step = JumpStep(self.student.denoiser, self.student.conditioner)
-        horizon = Horizon(self.settings.steps or 1, max(1.0, self.deadline - time.monotonic()))
-        peak = float(self.record.get("peak", 1.0))
+        horizon = Horizon(steps, max(1.0, self.left))
+        flops, peak = speed.flops if speed else 0.0, float(self.record.get("peak", 1.0))
         trainer = Trainer(step, self.settings, horizon, flops=flops, peak=peak, **self.kit)
         for report in trainer.run(self.feed(flights, label), lambda: None, save_every=math.inf):
             self.log.report(report)

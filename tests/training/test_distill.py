@@ -18,7 +18,7 @@ from sfumato.errors import UserError
 from sfumato.model import Card, Model, Sampling, load
 from sfumato.tasks.generate import sampling
 from sfumato.training import distilling
-from sfumato.training.distilling import KNOTS, REUSE, Lesson, Wish, budget, few_step
+from sfumato.training.distilling import KNOTS, REUSE, Flown, Lesson, Wish, budget, few_step
 from sfumato.training.feeds import FROM_NOISE, STILL, JumpFeed
 from sfumato.training.measure import Speed
 from sfumato.training.run import make_accelerator
@@ -188,28 +188,33 @@ def test_the_budget_is_a_fifth_of_the_training():
         budget(wish, {"seconds_taken": SMALLEST_BUDGET})
 
 
-def test_steps_come_from_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+@pytest.mark.parametrize("first", [0.8, 4.0])
+def test_steps_come_from_the_budget(first: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """However slow the first trajectories were, those that follow fill their share of the time, and steps the rest."""
     now = [1000.0]
     taught = lesson(new_model(), tmp_path, steps=None)
     flown = taught.flown
 
     def slow(number: int, count: int) -> Any:
-        now[0] += 0.8
+        now[0] += 0.8 * count / 32 if number else first
         return flown(number, count)
 
     monkeypatch.setattr(taught, "flown", slow)
-    monkeypatch.setattr(distilling.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(distilling.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(distilling, "measure_step", lambda *_, **__: Speed(0.1, 7.0))
-    taught.deadline = 1000 + 1.6 + 2 * 0.8 * 20 / 32 + 30
-    assert taught.plan().flops == 7.0
-    assert taught.settings.steps == int(30 / (0.1 + 0.8 / REUSE) + 1e-6)
-    assert taught.settings.warmup == taught.settings.steps // 10 == 12
-    flights, label = taught.trajectories()
-    assert len(flights) == math.ceil(taught.settings.steps / REUSE) * 32 == len(label)
-    taught.deadline, taught.settings.steps = now[0] + 3, None
+    begun = Flown(taught.flown(0, 32), first)
+    taught.deadline = now[0] + first * 20 / 32 + 30
+    speed = taught.plan(begun)
+    assert speed == Speed(0.1, 7.0) and taught.left == pytest.approx(30)
+    flights, label = taught.trajectories(begun, speed)
+    sets = len(flights) // 32
+    assert sets == 1 + int((30 - 0.1 * REUSE) / (0.8 + 0.1 * REUSE)) and len(label) == 32 * sets
+    taught.train(flights, label, speed)
+    assert taught.settings.steps == pytest.approx((30 - 0.8 * (sets - 1)) / 0.1, abs=1)
+    assert taught.settings.steps / sets == pytest.approx(REUSE, rel=0.1)
+    taught.deadline = now[0] + 2.5
     with pytest.raises(UserError, match=r"too small for this model; give \d+ s more with --budget"):
-        taught.plan()
+        taught.plan(begun)
 
 
 def test_batches_are_no_larger_than_the_teachers(tmp_path: Path):
@@ -220,7 +225,7 @@ def test_batches_are_no_larger_than_the_teachers(tmp_path: Path):
 def test_memory_holds_the_trajectories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     taught = lesson(new_model(), tmp_path, steps=400)
     monkeypatch.setattr(distilling, "MEMORY", 3 * 32 * 4 * (2 * KNOTS + 1) * taught.teacher.codec.latent_size + 1)
-    assert len(taught.trajectories()[0]) == 3 * 32
+    assert len(taught.trajectories(Flown(taught.flown(0, 32), 1.0), None)[0]) == 3 * 32
 
 
 # ---- the folder
