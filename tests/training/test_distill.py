@@ -211,7 +211,7 @@ def test_steps_come_from_the_budget(first: float, monkeypatch: pytest.MonkeyPatc
     assert sets == 1 + int((30 - 0.1 * REUSE) / (0.8 + 0.1 * REUSE)) and len(label) == 32 * sets
     taught.train(flights, label, speed)
     assert taught.settings.steps == pytest.approx((30 - 0.8 * (sets - 1)) / 0.1, abs=1)
-    assert REUSE <= taught.settings.steps / sets < REUSE + (0.8 / 0.1 + REUSE) / sets + 0.1  # one more would be too many
+    assert REUSE <= taught.settings.steps / sets < REUSE + 0.1 + (0.8 / 0.1 + REUSE) / sets  # one more is too many
     taught.deadline = now[0] + 2.5
     with pytest.raises(UserError, match=r"too small for this model; give \d+ s more with --budget"):
         taught.plan(begun)
