@@ -1,4 +1,4 @@
-"""sfumato beside its peers: the same data, machine, wall clock and judge; a table, training speeds, and a plot.
+"""sfumato beside its peers: the same data, machine, wall clock and judge; a table, speeds, samples, and a plot.
 
     python -m venv PEERS && PEERS/bin/pip install torch==2.13.0
     PEERS/bin/pip install torch==2.13.0 diffusers accelerate einops ema-pytorch scipy tqdm pillow safetensors matplotlib
@@ -30,11 +30,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from peers_nets import PEERS
+from PIL import Image, ImageDraw
 from quality import Failed, beside_floor, call, keep
 
 Facts = dict[str, Any]
 OURS = "sfumato"
 TRAINER = str(Path(__file__).with_name("peers_train.py"))
+SHOWN, SCALE, NAMES = 16, 2, 140  # samples in a row of pictures, their enlargement, pixels for what a row is called
 MEASURES = ("fd", "accuracy", "cas", "coverage", "novelty")
 HEAD = ("data", "entrant", "minutes", "steps", "images/s", "parameters", "samples", "sampling s", *MEASURES, "judge")
 SPEEDS = ("data", "entrant", "stage", "images/s", "of sfumato's codec", "of sfumato's denoiser")
@@ -228,6 +230,27 @@ def plot(found: dict[Entry, Facts], options: argparse.Namespace) -> None:
     call([TRAINER, "plot", str(points), str(options.out / "fd.png")], options.peer_python)
 
 
+def side_by_side(found: dict[Entry, Facts], options: argparse.Namespace) -> None:
+    """DATA.png for each data set: a row of real images, then one of the first samples of each entrant and time."""
+    for data in dict.fromkeys(entry.data for entry in found):
+        real = np.load(export(data, options) / "images.npy", mmap_mode="r")[:SHOWN]
+        rows = [("real", [Image.fromarray(pixels.squeeze()) for pixels in real])]
+        drawn = [(entry, minutes) for entry in found if entry.data == data for minutes in options.minutes]
+        for entry, minutes in drawn:
+            files = sorted(samples_of(options.out / entry.name, minutes).glob("*.png"))[:SHOWN]
+            rows.append((f"{entry.entrant}, {minutes:g} min", [Image.open(file) for file in files]))
+        width, height = (SCALE * side + 2 for side in rows[0][1][0].size)
+        sheet = Image.new("RGB", (NAMES + SHOWN * width, len(rows) * height), "white")
+        pen = ImageDraw.Draw(sheet)
+        for i, (name, images) in enumerate(rows):
+            pen.text((4, (i + 0.5) * height), name, "black", anchor="lm")
+            for j, image in enumerate(images):
+                sheet.paste(image.convert("RGB").resize((width - 2, height - 2)), (NAMES + j * width, i * height))
+        partial_file = options.out / f".{data}.png"
+        sheet.save(partial_file)
+        partial_file.replace(options.out / f"{data}.png")
+
+
 def read_options(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     listed = lambda text: [part for part in text.split(",") if part]
@@ -256,7 +279,7 @@ def read_options(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Print the tables and draw the plot; 1 if something failed."""
+    """Print the tables, draw the pictures and the plot; 1 if something failed."""
     options, failed, found = read_options(words), 0, dict[Entry, Facts]()
     options.out.mkdir(parents=True, exist_ok=True)
     print(header(HEAD), flush=True)
@@ -269,6 +292,7 @@ def main(words: Sequence[str] | None = None) -> int:
             print(f"{entry.name}: {error}", file=sys.stderr, flush=True)
             failed = 1
     print(f"\n{header(SPEEDS)}", *speed_rows(found, options), sep="\n", flush=True)
+    side_by_side(found, options)
     if found and options.peer_python is not None:
         plot(found, options)
     return failed

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sfumato.data import read_images
 
@@ -114,6 +115,8 @@ def test_a_row_for_each_time_and_speeds_beside_ours(
     assert ["--cas" in words for words in judged] == [True, True, False, False]
     points = json.loads((tmp_path / "fd.json").read_text())
     assert points["digits"]["entrants"]["sfumato"] == [[5, 3.21], [10, 3.21]] and points["digits"]["floor"] == 0.5
+    with Image.open(tmp_path / "digits.png") as sheet:  # real ones, and two times of two entrants
+        assert sheet.size == (peers.NAMES + peers.SHOWN * 18, 5 * 18)
 
     count = len(machine.calls)
     peers.main(words)
