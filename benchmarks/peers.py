@@ -240,12 +240,14 @@ def side_by_side(found: dict[Entry, Facts], options: argparse.Namespace) -> None
             files = sorted(samples_of(options.out / entry.name, minutes).glob("*.png"))[:SHOWN]
             rows.append((f"{entry.entrant}, {minutes:g} min", [Image.open(file) for file in files]))
         width, height = (SCALE * side + 2 for side in rows[0][1][0].size)
-        sheet = Image.new("RGB", (NAMES + SHOWN * width, len(rows) * height), "white")
+        mode = rows[0][1][0].mode
+        sheet = Image.new(mode, (NAMES + SHOWN * width, len(rows) * height), "white")
         pen = ImageDraw.Draw(sheet)
         for i, (name, images) in enumerate(rows):
             pen.text((4, (i + 0.5) * height), name, "black", anchor="lm")
             for j, image in enumerate(images):
-                sheet.paste(image.convert("RGB").resize((width - 2, height - 2)), (NAMES + j * width, i * height))
+                enlarged = image.convert(mode).resize((width - 2, height - 2), Image.Resampling.NEAREST)
+                sheet.paste(enlarged, (NAMES + j * width, i * height))
         partial_file = options.out / f".{data}.png"
         sheet.save(partial_file)
         partial_file.replace(options.out / f"{data}.png")
