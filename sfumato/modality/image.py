@@ -29,7 +29,7 @@ from sfumato.modality.sorter import ImageSorter
 from sfumato.nn.classifier import SMALLEST
 
 CODEC_ITEMS = 100_000  # images that a codec sees at least, or it is too large for its time
-WIDTH_ITEMS = 2_100  # and the same for each channel of its width
+WIDTH_ITEMS = 32  # and the same for the square of its width, as its weights grow
 NOMINAL_RATE = 75e9  # operations a second of a codec's training, where the plan must not depend on the machine
 FEWEST_NUMBERS = 16  # of a latent, however small the item
 GRAY, COLOUR = 6, 12  # values of an image for each number of its latent, at least
@@ -88,7 +88,7 @@ def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
     perceptual = "auto" if min(facts.shape[1:]) >= SMALLEST else "none"
     for width in [given.codec.width] if given.codec.width else CODEC_WIDTHS:
         larger = codec.model_copy(update={"width": width, "perceptual": perceptual})
-        if seconds * pace("codec", Settings(codec=larger)) < max(CODEC_ITEMS, WIDTH_ITEMS * width):
+        if seconds * pace("codec", Settings(codec=larger)) < max(CODEC_ITEMS, WIDTH_ITEMS * width**2):
             break
         codec = larger
     return Settings(codec=codec)

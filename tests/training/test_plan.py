@@ -113,6 +113,12 @@ def test_sizes_grow_with_the_budget():
         assert width == sorted(width) and width[0] < width[-1]
 
 
+def test_a_codec_sees_images_as_the_square_of_its_width():
+    """On this machine one of 64 channels sees 1,000 in each of half of the seconds, one of 128 a quarter of that."""
+    for seconds, width in ((250, 48), (300, 64), (2_400, 96), (4_800, 128)):
+        assert make_plan(IMAGE, Settings(), replace(FACTS, pace=paced(1)), seconds, None).codec.width == width
+
+
 def test_sizes_grow_with_the_machine():
     slow, fast = (make_plan(IMAGE, Settings(), replace(FACTS, pace=paced(by)), 300, None) for by in (1e-2, 1e2))
     assert slow.codec.width < fast.codec.width and slow.denoiser.width < fast.denoiser.width
