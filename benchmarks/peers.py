@@ -233,7 +233,8 @@ def plot(found: dict[Entry, Facts], options: argparse.Namespace) -> None:
 def side_by_side(found: dict[Entry, Facts], options: argparse.Namespace) -> None:
     """DATA.png for each data set: a row of real images, then one of the first samples of each entrant and time."""
     for data in dict.fromkeys(entry.data for entry in found):
-        real = np.load(export(data, options) / "images.npy", mmap_mode="r")[:SHOWN]
+        images = np.load(export(data, options) / "images.npy", mmap_mode="r")
+        real = images[np.linspace(0, len(images) - 1, SHOWN).astype(int)]  # some sets are ordered by class
         rows = [("real", [Image.fromarray(pixels.squeeze()) for pixels in real])]
         drawn = [(entry, minutes) for entry in found if entry.data == data for minutes in options.minutes]
         for entry, minutes in drawn:
