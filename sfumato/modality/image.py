@@ -85,10 +85,13 @@ def plan(given: Settings, facts: Facts, seconds: float) -> Settings:
         codebook_size=512,
         groups=2 if c % 2 == 0 and not (given.codec.channels or 0) % 2 else 1,
     )
-    perceptual = "auto" if min(facts.shape[1:]) >= SMALLEST else "none"
+    perceptual, seen = "auto" if min(facts.shape[1:]) >= SMALLEST else "none", math.inf
     for width in [given.codec.width] if given.codec.width else CODEC_WIDTHS:
         larger = codec.model_copy(update={"width": width, "perceptual": perceptual})
-        if seconds * pace("codec", Settings(codec=larger)) < max(CODEC_ITEMS, WIDTH_ITEMS * width**2):
+        enough = max(CODEC_ITEMS, WIDTH_ITEMS * width**2)
+        if seen >= enough:  # a wider one is no faster
+            seen = seconds * pace("codec", Settings(codec=larger))
+        if seen < enough:
             break
         codec = larger
     return Settings(codec=codec)

@@ -26,6 +26,7 @@ WARMUP = 100  # steps of linear warm-up, at most a tenth of the stage
 FEATURE_STEPS, FEATURE_SHARE = 400, 0.08  # most steps of the feature network, and most of the budget it takes
 GUESS_STEPS, GUESS_SHARE = 2_400, 0.2  # the same where it has to guess labels that are left open
 MLP_LIMIT = 256
+GAIN = 1.5  # operations a second that the next larger network has at most, for each of this one: else it is not tried
 
 S = TypeVar("S", bound=Section)
 
@@ -62,10 +63,12 @@ def plan_denoiser(
         chosen = net_size(net, size)
         width, depth = chosen["width"], chosen["depth"]
     elif given.width is None:
+        rate = math.inf  # operations a second of the one before
         for wider, deeper in larger:
-            if seconds * pace(wider, deeper) < seen:
+            work = flops(wider, deeper)
+            if seconds * GAIN * rate / work < seen or seconds * (speed := pace(wider, deeper)) < seen:
                 break
-            width, depth = wider, deeper
+            width, depth, rate = wider, deeper, speed * work
     planned = DenoiserSettings(
         net=net,
         width=width,

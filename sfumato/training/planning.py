@@ -50,7 +50,7 @@ from sfumato.training.steps import TrainStep
 LATE = 999_999  # a step of a million at which every term of the loss plays
 ENCODING_SHARE = 0.15  # of the budget; of more items than can be encoded in it, so many are drawn
 FEWEST_ENCODED = 5_000
-BRIEF = 0.2  # seconds that the steps of a plan that is only tried take, at least
+BRIEF = 0.1  # seconds that the steps of a plan that is only tried take, at least
 LOOKED_AT, GUESSED = 2_000, 12  # images and steps that guessing labels is measured on
 WITHOUT_BUDGET = 600.0  # seconds that sizes are planned for where steps are given
 
@@ -62,7 +62,8 @@ def decide(job: Job, steps: int | None, size: str | None) -> None:
     facts = Facts(job.train.shape, job.train.mode, len(job.train), job.classes, job.precision)
     budget = job.settings.budget_seconds
     left = WITHOUT_BUDGET if steps is not None or budget is None else budget - (time.monotonic() - job.started)
-    pace = measured_pace(job, facts, left) if steps is None else None
+    tried: dict[str, Speed] = {}
+    pace = measured_pace(job, facts, left, tried) if steps is None else None
     job.settings = make_plan(job.modality, job.settings, replace(facts, pace=pace), left, size)
     share = job.modality.codec_share if blank_codec(job.modality, job.settings, facts).learns else 0.0
     job.record.update(
@@ -89,7 +90,7 @@ def decide(job: Job, steps: int | None, size: str | None) -> None:
         rehearse(job)
     else:
         assert budget is not None
-        divide_time(job, budget, share)
+        divide_time(job, budget, share, tried)
     for stage in (job.settings.train.codec, job.settings.train.denoiser):
         stage.warmup = min(WARMUP, (stage.steps or 0) // 10) if stage.warmup is None else stage.warmup
     job.record["plan"] = job.settings.model_dump()
@@ -122,14 +123,14 @@ def rehearse(job: Job) -> None:
             job.record.setdefault("measured", {})[stage] = {"flops": flops}
 
 
-def divide_time(job: Job, budget: float, share: float) -> None:
+def divide_time(job: Job, budget: float, share: float, tried: dict[str, Speed]) -> None:
     """Give the first stage its share of the budget's seconds, the second one the rest, by the time of real steps.
 
     Raises:
         UserError: So little is left for training that nothing would be learned.
     """
     codec, denoiser = job.settings.train.codec, job.settings.train.denoiser
-    speeds = measure_stages(job)
+    speeds = measure_stages(job, tried)
     features, beside = speeds.pop("features").seconds, speeds.pop("beside").seconds
     coding = speeds.get("codec", Speed(0.0, 0.0))
     if job.settings.codec.perceptual_steps is None:
@@ -197,8 +198,8 @@ def measure_network(job: Job) -> tuple[Classifier | None, dict[str, Speed]]:
     return network, {"features": Speed(step, 0.0), "beside": Speed(beside, 0.0)}
 
 
-def measured_pace(job: Job, facts: Facts, seconds: float) -> Callable[[str, Settings], float]:
-    """What says how many items a second a stage gets through, from a few real steps, thrown away."""
+def measured_pace(job: Job, facts: Facts, seconds: float, tried: dict[str, Speed]) -> Callable[[str, Settings], float]:
+    """What says how many items a second a stage gets through, from a few real steps, thrown away; fills in `tried`."""
     given = job.settings
 
     def pace(stage: str, wanted: Settings) -> float:
@@ -208,19 +209,26 @@ def measured_pace(job: Job, facts: Facts, seconds: float) -> Callable[[str, Sett
             network = untrained_features(trial) if stage == "codec" and uses_features(trial.settings) else None
             step, settings, feed = stage_copies(trial, network)[stage]
             kit: dict[str, Any] = {"stage": stage, "seed": given.seed, "accelerator": job.accelerator}
-            return (settings.batch or 1) / mean_speed(step, settings, feed, seconds=BRIEF, **kit).seconds
+            speed = tried[decisive(stage, trial.settings)] = mean_speed(step, settings, feed, seconds=BRIEF, **kit)
+            return (settings.batch or 1) / speed.seconds
 
     return pace
 
 
-def measure_stages(job: Job) -> dict[str, Speed]:
-    """Seconds and operations of a real step of each stage, on copies that are thrown away."""
+def decisive(stage: str, settings: Settings) -> str:
+    """The settings that say how long a step of a stage takes."""
+    parts = {"codec", "denoiser"} if stage == "denoiser" else {"codec"}
+    return stage + settings.model_dump_json(include={**dict.fromkeys(parts, True), "train": {stage, "precision"}})
+
+
+def measure_stages(job: Job, tried: dict[str, Speed]) -> dict[str, Speed]:
+    """Seconds and operations of a real step of each stage: as `tried` has them, or on copies that are thrown away."""
     settings = job.settings
     with torch.random.fork_rng(devices=[]):
         network, speeds = measure_network(job)
         kit: dict[str, Any] = {"seed": settings.seed, "accelerator": job.accelerator}
         for stage, copy in stage_copies(job, network).items():
-            speeds[stage] = mean_speed(*copy, stage=stage, **kit)
+            speeds[stage] = tried.get(decisive(stage, settings)) or mean_speed(*copy, stage=stage, **kit)
     return speeds
 
 

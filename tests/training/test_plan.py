@@ -212,6 +212,19 @@ def test_the_largest_is_taken_that_is_fast_enough():
     assert asked == [("codec", 32, "auto"), *[("denoiser", 32, "none")] * 2]  # the first misfit ends the search
 
 
+def test_what_is_hopeless_is_not_tried():
+    """One of 64 channels sees 280,000 images, fewer than one of 96 needs; a perceptron 1024 wide is too much work."""
+    asked: list[tuple[str, Any]] = []
+
+    def pace(stage: str, settings: Settings) -> float:
+        asked.append((stage, settings.codec.width if stage == "codec" else settings.denoiser.width))
+        return paced(1)(stage, settings)
+
+    plan = make_plan(IMAGE, Settings(), replace(FACTS, pace=pace), 560, None)
+    assert (plan.codec.width, plan.denoiser.width) == (64, 768)
+    assert asked == [("codec", 32), ("codec", 48), ("codec", 64), ("denoiser", 768)]
+
+
 def test_sizes_are_tried_as_they_would_be_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With what the user fixed; the codec of width 128, twice as wide inside, is the first that is too slow here."""
     tried: list[tuple[str, int | None, int]] = []
@@ -228,7 +241,7 @@ def test_sizes_are_tried_as_they_would_be_run(source: Path, tmp_path: Path, monk
     fixed = ["train.codec.batch=7", "train.codec.steps=2", "train.denoiser.steps=2", "denoiser.width=32"]
     fit(str(source), out=tmp_path / "run", device="cpu", budget="600s", overrides=fixed)
     codecs = [channels for stage, _, channels in tried if stage == "codec"]
-    assert codecs[::2] == codecs[1::2] == [64, 96, 128, 192, 256, 192]  # up to the first misfit, then what is planned
+    assert codecs[::2] == codecs[1::2] == [64, 96, 128, 192, 256]  # up to the first misfit; none is measured again
     assert begun[:4] == [0, 700_000, 0, 700_000]  # without the perceptual term, and with it
     assert {batch for stage, batch, _ in tried if stage == "codec"} == {7}
     plan = record(tmp_path / "run")["plan"]
@@ -269,7 +282,7 @@ def measured(
         "codec": Speed(codec, 1e9),
         "denoiser": Speed(denoiser, 2e9),
     }
-    monkeypatch.setattr(planning, "measure_stages", lambda _: dict(speeds))
+    monkeypatch.setattr(planning, "measure_stages", lambda *_: dict(speeds))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +309,7 @@ def test_steps_are_shared_out(overrides: tuple[str, ...], steps: int):
 def test_time_is_shared_out_by_what_steps_take(monkeypatch: pytest.MonkeyPatch):
     measured(monkeypatch)
     shared = job(10.0)
-    planning.divide_time(shared, 100, 0.5)
+    planning.divide_time(shared, 100, 0.5, {})
     stages, seconds = shared.settings.train, shared.record["seconds"]
     assert stages.codec.steps == pytest.approx(seconds["codec"] / 0.01, rel=0.01)
     assert stages.denoiser.steps == pytest.approx(seconds["denoiser"] / 0.02, rel=0.01)
@@ -310,7 +323,7 @@ def test_more_items_than_can_be_encoded_do_not_need_a_larger_budget(monkeypatch:
     for count, given, encoded in ((10**7, (), 15_000), (6_000, (), 6_000), (10**7, ("train.encoded=20000",), 20_000)):
         shared = job(0.0, *given)
         shared.train = range(count)
-        planning.divide_time(shared, 100, 0.5)
+        planning.divide_time(shared, 100, 0.5, {})
         assert shared.settings.train.encoded == encoded
         left = 93 - encoded * 1e-3  # 100 s, less what is kept for the end
         assert sum(shared.record["seconds"].values()) == pytest.approx(left, abs=0.1)
@@ -319,7 +332,7 @@ def test_more_items_than_can_be_encoded_do_not_need_a_larger_budget(monkeypatch:
 def test_the_clock_does_not_amend_what_the_user_fixed(monkeypatch: pytest.MonkeyPatch):
     measured(monkeypatch)
     shared = job(0.0, "train.codec.steps=123")
-    planning.divide_time(shared, 100, 0.5)
+    planning.divide_time(shared, 100, 0.5, {})
     assert shared.settings.train.codec.steps == 123
     assert list(shared.record["seconds"]) == ["denoiser"]
 
@@ -327,7 +340,7 @@ def test_the_clock_does_not_amend_what_the_user_fixed(monkeypatch: pytest.Monkey
 def test_a_budget_too_small_says_which_would_do(monkeypatch: pytest.MonkeyPatch):
     measured(monkeypatch)
     with pytest.raises(UserError, match=r"--budget 100s is too small .* at least (\d+)s"):
-        planning.divide_time(job(80.0), 100, 0.5)
+        planning.divide_time(job(80.0), 100, 0.5, {})
 
 
 def test_nothing_is_left_of_a_run_without_a_plan(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
