@@ -20,6 +20,7 @@ was cut short starts over. Everything runs on the CPU. Keep the machine quiet me
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -73,7 +74,10 @@ def export(data: str, options: argparse.Namespace) -> Path:
         partial_folder = Path(tempfile.mkdtemp(prefix=f".{data}-", dir=folder.parent))
         np.save(partial_folder / "images.npy", train.pixels)
         np.save(partial_folder / "labels.npy", train.labels)
-        partial_folder.rename(folder)
+        try:
+            partial_folder.rename(folder)
+        except OSError:  # a run beside this one was first
+            shutil.rmtree(partial_folder)
     return folder
 
 
@@ -233,8 +237,8 @@ def plot(found: dict[Entry, Facts], options: argparse.Namespace) -> None:
 def side_by_side(found: dict[Entry, Facts], options: argparse.Namespace) -> None:
     """DATA.png for each data set: a row of real images, then one of the first samples of each entrant and time."""
     for data in dict.fromkeys(entry.data for entry in found):
-        images = np.load(export(data, options) / "images.npy", mmap_mode="r")
-        real = images[np.linspace(0, len(images) - 1, SHOWN).astype(int)]  # some sets are ordered by class
+        known = np.load(export(data, options) / "images.npy", mmap_mode="r")
+        real = known[np.linspace(0, len(known) - 1, SHOWN).astype(int)]  # some sets are ordered by class
         rows = [("real", [Image.fromarray(pixels.squeeze()) for pixels in real])]
         drawn = [(entry, minutes) for entry in found if entry.data == data for minutes in options.minutes]
         for entry, minutes in drawn:
