@@ -138,6 +138,22 @@ def test_a_cut_run_goes_on_where_it_stood(
     assert "name another --out" in capsys.readouterr().err
 
 
+def test_data_that_a_run_beside_this_one_exports_first_are_taken(
+    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, save = tmp_path / "data" / "digits", np.save
+
+    def late(path: Path, array: Any) -> None:
+        folder.mkdir(exist_ok=True)
+        save(folder / path.name, array)  # theirs
+        save(path, array)
+
+    monkeypatch.setattr(peers.np, "save", late)
+    assert peers.export("digits", argparse.Namespace(out=tmp_path)) == folder
+    assert [path.name for path in folder.parent.iterdir()] == ["digits"]
+    assert len(np.load(folder / "images.npy")) == len(np.load(folder / "labels.npy")) > 0
+
+
 def test_what_the_judge_does_not_know_sfumato_judges(
     peers: ModuleType, machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -9,6 +9,7 @@ from sfumato import __version__
 
 VERSIONS = ("torch", "numpy", "accelerate", "safetensors", "diffusers")
 FREE_DISK = 5e9  # bytes: a run with its checkpoint and a latent cache fits well
+LARGE_CACHE = 20e9  # bytes: what is kept between runs
 FREE_MEMORY = 2e9  # bytes: torch, a data set of some hundred MB and a run's tensors fit well
 SLOW = 100.0  # GFLOP/s: a fraction of what two cores of a server have
 
@@ -16,8 +17,7 @@ SLOW = 100.0  # GFLOP/s: a fraction of what two cores of a server have
 def doctor() -> dict[str, Any]:
     """Measure this machine: arithmetic, memory, disk, versions, and advice. Takes a few seconds."""
     device, processor, speed = _device(), _processor(), _speed()
-    disk = {"free_gb": shutil.disk_usage(os.getcwd()).free / 1e9}
-    report = {"versions": _versions(), "cpu": processor, "device": device, "speed": speed, "disk": disk}
+    report = {"versions": _versions(), "cpu": processor, "device": device, "speed": speed, "disk": _disk()}
     return report | {"advice": advice(report)}
 
 
@@ -53,6 +53,8 @@ def _on_room(cpu: dict[str, Any], disk: dict[str, Any]) -> list[str]:
         lines.append(f"{cpu['memory_free_gb']:.1f} GB of memory are free: close other programs before training")
     if disk["free_gb"] * 1e9 < FREE_DISK:
         lines.append(f"{disk['free_gb']:.1f} GB of disk are free here: large runs may not fit")
+    if disk["cache_gb"] * 1e9 > LARGE_CACHE:
+        lines.append(f"{disk['cache_gb']:.1f} GB are cached in {disk['cache']}: delete it when you like")
     return lines
 
 
@@ -85,6 +87,22 @@ def _processor() -> dict[str, Any]:
         "memory_gb": memory_bytes() / 1e9,
         "memory_free_gb": free_memory_bytes() / 1e9,
     }
+
+
+def _disk() -> dict[str, Any]:
+    """Room where the command was called, and what the cache takes."""
+    from sfumato.data import cache_root
+
+    cached = sum(_size(os.path.join(folder, name)) for folder, _, names in os.walk(cache_root()) for name in names)
+    free = shutil.disk_usage(os.getcwd()).free
+    return {"free_gb": free / 1e9, "cache": str(cache_root()), "cache_gb": cached / 1e9}
+
+
+def _size(path: str) -> int:
+    try:
+        return os.lstat(path).st_size
+    except OSError:  # a run beside this one took it away
+        return 0
 
 
 def _device() -> dict[str, Any]:

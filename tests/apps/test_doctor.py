@@ -1,6 +1,7 @@
 """The doctor's advice, and that what it measures is plausible."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ def report(**changes: Any) -> dict[str, Any]:
             **{"matrix_fp32_gflops": 100.0, "matrix_bf16_gflops": 300.0},
             **{"convolution_fp32_gflops": 50.0, "convolution_bf16_gflops": 125.0},
         },
-        "disk": {"free_gb": 100.0},
+        "disk": {"free_gb": 100.0, "cache": "/kept/here", "cache_gb": 1.0},
     }
     for place, value in changes.items():
         section, _, key = place.partition("__")
@@ -38,6 +39,7 @@ def report(**changes: Any) -> dict[str, Any]:
         ({"device__gpu_present": True}, "a GPU is there"),
         ({"speed__matrix_bf16_gflops": 30.0}, "30 GFLOP/s"),
         ({"disk__free_gb": 1.0}, "disk"),
+        ({"disk__cache_gb": 30.0}, "30.0 GB are cached in /kept/here"),
     ],
 )
 def test_advice(changes: dict[str, Any], said: str):
@@ -59,7 +61,10 @@ def test_memory_that_is_not_known_is_not_little():
     assert len(advice(report(cpu__memory_free_gb=0.0))) == 1
 
 
-def test_doctor_reports_what_was_measured(monkeypatch: pytest.MonkeyPatch):
+def test_doctor_reports_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "transfer").mkdir()
+    (tmp_path / "transfer" / "kept").write_bytes(bytes(3000))
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path))
     monkeypatch.setattr(machine, "measure_peak", lambda precision, device: {"fp32": 1e11, "bf16": 3e11}[precision])
     monkeypatch.setattr(machine, "measure_convolution_peak", lambda precision, device: 5e10)
     monkeypatch.setattr(machine, "measure_bandwidth", lambda device: 2e10)
@@ -71,6 +76,7 @@ def test_doctor_reports_what_was_measured(monkeypatch: pytest.MonkeyPatch):
     assert told["speed"]["convolution_fp32_gflops"] == pytest.approx(50)
     assert told["cpu"]["threads"] >= 1 and 0 < told["cpu"]["memory_free_gb"] <= told["cpu"]["memory_gb"]
     assert told["disk"]["free_gb"] > 0 and told["advice"]
+    assert (told["disk"]["cache"], told["disk"]["cache_gb"]) == (str(tmp_path), pytest.approx(3e-6))
 
 
 def test_a_person_and_a_program_are_told_all(capsys: pytest.CaptureFixture[str]):
