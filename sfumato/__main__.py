@@ -1,4 +1,4 @@
-"""`python -m sfumato`, and `accelerate launch -m sfumato fit ...`."""
+"""`python -m sfumato`, and `accelerate launch -m sfumato generate ...`."""
 
 from sfumato.apps.cli import main
 

@@ -56,7 +56,7 @@ class DataSettings(Section):
         default=None, description="colour mode; recognised when not given"
     )
     label_from: str | None = Field(
-        default=None, description="regular expression over the path; its first group is the label"
+        default=None, description="regular expression over the file's name; its first group is the label"
     )
     categorical: Names = Field(
         default=(), description="columns that are categories though they look like numbers, such as zip,grade"

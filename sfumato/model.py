@@ -35,6 +35,7 @@ from sfumato.core import (
 )
 from sfumato.core.noise import item_generator
 from sfumato.core.sampler import Denoise, Draw, OnStep
+from sfumato.data import json_text
 from sfumato.errors import UserError
 from sfumato.machine import default_device, has_bf16
 from sfumato.methods import Methods
@@ -117,6 +118,7 @@ class Model(Methods):
         self.denoiser = Denoiser(self._net(), schedule, predict, jumps=jumps, corners=self.codec.corners)
         self.guide = None if card.guide is None else self._blank_guide()
         self.device = torch.device("cpu")
+        self.folder: Path | None = None  # where it was loaded from, or trained
 
     def _net(self) -> nn.Module:
         """A network as the card describes."""
@@ -331,7 +333,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str] 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file under a temporary name, then renamed."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -376,6 +378,7 @@ def load(folder: str | Path, device: str | None = None) -> Model:
         raise UserError(f"{folder}: its JSON files do not describe a model ({error!r})", code=1) from None
     for name, module in model.parts.items():
         load_part(folder / name, module)
+    model.folder = folder
     return model.eval().to(device or default_device())
 
 

@@ -172,6 +172,8 @@ def errors_as_lines(debug: bool = False, resumable: bool = False) -> Iterator[No
 def describe(error: BaseException, resumable: bool = False) -> tuple[str, int]:
     """What to tell the user about an error, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
+        if error.args:
+            return f"interrupted; {error}", 130
         return f"interrupted{'; go on with: ' + resume_line() if resumable else ''}", 130
     if isinstance(error, UserError):
         return str(error), error.code

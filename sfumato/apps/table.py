@@ -3,46 +3,26 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-COLUMNS = ("value", "floor")
+FLOOR = "_floor"  # ends the name of what real data score, beside that of the number itself
 
 
 def result_lines(result: Mapping[str, Any]) -> list[str]:
-    """Lines of plain entries, then a table of the measured ones (those that are `{"value": ..., "floor": ...}`)."""
-    plain = dict(_flatten({key: value for key, value in result.items() if not _measured(value)}))
-    width = max((len(key) for key in plain), default=0)
-    lines = [f"{key:<{width}}  {_plain(value)}" for key, value in plain.items() if value is not None]
-    return lines + metric_lines({key: value for key, value in _entries(result) if _measured(value)})
-
-
-def metric_lines(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A table: each metric, its value, and the floor (the same number for real data against real data)."""
-    if not metrics:
-        return []
-    width = max(len(name) for name in metrics)
-    rows = [("", *COLUMNS)] + [
-        (name, *(_plain(m.get(column, "")) for column in COLUMNS)) for name, m in metrics.items()
-    ]
-    return [f"{name:<{width}}" + "".join(f"  {cell:>10}" for cell in cells) for name, *cells in rows]
-
-
-def _measured(value: Any) -> bool:
-    return isinstance(value, Mapping) and "value" in value
-
-
-def _entries(result: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The entries, and those one level below, under their own names."""
-    for key, value in result.items():
-        if isinstance(value, Mapping) and not _measured(value):
-            yield from value.items()
-        else:
-            yield key, value
+    """Lines of plain entries, then a table of those that have a floor (the same number of real held-out data)."""
+    flat = {key: value for key, value in _flatten(result) if value is not None}
+    measured = [key for key in flat if key + FLOOR in flat]
+    plain = {key: value for key, value in flat.items() if key.removesuffix(FLOOR) not in measured}
+    width = max((len(key) for key in flat), default=0)
+    lines = [f"{key:<{width}}  {_plain(value)}" for key, value in plain.items()]
+    rows = [(key, _plain(flat[key]), _plain(flat[key + FLOOR])) for key in measured]
+    cells = [("", "value", "floor"), *rows] if rows else []
+    return lines + [f"{name:<{width}}  {value:>10}  {floor:>10}" for name, value, floor in cells]
 
 
 def _flatten(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in result.items():
-        if isinstance(value, Mapping) and not _measured(value):
+        if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
-        elif not _measured(value):
+        else:
             yield prefix + key, value
 
 

@@ -64,6 +64,11 @@ class Data:
         return len(self.label_names) if self.labels is not None and len(self.label_names) > 1 else 0
 
     @property
+    def labelled(self) -> bool:
+        """Whether some items have a label."""
+        return self.labels is not None and bool((self.labels != UNKNOWN).any())
+
+    @property
     def pixels(self) -> NDArray[np.uint8] | NDArray[np.uint16]:
         """The integers (N, H, W, C); a copy when this is a subset."""
         return self.store if self.rows is None else self.store[self.rows]

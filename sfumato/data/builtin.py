@@ -119,7 +119,7 @@ def _cifar10(read_path: Callable[[Path], Parts]) -> Parts:
         binary = folder / "cifar-10-binary.tar.gz"
         if binary.exists():
             return _cifar10_binary(binary)
-        if folder.exists():
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             return read_path(folder)
     return _cifar10_binary(fetch("cifar10", "cifar-10-binary.tar.gz", cache_root() / "cifar10"))
 

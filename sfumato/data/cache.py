@@ -6,8 +6,9 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..errors import UserError
 
 IN_MEMORY = 2 * 2**30  # bytes of pixels held in memory; more are mapped from a file
+UNUSED = 30 * 24 * 3600.0  # seconds after which what was not used is forgotten
 
 
 def cache_root() -> Path:
@@ -84,6 +86,20 @@ def load_array(path: Path) -> NDArray[Any]:
     return np.load(path, mmap_mode="r" if large else None, allow_pickle=False)
 
 
+def used(path: Path) -> None:
+    """Note that a file of the cache is still of use."""
+    with suppress(OSError):  # a cache that cannot be written is no error
+        os.utime(path)
+
+
+def forget(folder: Path) -> None:
+    """Remove the files of a part of the cache that nothing has used for a month."""
+    for path in folder.iterdir():
+        with suppress(OSError):
+            if path.stat().st_mtime < time.time() - UNUSED:
+                path.unlink()
+
+
 def save_pixels(key: str, pixels: NDArray[Any], mode: str) -> None:
     """Keep decoded pixels for the next run; a cache that cannot be written is no error."""
     path = cache_root() / "decoded" / f"{key}.{mode.replace(';', '_')}.npy"
@@ -93,6 +109,7 @@ def save_pixels(key: str, pixels: NDArray[Any], mode: str) -> None:
             return
         with atomic(path) as temporary, temporary.open("wb") as file:
             np.save(file, pixels, allow_pickle=False)
+        forget(path.parent)
     except OSError:
         return
 
@@ -104,6 +121,7 @@ def load_pixels(key: str) -> tuple[NDArray[Any], str] | None:
             pixels = load_array(path)
         except (OSError, ValueError, EOFError):
             continue
+        used(path)
         return pixels, path.name.split(".")[1].replace("_", ";")
     return None
 
@@ -164,6 +182,7 @@ class LatentCache:
         except (OSError, SafetensorError):
             return None
         intact = metadata.get("key") == self.key and metadata.get("sha256") == _checksum(tensors)
+        used(self.path)
         return tensors if intact else None
 
     def compute(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -155,14 +155,23 @@ def _reason(error: Exception, payload: bytes | None) -> str:
     return "truncated" if "truncated" in str(error).lower() else f"broken: {str(error)[:60] or type(error).__name__}"
 
 
-def _try(
-    name: str, payload: bytes | None, read: Callable[[str], bytes], resolution: int | None, mode: str | None
-) -> Outcome:
-    """Pixels and mode, or what is wrong with the file."""
+Payload = bytes | Exception  # of a file, or why it cannot be read
+
+
+def _payload(name: str, read: Callable[[str], bytes]) -> Payload:
     try:
-        payload = read(name) if payload is None else payload
-        return decode(payload, resolution, mode)
+        return read(name)
     except Exception as error:  # a damaged file can raise anything
+        return error
+
+
+def _try(name: str, payload: Payload, resolution: int | None, mode: str | None) -> Outcome:
+    """Pixels and mode, or what is wrong with the file."""
+    if isinstance(payload, Exception):
+        return f"{name} ({_reason(payload, None)})"
+    try:
+        return decode(payload, resolution, mode)
+    except Exception as error:  # and so can decoding it
         return f"{name} ({_reason(error, payload)})"
 
 
@@ -172,8 +181,9 @@ def _outcomes(
     """(index, outcome) of every file; archives are read by one thread in their own order, and decoded by several."""
     place = files.place
 
-    def task(items: list[tuple[int, bytes | None]]) -> list[tuple[int, Outcome]]:
-        return [(i, _try(names[i], payload, files.read, resolution, mode)) for i, payload in items]
+    def task(items: list[tuple[int, Payload | None]]) -> list[tuple[int, Outcome]]:
+        read = ((i, _payload(names[i], files.read) if payload is None else payload) for i, payload in items)
+        return [(i, _try(names[i], payload, resolution, mode)) for i, payload in read]
 
     order = sorted(range(len(names)), key=lambda i: place[names[i]] if place else i)
     workers = min(8, os.cpu_count() or 1)
@@ -181,7 +191,7 @@ def _outcomes(
         pending: deque[Future[list[tuple[int, Outcome]]]] = deque()
         for start in range(0, len(order), CHUNK):
             chunk = order[start : start + CHUNK]
-            pending.append(pool.submit(task, [(i, files.read(names[i]) if place else None) for i in chunk]))
+            pending.append(pool.submit(task, [(i, _payload(names[i], files.read) if place else None) for i in chunk]))
             if len(pending) > workers + 1:
                 yield from pending.popleft().result()
         for future in pending:

@@ -91,8 +91,9 @@ def _folder(root: Path) -> Files:
         for file in files:
             path = Path(where, file)
             name = path.relative_to(root).as_posix()
-            if _visible(name) and path.is_file():
-                state = path.stat()
+            lost = path.is_symlink() and not path.exists()  # it is listed all the same, and reading it will say why
+            if _visible(name) and (lost or path.is_file()):
+                state = path.lstat() if lost else path.stat()
                 names.append(name)
                 stats.append((name, state.st_size, state.st_mtime_ns))
     return Files(
@@ -112,7 +113,7 @@ def _tar(path: Path) -> Files:
     @cache
     def opened() -> tuple[tarfile.TarFile, dict[str, tarfile.TarInfo]]:
         archive = stack.enter_context(tarfile.open(path))
-        return archive, {str(PurePosixPath(m.name)): m for m in archive.getmembers() if m.isfile()}
+        return archive, {str(PurePosixPath(m.name)): m for m in archive.getmembers() if m.isfile() or m.islnk()}
 
     def read(name: str) -> bytes:
         try:

@@ -52,6 +52,8 @@ def _listing(source: str, parts: dict[str, Any]) -> Files:
             return lines
         part, i = where[name]
         cell = raw[part][i][image]
+        if cell is None:
+            raise UserError(f"{source}: no image in row {i} of {part}", code=1)
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
     stamp = "-".join(str(getattr(rows, "_fingerprint", "")) for rows in parts.values())
@@ -69,6 +71,6 @@ def _metadata(parts: dict[str, Any], image: str) -> bytes:
         names = getattr(rows.features.get("label"), "names", None)
         for i, row in enumerate(rows.select_columns(columns) if columns else [{}] * len(rows)):
             if names and isinstance(row.get("label"), int):
-                row = {**row, "label": names[row["label"]]}
+                row = {**row, "label": names[row["label"]] if row["label"] >= 0 else None}  # -1: it is kept secret
             lines.append(json.dumps({"file_name": f"{part}/{i:08d}.png", **row}))
     return "\n".join(lines).encode()

@@ -26,7 +26,7 @@ def _rows_of(name: str, text: str, where: str) -> list[Row]:
     if name.endswith(".csv"):
         return [dict(row) for row in csv.DictReader(io.StringIO(text))]
     rows: list[Row] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -67,6 +67,16 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
+def json_text(value: object, indent: int | None = None) -> str:
+    """JSON to be read by people too: letters as they are, unless a file's name has some that UTF-8 cannot write."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
+
+
 def check_images_target(out: Path, overwrite: bool) -> None:
     """Raise when `out` may not be written to; only a folder of images and metadata is ever replaced."""
     if out.exists() and not out.is_dir():
@@ -79,7 +89,7 @@ def check_images_target(out: Path, overwrite: bool) -> None:
         raise UserError(
             f"{out}: holds other things than images ({foreign[0]}), so it is not replaced; name another folder"
         )
-    check_writable(out)
+    check_swappable(out)
 
 
 @contextmanager
@@ -133,6 +143,19 @@ def check_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}); name another folder", code=1) from error
+
+
+def check_swappable(out: Path) -> None:
+    """Refuse a folder that `swapped_folder` could not put in place, before any work is done for it.
+
+    Raises:
+        UserError: With the path and the reason.
+    """
+    out = out.resolve()
+    if out.is_mount():
+        raise UserError(f"{out}: something is mounted there, so it cannot be replaced; name a folder in it", code=1)
+    check_writable(out)
+    check_writable(out.parent)
 
 
 def check_file_target(path: Path, overwrite: bool) -> None:
@@ -208,7 +231,7 @@ def write_images(
         for i, row in enumerate(said):
             name = f"{i:0{digits}d}.png"
             (folder / name).write_bytes(png(pixels[i]))
-            lines.append(json.dumps({"file_name": name, **row}, ensure_ascii=False) + "\n")
+            lines.append(json_text({"file_name": name, **row}) + "\n")
         (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     return Path(out)
 

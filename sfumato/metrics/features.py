@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
@@ -81,11 +82,15 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 
 
 def _write(state: dict[str, Tensor], path: Path) -> None:
-    """Appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Appears whole or not at all; a cache that cannot be written is no error."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, draft)
-    draft.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, draft)
+        draft.replace(path)
+    except (OSError, SafetensorError):
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
@@ -204,8 +209,8 @@ def reference(data: Images, extractor: Extractor, cache: Path | None = None, mos
     """
     key = hashlib.sha256(f"{data.fingerprint} {extractor.name} {most}".encode()).hexdigest()[:24]
     path = cache / f"features-{key}.safetensors" if cache is not None else None
-    if path is not None and path.is_file():
-        state = load_file(path)
+    state = None if path is None else _read(path)
+    if state is not None:
         return Reference(Moments(state["mean"], state["cov"], int(state["count"])), state["sample"])
     order = pick(len(data), len(data))
     kept: list[Tensor] = []

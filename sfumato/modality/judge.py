@@ -122,7 +122,7 @@ class ImageJudge:
             cast("Measured", self.train),
             cast("Measured", held),
             self.extractor,
-            classifier=None if fake.labels is None else self.logits,
+            classifier=self.logits if fake.labelled and held.labelled else None,
             cas=self.student if cas else None,
             cache=self.cache,
             seed=seed,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sfumato.types import Batch
+from sfumato.types import UNKNOWN, Batch
 
 SMALLEST = 8  # pixels a side
 SYMMETRIES = 8  # classes of the self-supervised task
@@ -157,16 +157,18 @@ class _Lessons:
     def __init__(self, data: Images, classes: int, batch: int, seed: int, device: torch.device, steps: int = 0) -> None:
         self.data, self.device = data, device
         self.generator = torch.Generator().manual_seed(seed)
-        self.order = endless(len(data), batch, self.generator)
         self.shape = tuple(data.batch(torch.arange(1)).data.shape[1:])
+        known = np.arange(len(data)) if data.labels is None else np.flatnonzero(data.labels != UNKNOWN)
+        self.pretext = data.labels is None or classes < 2 or not len(known)
+        self.rows = torch.arange(len(data)) if self.pretext else torch.from_numpy(known)
+        self.order = endless(len(self.rows), batch, self.generator)
         # images seen a few times only need no variation (measured on Fashion-MNIST: one pass is 1 % better without)
-        self.shift = max(1, min(self.shape[1:]) // 28) if steps * batch > 3 * len(data) else 0
-        self.pretext = data.labels is None or classes < 2
+        self.shift = max(1, min(self.shape[1:]) // 28) if steps * batch > 3 * len(self.rows) else 0
         self.classes = SYMMETRIES if self.pretext else classes
         self.moves = SYMMETRIES if self.shape[-1] == self.shape[-2] else 4  # only squares are transposed
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        batch = self.data.batch(next(self.order))
+        batch = self.data.batch(self.rows[next(self.order)])
         x = _shift(batch.data, self.shift, self.generator) if self.shift else batch.data
         target = batch.label
         if self.pretext:
@@ -217,9 +219,9 @@ def fit_classifier(
     The same data, seed and steps give the same weights on the same machine.
 
     Args:
-        data: Images in [-1, 1] with `labels` or None.
+        data: Images in [-1, 1] with `labels` or None; those whose label is `UNKNOWN` are left out.
         classes: Number of classes; under two, or without labels, the self-supervised task (`SYMMETRIES` classes)
-            is used instead.
+            is used instead, on all images.
         steps: Optimizer steps.
         batch: Images a step.
         width: Channels of the stem.

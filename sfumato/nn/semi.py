@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.nn.classifier import Classifier, Images, endless, fit_classifier, fresh
-from sfumato.nn.spread import balanced, plain_features, shortened, spread
+from sfumato.nn.spread import balanced, plain_features, pooled, shortened, spread
 from sfumato.types import UNKNOWN
 
 ROUNDS = 3  # of learning, each with new targets
 MOST = 30_000  # images without label that are learned from, at most
+BATCH = 256  # images a step
 AVERAGE = 0.995  # of the weights that say what an image shows, after the first steps
 MEMORY = 0.98  # of the shares of classes and of the confidence seen
 SHIFT = 3 / 28  # of a side: how far disturbed images are moved; labelled ones two thirds of it
@@ -27,6 +28,16 @@ CHUNK = 1_000  # images looked at at once
 def partly_labelled(labels: np.ndarray | None) -> bool:
     """Whether some items have a label and some have none."""
     return labels is not None and bool((labels == UNKNOWN).any()) and bool((labels != UNKNOWN).any())
+
+
+def seen_once(steps: int, batch: int = BATCH) -> int:
+    """Images without label, `MOST` at most, that so many steps see once: to compare more would be wasted."""
+    return min(MOST, max(1, steps) * (batch - _labelled(batch)))
+
+
+def _labelled(batch: int) -> int:
+    """Images of a batch that have a label."""
+    return max(1, batch // (1 + SHARE))
 
 
 def moved(x: Tensor, by: int, generator: torch.Generator) -> Tensor:
@@ -108,26 +119,28 @@ class _Pupil:
         seed: Seed of weights, order and disturbances.
         device: Where to compute.
         bf16: Whether under bfloat16 autocast.
+        most: Images without label that are learned from, at most.
     """
 
     def __init__(
-        self, data: Images, classes: int, batch: int, width: int, seed: int, device: torch.device, bf16: bool
+        self, data: Images, classes: int, batch: int, width: int, seed: int, device: torch.device, bf16: bool, most: int
     ) -> None:
         assert data.labels is not None
         self.data, self.device, self.bf16 = data, device, bf16
         self.generator = torch.Generator().manual_seed(seed)
         known, others = (torch.from_numpy(np.flatnonzero(mask)) for mask in (data.labels >= 0, data.labels < 0))
-        others = others[torch.randperm(len(others), generator=self.generator)[:MOST]]
+        others = others[torch.randperm(len(others), generator=self.generator)[:most]]
         self.index, self.known = torch.cat([known, others]), len(known)
         self.label = torch.from_numpy(data.labels[known.numpy()])
-        few = max(1, batch // (1 + SHARE))
+        few = _labelled(batch)
         self.order = endless(len(known), few, self.generator)
         self.other_order = endless(len(others), batch - few, self.generator)
         self.prior = torch.bincount(self.label, minlength=classes).float().div(len(known)).clamp(min=1e-6)
         shape = tuple(data.batch(torch.arange(1)).data.shape[1:])
         self.net = fresh(shape, classes, width, seed, device)
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
-        self.target = self.spread(plain_features(torch.cat([data.batch(i).data for i in self.index.split(CHUNK)])))
+        small = torch.cat([pooled(data.batch(index).data) for index in self.index.split(CHUNK)])
+        self.target = self.spread(plain_features(small))
 
     def spread(self, features: Tensor) -> Tensor:
         """Chances of the classes (N, K) by likeness of features (N, D)."""
@@ -152,7 +165,8 @@ class _Pupil:
     def learn(self, steps: int, rate: float, guesses: Guesses) -> None:
         """Take some steps towards guesses of one round."""
         optimizer = torch.optim.AdamW(self.net.parameters(), rate, weight_decay=0.02, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 2), pct_start=0.1)
+        length = max(steps, 11)  # its rise is a tenth, and one of a single step would be divided by zero
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=length, pct_start=0.1)
         self.net.train()
         for step in range(steps):
             loss = self._loss(guesses)
@@ -182,12 +196,13 @@ def fit_semi(
     classes: int,
     *,
     steps: int = 2_000,
-    batch: int = 256,
+    batch: int = BATCH,
     width: int = 24,
     rate: float = 4e-3,
     seed: int = 0,
     device: str | torch.device = "cpu",
     bf16: bool = False,
+    most: int | None = None,
 ) -> Classifier:
     r"""As `fit_classifier`, from data of which some have a label and most have none.
 
@@ -205,6 +220,7 @@ def fit_semi(
         seed: Seed of weights, order and disturbances.
         device: Where to train; the result stays there.
         bf16: Train under bfloat16 autocast.
+        most: Images without label that are learned from at most, by default those that the steps see once.
 
     Returns:
         The average in `eval` mode, its parameters frozen.
@@ -213,10 +229,10 @@ def fit_semi(
         Sohn et al. 2020, FixMatch, arXiv:2001.07685, eq. 3 and 4; Iscen et al. 2019, Label Propagation for Deep
         Semi-supervised Learning, arXiv:1904.04717.
     """
-    if not partly_labelled(data.labels):
+    if classes < 2 or not partly_labelled(data.labels):
         kit = {"steps": steps, "width": width, "rate": rate, "seed": seed, "device": device, "bf16": bf16}
         return fit_classifier(data, classes, **kit)
-    pupil = _Pupil(data, classes, batch, width, seed, torch.device(device), bf16)
+    pupil = _Pupil(data, classes, batch, width, seed, torch.device(device), bf16, most or seen_once(steps, batch))
     for k in range(ROUNDS):
         if k:
             pupil.look()

@@ -20,14 +20,19 @@ ANGLES = 8  # directions that gradients are counted in
 CELLS = 7  # of gradients along a side
 
 
+def pooled(x: Tensor) -> Tensor:
+    """Images (N, C, H, W) made as small as features need them; smaller ones stay as they are."""
+    return F.adaptive_avg_pool2d(x, (min(SIDE, x.shape[-2]), min(SIDE, x.shape[-1])))
+
+
 def plain_features(x: Tensor) -> Tensor:
     """What untrained eyes see in images (N, C, H, W): their pixels, and directions of their gradients: (N, C·h·w + …).
 
     References:
         Dalal and Triggs 2005, Histograms of Oriented Gradients for Human Detection.
     """
-    size = min(SIDE, x.shape[-2]), min(SIDE, x.shape[-1])
-    x = F.adaptive_avg_pool2d(x, size)
+    x = pooled(x)
+    size = (x.shape[-2], x.shape[-1])
     grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")[:, 0]
     right, down = (
         grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2],

@@ -119,14 +119,15 @@ def source_settings(model: object, overrides: Sequence[str], skip_bad: bool, lab
     """How to read a source: as the run of a model read its own, changed by what the user says.
 
     Args:
-        model: The model's folder, whose `run.json` tells; anything else means the usual settings.
+        model: The model or its folder, whose `run.json` tells; anything else means the usual settings.
         overrides: Settings of the data, as `data.resolution=64`.
         skip_bad: Whether files that cannot be read are left out.
         labels: Whether the run's `label_from` counts, which another source's file names need not fit.
     """
     recorded: dict[str, Any] = {}
-    if isinstance(model, str | Path) and (Path(model) / "run.json").is_file():
-        recorded = read_json(Path(model) / "run.json").get("plan", {}).get("data", {})
+    folder = model.folder if isinstance(model, Model) else model
+    if isinstance(folder, str | Path) and (Path(folder) / "run.json").is_file():
+        recorded = read_json(Path(folder) / "run.json").get("plan", {}).get("data", {})
     kept = {key: value for key, value in recorded.items() if labels or key != "label_from"}
     foreign = next((text for text in overrides if not text.strip().startswith("data.")), None)
     if foreign is not None:

@@ -10,6 +10,7 @@ from functools import cached_property
 from statistics import median
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sfumato.core import (
@@ -28,7 +29,7 @@ from sfumato.core import (
 from sfumato.core.align import BATCH
 from sfumato.core.sampler import Denoise
 from sfumato.data import LatentCache, cache_root
-from sfumato.data.cache import key_of
+from sfumato.data.cache import forget, key_of
 from sfumato.errors import UserError
 from sfumato.metrics.features import weights_hash
 from sfumato.model import Model, Sampling
@@ -142,8 +143,9 @@ class Search:
         state = cache.get()
         if state is None:
             state = make()
-            with suppress(OSError):  # a cache that cannot be written is no error
+            with suppress(OSError, SafetensorError):  # a cache that cannot be written is no error
                 cache.put(state)
+                forget(cache.folder)
         return state
 
     @cached_property

@@ -70,9 +70,9 @@ def evaluate(
     cas = cas or column is not None
     if model is None:
         samples = read_samples(row, str(target), n, skip_bad, train.mode, seed)
-        check_samples(row, name, samples, source, train, cas and judge.by_label)
+        check_samples(row, name, samples, source, (train, held), cas and judge.by_label)
     else:
-        check_samples(row, name, model.card, source, train, cas and judge.by_label)
+        check_samples(row, name, model.card, source, (train, held), cas and judge.by_label)
         samples = draw_samples(model, n or min(MOST, max(LEAST, len(held))), seed, batch, progress)
     samples = relabelled(samples, train)
     report = {"target": name, "source": str(source), **judge.report(samples, held, cas, seed)}

@@ -94,7 +94,7 @@ def interpolate(
     check_counts(steps=steps, batch=batch)
     way = choose(PATHS, "path", path)
     loaded = open_model(model, device)
-    animate = None if animation is None else offered(loaded, loaded.modality.animation, "--animation")(animation)
+    animate = None if animation is None else offered(loaded, loaded.modality.animation, "--animation")(Path(animation))
     files = [end for end in (a, b) if not _is_number(end)]
     sheet = check_places(loaded, out, sheet, overwrite, sources=files, animation=animation)
     begin, end = (_end(model, loaded, *given, overrides, seed) for given in ((a, label_a), (b, label_b)))

@@ -25,11 +25,16 @@ def class_numbers(names: Sequence[str], known: Data) -> NDArray[np.int64] | None
     return np.array(found, np.int64) if found and len(found) == len(names) else None
 
 
-def check_samples(row: Modality[Any], name: str, made: Data | Card, source: object, train: Data, cas: bool) -> None:
-    """Refuse samples that cannot be compared with a source, or have not the labels that are needed."""
+def check_samples(
+    row: Modality[Any], name: str, made: Data | Card, source: object, real: tuple[Data, Data], cas: bool
+) -> None:
+    """Refuse samples that cannot be compared with a source's two parts, or where labels are needed and missing."""
+    train, held = real
     row.check_fit(name, made.shape, made.mode, source, train)
     if cas and not train.classes:
         raise UserError(f"{source}: has no classes, and --cas needs them")
+    if cas and not held.labelled:
+        raise UserError(f"{source}: its held-out part has no labels, and --cas needs them")
     if cas and class_numbers(made.label_names, train) is None:
         found = f"has labels that {source} has not" if made.label_names else "has no labels"
         raise UserError(f"{name}: {found}, and --cas needs them")

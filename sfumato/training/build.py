@@ -89,20 +89,27 @@ def guesses_labels(job: Job) -> bool:
     return bool(job.classes) and partly_labelled(job.train.labels) and min(job.train.shape[1:]) >= SMALLEST
 
 
-def feature_network(job: Job, steps: int) -> Classifier:
-    """A small classifier of the training data (of its orientation where there are no labels)."""
-    data, bf16 = job.train, job.precision == "bf16"
-    if min(data.shape[1:]) < SMALLEST:
-        raise UserError(
-            f"codec.perceptual={job.settings.codec.perceptual} needs images of {SMALLEST} pixels; set it to none"
-        )
-    return fit_semi(
-        data, job.classes, steps=steps, width=FEATURE_WIDTH, seed=job.settings.seed, device=job.device, bf16=bf16
-    )
+def feature_network(job: Job, steps: int, most: int | None = None) -> Classifier:
+    """A small classifier of the training data (of its orientation where there are no labels); `most` as in `fit_semi`.
+
+    Raises:
+        UserError: The images are too small for one.
+    """
+    check_sides(job)
+    kit: dict[str, Any] = {"width": FEATURE_WIDTH, "seed": job.settings.seed, "device": job.device, "most": most}
+    return fit_semi(job.train, job.classes, steps=steps, bf16=job.precision == "bf16", **kit)
+
+
+def check_sides(job: Job) -> None:
+    """Refuse images that are too small for the network."""
+    if min(job.train.shape[1:]) < SMALLEST:
+        kind = job.settings.codec.perceptual
+        raise UserError(f"codec.perceptual={kind} needs images of {SMALLEST} pixels; set it to none")
 
 
 def untrained_features(job: Job) -> Classifier:
-    """A network as `feature_network` makes, to see what it costs."""
+    """A network as `feature_network` makes, to see what it costs, or whether it can be; raises as that does."""
+    check_sides(job)
     seed, device = job.settings.seed, torch.device(job.device)
     return fresh(job.train.shape, max(2, job.classes), FEATURE_WIDTH, seed, device).eval().requires_grad_(False)
 

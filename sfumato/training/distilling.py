@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from sfumato import __version__
 from sfumato.config import StageSettings
 from sfumato.core import Trajectories, fly, joined, prior, shaken, step_generator, time_grid
-from sfumato.data import check_writable, swapped_folder
+from sfumato.data import check_swappable, swapped_folder
 from sfumato.errors import UserError
 from sfumato.machine import best_precision, default_device
 from sfumato.model import JUMP, Card, Model, Sampling, load, read_json, write_json
@@ -27,7 +26,7 @@ from sfumato.training.horizon import Horizon
 from sfumato.training.log import Log, Progress
 from sfumato.training.loop import Trainer
 from sfumato.training.measure import Speed, measure_step
-from sfumato.training.run import is_run, make_accelerator
+from sfumato.training.run import is_run, make_accelerator, one_process
 from sfumato.training.steps import JumpStep
 
 SHARE = 0.2  # of the teacher's training time, unless told otherwise
@@ -66,7 +65,7 @@ def run(model: Path | str | Model, wish: Wish, started: float, progress: Progres
         started: When the clock of the budget started (`time.monotonic`).
         progress: Who shows how far it is.
     """
-    folder = None if isinstance(model, Model) else Path(model)
+    folder = model.folder if isinstance(model, Model) else Path(model)
     check_target(wish.out, folder, wish.overwrite)
     place = wish.device or (str(model.device) if isinstance(model, Model) else default_device())
     record = read_json(folder / "run.json") if folder is not None and (folder / "run.json").is_file() else {}
@@ -83,20 +82,20 @@ def run(model: Path | str | Model, wish: Wish, started: float, progress: Progres
             lesson.write(partial, folder, started)
         finally:
             log.close()
+    lesson.student.folder = wish.out
     return lesson.student
 
 
 def check_target(out: Path, teacher: Path | None, overwrite: bool) -> None:
     """Refuse a folder that cannot be written to, or must not be, before any work."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("distill runs in one process; start it without accelerate launch or torchrun")
+    one_process("distill")
     if teacher is not None and out.resolve() == teacher.resolve():
         raise UserError(f"{out}: is the model that is to be distilled; name another folder with --out")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not is_run(out)):
         raise UserError(f"{out}: exists and is not a run of sfumato; name another folder")
     if is_run(out) and not overwrite:
         raise UserError(f"{out}: there is a model already; replace it with --overwrite")
-    check_writable(out)
+    check_swappable(out)
 
 
 def check_teacher(teacher: Model, name: str) -> None:

@@ -59,7 +59,12 @@ class Horizon:
         return missed
 
     def close(self, step: int, decay: float) -> None:
-        """Let the rate begin to decay now, so that `decay` is its share of all steps; the clock adds no more."""
+        """Let the rate begin to decay now, so that `decay` is its share of all steps; the clock adds no more.
+
+        A rate that decays from the first step on (1) is left to.
+        """
+        if decay >= 1:
+            return
         total = math.ceil(step / (1 - decay))
         if total < self.at(step):
             self.amendments.append((step, total))

@@ -3,10 +3,11 @@
 import math
 import platform
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +17,7 @@ from sfumato.errors import UserError
 from sfumato.machine import measure_peak
 from sfumato.modality import Facts
 from sfumato.nn.classifier import Classifier
-from sfumato.nn.semi import MOST, ROUNDS
+from sfumato.nn.semi import MOST, ROUNDS, seen_once
 from sfumato.nn.spread import comparing
 from sfumato.training.build import (
     codec_step,
@@ -55,6 +56,30 @@ LOOKED_AT, GUESSED = 2_000, 12  # images and steps that guessing labels is measu
 WITHOUT_BUDGET = 600.0  # seconds that sizes are planned for where steps are given
 
 
+class Features(NamedTuple):
+    """What the small network costs: its steps, and where labels are guessed what is beside them.
+
+    Args:
+        step: Seconds of a step.
+        look: Seconds in which an image is looked at.
+        compare: Seconds in which all images are compared with one another.
+        known: Images with a label, where labels are guessed.
+        open: Images without one that are learned from at most.
+    """
+
+    step: float
+    look: float = 0.0
+    compare: float = 0.0
+    known: int = 0
+    open: int = 0
+
+    def seconds(self, steps: int) -> float:
+        """Of so many steps; the fewer they are, the fewer open images are worth a look."""
+        images = self.known + min(self.open, seen_once(steps))
+        share = images / max(1, self.known + self.open)
+        return steps * self.step + images * self.look + share**2 * self.compare
+
+
 def decide(job: Job, steps: int | None, size: str | None) -> None:
     """Fix every setting, in the job and in its record: from here on the run is deterministic."""
     job.log.show("plan", 0, 1)
@@ -62,6 +87,8 @@ def decide(job: Job, steps: int | None, size: str | None) -> None:
     facts = Facts(job.train.shape, job.train.mode, len(job.train), job.classes, job.precision)
     budget = job.settings.budget_seconds
     left = WITHOUT_BUDGET if steps is not None or budget is None else budget - (time.monotonic() - job.started)
+    if steps is not None or job.settings.train.denoiser.steps is not None:
+        job.settings.train.watch = bool(job.settings.train.watch)  # a number of steps that was given holds
     tried: dict[str, Speed] = {}
     pace = measured_pace(job, facts, left, tried) if steps is None else None
     job.settings = make_plan(job.modality, job.settings, replace(facts, pace=pace), left, size)
@@ -70,6 +97,7 @@ def decide(job: Job, steps: int | None, size: str | None) -> None:
         {
             "source": job.source,
             "sfumato": __version__,
+            "asked": {"steps": steps, "size": size},
             "seed": job.settings.seed,
             "device": job.device,
             "peak": peak,
@@ -114,7 +142,7 @@ def divide_steps(job: Job, steps: int, share: float) -> None:
 def rehearse(job: Job) -> None:
     """Take one step of each stage, to be thrown away: a plan that cannot be run fails here."""
     with torch.random.fork_rng(devices=[]):
-        network = feature_network(job, steps=0) if needs_network(job) else None
+        network = untrained_features(job) if needs_network(job) else None
         for stage, (step, settings, feed) in stage_copies(job, network).items():
             kit: dict[str, Any] = {"stage": stage, "seed": job.settings.seed, "accelerator": job.accelerator}
             trainer = Trainer(step, settings, Horizon(LATE + 1), **kit)
@@ -127,32 +155,34 @@ def divide_time(job: Job, budget: float, share: float, tried: dict[str, Speed]) 
     """Give the first stage its share of the budget's seconds, the second one the rest, by the time of real steps.
 
     Raises:
-        UserError: So little is left for training that nothing would be learned.
+        UserError: So little is left for training that nothing would be learned, or less than what the user fixed takes.
     """
     codec, denoiser = job.settings.train.codec, job.settings.train.denoiser
-    speeds = measure_stages(job, tried)
-    features, beside = speeds.pop("features").seconds, speeds.pop("beside").seconds
+    features, speeds = measure_stages(job, tried)
     coding = speeds.get("codec", Speed(0.0, 0.0))
     if job.settings.codec.perceptual_steps is None:
         part, most = (GUESS_SHARE, GUESS_STEPS) if guesses_labels(job) else (FEATURE_SHARE, FEATURE_STEPS)
-        affordable = int((part * budget - beside) / max(features, 1e-6))
-        job.settings.codec.perceptual_steps = max(20, min(most, affordable))
-    fixed = job.settings.codec.perceptual_steps * features + beside
+        affordable = bisect_right(range(most + 1), part * budget, key=features.seconds) - 1
+        job.settings.codec.perceptual_steps = max(20, affordable)
+    fixed = features.seconds(job.settings.codec.perceptual_steps)
     encoding = coding.seconds / 5 / (codec.batch or 1)  # an item, once: without the way back, and no decoder
     if job.settings.train.encoded is None:
         affordable = int(ENCODING_SHARE * budget / max(encoding, 1e-12))
         job.settings.train.encoded = min(len(job.train), max(FEWEST_ENCODED, affordable))
     fixed += job.settings.train.encoded * encoding
+    stages = {name: stage for name, stage in (("codec", codec), ("denoiser", denoiser)) if name in speeds}
+    fixed += sum((stage.steps or 0) * speeds[name].seconds for name, stage in stages.items())
+    shares = {"codec": share, "denoiser": 1 - share}
+    wanted = {name: shares[name] for name, stage in stages.items() if stage.steps is None}
     job.record["seconds"] = {}
-    left = job.seconds_left() - fixed
-    if left < 0.25 * budget:
-        need = (budget - left) / 0.7
+    left, whole = job.seconds_left() - fixed, sum(wanted.values())
+    if left < 0.25 * whole * budget:
+        need = (budget - left) / (1 - 0.3 * whole)
         raise UserError(f"--budget {budget:g}s is too small for these data on this machine; give at least {need:.0f}s")
-    shares = {"codec": share * left, "denoiser": (1 - share) * left}
-    for name, stage in (("codec", codec), ("denoiser", denoiser)):
-        if name in speeds and stage.steps is None:  # what the user fixed, the clock does not amend
-            stage.steps = int(min(max(1, shares[name] / speeds[name].seconds), most_steps(stage, len(job.train))))
-            job.record["seconds"][name] = shares[name]
+    for name, part in wanted.items():  # what the user fixed, the clock does not amend
+        seconds, most = part / whole * left, most_steps(stages[name], len(job.train))
+        stages[name].steps = int(min(max(1, seconds / speeds[name].seconds), most))
+        job.record["seconds"][name] = seconds
     job.record["measured"] = {name: speed._asdict() for name, speed in speeds.items()}
 
 
@@ -170,32 +200,33 @@ def stage_copies(job: Job, network: Classifier | None) -> dict[str, tuple[TrainS
     return copies | {"denoiser": (denoiser_step(model, settings).to(job.device), train.denoiser, latents)}
 
 
-def measure_network(job: Job) -> tuple[Classifier | None, dict[str, Speed]]:
-    """The small network, hardly trained; seconds of its steps (`features`), and those `beside` them.
+def measure_network(job: Job) -> tuple[Classifier | None, Features]:
+    """The small network, hardly trained, and what it costs.
 
-    The latter go into looking at all images, and comparing each with every other, where labels have to be guessed: the
-    one is measured on a few images, the other on a part of the comparisons of all.
+    Where labels have to be guessed, looking at images is measured on a few, comparing each with every other on a part
+    of the comparisons of all.
     """
 
     def timed(of: Job, steps: int) -> tuple[Classifier, float]:
         began = time.perf_counter()
-        return feature_network(of, steps), time.perf_counter() - began
+        return feature_network(of, steps, MOST), time.perf_counter() - began
 
     if not needs_network(job):
-        return None, {"features": Speed(0.0, 0.0), "beside": Speed(0.0, 0.0)}
+        return None, Features(0.0)
     if not guesses_labels(job):
         timed(job, 1)  # the first step of the process is a slow one
         network, seconds = timed(job, 5)
-        return network, {"features": Speed(seconds / 5, 0.0), "beside": Speed(0.0, 0.0)}
-    order = torch.from_numpy(job.train.labels).argsort(descending=True)  # labelled ones first
+        return network, Features(seconds / 5)
+    labels = torch.from_numpy(job.train.labels)
+    order = labels.argsort(descending=True)  # labelled ones first
     some = torch.cat([order[: LOOKED_AT // 4], order[-3 * LOOKED_AT // 4 :]]).unique()
-    few, all_ = replace(job, train=job.train.subset(some)), min(len(job.train), MOST)
+    known = int((labels >= 0).sum())
+    few, unknown = replace(job, train=job.train.subset(some)), min(len(labels) - known, MOST)
     timed(few, 0)  # what a process does for the first time is slow
     looks, (network, seconds) = timed(few, 0)[1], timed(few, GUESSED)
     step = max(seconds - looks, seconds / 10) / GUESSED  # the difference of two noisy times, which may be none
-    part, whole = (ROUNDS * comparing(count) for count in (len(some), all_))
-    beside = max(looks - part, 0.0) * all_ / len(some) + whole
-    return network, {"features": Speed(step, 0.0), "beside": Speed(beside, 0.0)}
+    part, whole = (ROUNDS * comparing(count) for count in (len(some), known + unknown))
+    return network, Features(step, max(looks - part, 0.0) / len(some), whole, known, unknown)
 
 
 def measured_pace(job: Job, facts: Facts, seconds: float, tried: dict[str, Speed]) -> Callable[[str, Settings], float]:
@@ -221,15 +252,18 @@ def decisive(stage: str, settings: Settings) -> str:
     return stage + settings.model_dump_json(include={**dict.fromkeys(parts, True), "train": {stage, "precision"}})
 
 
-def measure_stages(job: Job, tried: dict[str, Speed]) -> dict[str, Speed]:
-    """Seconds and operations of a real step of each stage: as `tried` has them, or on copies that are thrown away."""
-    settings = job.settings
+def measure_stages(job: Job, tried: dict[str, Speed]) -> tuple[Features, dict[str, Speed]]:
+    """What the small network costs, and seconds and operations of a real step of each stage.
+
+    The latter are as `tried` has them, or taken on copies that are thrown away.
+    """
+    settings, speeds = job.settings, dict[str, Speed]()
     with torch.random.fork_rng(devices=[]):
-        network, speeds = measure_network(job)
+        network, features = measure_network(job)
         kit: dict[str, Any] = {"seed": settings.seed, "accelerator": job.accelerator}
         for stage, copy in stage_copies(job, network).items():
             speeds[stage] = tried.get(decisive(stage, settings)) or mean_speed(*copy, stage=stage, **kit)
-    return speeds
+    return features, speeds
 
 
 def mean_speed(step: TrainStep, settings: StageSettings, feed: Feed, **kit: Any) -> Speed:

@@ -23,12 +23,19 @@ from sfumato.training.planning import decide
 from sfumato.training.stages import train_stages
 from sfumato.training.state import load_state
 
+SPARED = "the run that was to be replaced is as it was"
 USUAL_BUDGET = 600.0  # seconds, where neither a budget nor steps are given
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 WRITTEN = (  # what a run leaves in its folder beside `run.json`
     *("model.json", "metrics.jsonl", "README.md", "samples", "codec", "conditioner", "denoiser", "guide"),
-    *("checkpoint", "checkpoint.*", "checkpoint-features", "events.out.tfevents.*", "*.partial"),
+    *("cache", "checkpoint", "checkpoint.*", "checkpoint-features", "events.out.tfevents.*", "*.partial"),
 )
+
+
+def one_process(command: str) -> None:
+    """Refuse to be one of several processes: each would plan by its own clock."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"{command} runs in one process; start it without accelerate launch or torchrun")
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
@@ -85,11 +92,24 @@ def check_same(asked: Settings, planned: Settings, folder: Path) -> None:
             )
 
 
+def check_asked(asked: Mapping[str, Any], record: Mapping[str, Any], folder: Path) -> None:
+    """Refuse steps or a size that are not those that the run to go on with was started with."""
+    for name, value in asked.items():
+        before = record.get("asked", asked)[name]
+        if value is not None and value != before:
+            began = f"with --{name} {before}" if before is not None else f"without --{name}"
+            raise UserError(f"{folder}: was begun {began}; leave --{name} out with --resume, or start a new run")
+
+
 def plan(job: Job, steps: int | None, size: str | None) -> None:
     """Decide on the plan and write it; only now that it stands goes the old run, if there is one to replace."""
     folder, main = job.folder, job.accelerator.is_main_process
     try:
         decide(job, steps, size)
+    except KeyboardInterrupt:
+        if "plan" in read_json(folder / "run.json"):
+            raise KeyboardInterrupt(SPARED) from None
+        raise
     except Exception:
         if main and [path.name for path in folder.iterdir()] == ["run.json"]:  # nothing has begun: leave nothing
             shutil.rmtree(folder)
@@ -111,6 +131,9 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
+    index = torch.device(device).index
+    if index is not None and device != "cpu":
+        torch.accelerator.set_device_index(index)  # what the accelerator takes
     if os.environ.get("WORLD_SIZE", "1") == "1":  # its state outlives a run, and the next may want another
         AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=device == "cpu")
@@ -143,11 +166,13 @@ def run(
         overwrite: Replace it.
         progress: Who shows how far it is.
     """
+    one_process("fit")
     record = check_folder(folder, resume, overwrite)
     check_writable(folder)
     if record is not None:
         asked, settings = settings, read_settings(record["plan"])
         check_same(asked, settings, folder)
+        check_asked({"steps": steps, "size": size}, record, folder)
     elif steps is None and settings.budget_seconds is None:
         settings.budget_seconds = USUAL_BUDGET
     modality = find_modality(settings.modality) if settings.modality else recognise(source)

@@ -1,6 +1,7 @@
 """The two stages of a run, one after the other, from wherever its checkpoint left them."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -78,10 +79,13 @@ def train_stages(job: Job, state: State | None) -> Model:
         model.card.sample["guidance"], tried = choose_guidance(job, model, network)
         job.record["guidance"] = tried
     model.save(job.folder)
-    job.record["seconds_taken"] = round(time.monotonic() - job.started, 1)
+    model.folder = job.folder
+    trained = sum(stage["seconds"] for stage in job.record["stages"].values())  # in all sessions
+    job.record["seconds_taken"] = round(max(time.monotonic() - job.started, trained), 1)
     job.record["metrics"]["parameters"] = {k: count_parameters(v) for k, v in model.parts.items()}
     write_card(job, model)
     job.finish("denoiser")
+    shutil.rmtree(job.folder / "cache", ignore_errors=True)  # only a resumed run asks for latents
     return model
 
 

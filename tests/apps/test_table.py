@@ -4,21 +4,16 @@ from sfumato.apps.table import result_lines
 
 
 def test_measured_entries_stand_beside_their_floors():
-    result = {"n": 12345, "cas": None, "fd": {"value": 6.12345, "floor": 0.4}, "accuracy": {"value": 0.99}}
+    result = {"n": 12345, "cas": None, "fd": 6.12345, "fd_floor": 0.4, "seconds": 3.0, "codec": {"psnr": 20.0}}
+    result |= {"accuracy": 0.99, "accuracy_floor": 1.0, "kd_floor": 0.1}
     assert [line.split() for line in result_lines(result)] == [
         ["n", "12,345"],
+        ["seconds", "3"],
+        ["codec.psnr", "20"],
+        ["kd_floor", "0.1"],
         ["value", "floor"],
         ["fd", "6.123", "0.4"],
-        ["accuracy", "0.99"],
-    ]
-
-
-def test_measured_entries_may_be_grouped():
-    result = {"extractor": "encoder", "metrics": {"psnr": {"value": 21.5, "floor": 30.0}}}
-    assert [line.split() for line in result_lines(result)] == [
-        ["extractor", "encoder"],
-        ["value", "floor"],
-        ["psnr", "21.5", "30"],
+        ["accuracy", "0.99", "1"],
     ]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sfumato.data import BUILTINS, builtin, read_source
+from sfumato.data import BUILTINS, builtin, cache_root, read_source
 from sfumato.errors import UserError
 
 REAL = Path(os.environ.get("SFUMATO_DATA", "absent"))
@@ -83,6 +83,7 @@ def test_cifar10_binary(served: dict[str, bytes], monkeypatch: pytest.MonkeyPatc
             archive.addfile(member, io.BytesIO(rows.tobytes()))
     served["cifar-10-binary.tar.gz"] = packed.getvalue()
     tell(monkeypatch, "cifar10", served)
+    (cache_root() / "cifar10").mkdir(parents=True)  # a fetch that failed leaves it
     train, held = read_source("cifar10")
     assert len(train) == 20 and len(held) == 4 and train.shape == (3, 32, 32)
     assert held.labels is not None and [held.label_names[k] for k in held.labels] == [

@@ -1,6 +1,9 @@
 """Modes, sizes, orientation and damage."""
 
 import io
+import os
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +12,8 @@ import pytest
 from PIL import Image
 
 from sfumato.data import cache as kept
+from sfumato.data import cache_root, read_images
 from sfumato.data import decode as decoding
-from sfumato.data import read_images
 from sfumato.data.decode import decode
 from sfumato.errors import UserError
 
@@ -161,6 +164,43 @@ def test_bad_files_between_good_ones_keep_labels_in_step(folder: Folder, picture
     assert (data.pixels[2] == np.asarray(picture(3))).all() and (data.pixels[4] == np.asarray(picture(10))).all()
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_bad_members_of_an_archive_are_named_and_counted(folder: Folder, tmp_path: Path, skip: bool) -> None:
+    root = folder({f"{i}.png": i for i in range(9)})
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+        for path in root.iterdir():
+            archive.write(path, path.name)
+        start = archive.getinfo("4.png").header_offset + 60
+    raw = bytearray((tmp_path / "some.zip").read_bytes())
+    raw[start : start + 20] = bytes(20)  # its checksum no longer fits
+    (tmp_path / "some.zip").write_bytes(raw)
+    if skip:
+        assert len(read_images(tmp_path / "some.zip", skip_bad=True)[0]) == 8
+    else:
+        with pytest.raises(UserError, match=r"1 of 9 files cannot be read as images: 4\.png .*--skip-bad"):
+            read_images(tmp_path / "some.zip")
+
+
+def test_a_link_that_leads_nowhere_is_a_bad_file(folder: Folder) -> None:
+    root = folder({f"{i}.png": i for i in range(9)})
+    (root / "9.png").symlink_to(root / "gone.png")
+    (root / "10.png").symlink_to(root / "0.png")
+    with pytest.raises(UserError, match=r"1 of 11 files cannot be read as images: 9\.png"):
+        read_images(root)
+    assert len(read_images(root, skip_bad=True)[0]) == 10
+
+
+def test_hard_links_in_a_tar_are_read(folder: Folder, tmp_path: Path) -> None:
+    root = folder({f"{i}.png": i for i in range(9)})
+    (root / "again.png").hardlink_to(root / "3.png")
+    with tarfile.open(tmp_path / "some.tar", "w") as archive:
+        archive.add(root, ".")
+        assert any(member.islnk() for member in archive.getmembers())
+    data = read_images(tmp_path / "some.tar")[0]
+    assert data.names is not None and len(data) == 10
+    assert (data.pixels[data.names.index("again.png")] == data.pixels[data.names.index("3.png")]).all()
+
+
 def test_nothing_but_bad_files(folder: Folder) -> None:
     root = folder({f"{i}.png": "hello" for i in range(9)})
     for skip in (False, True):
@@ -178,8 +218,15 @@ def test_decoded_pixels_are_kept_until_a_file_changes(
         patch.setattr(decoding, "decode", lambda *_: 1 / 0)
         again = read_images(root)[0]
     assert again.fingerprint == first.fingerprint and again.mode == "I;16"
+    (old,) = (cache_root() / "decoded").iterdir()
+    used = old.stat().st_mtime
+    os.utime(old, (0, 0))
+    read_images(root)
+    assert old.stat().st_mtime >= used  # it is of use again
+    os.utime(old, (0, 0))
     picture(99, (5, 5), "I;16").save(root / "0.png")
     assert read_images(root)[0].fingerprint != first.fingerprint
+    assert not old.exists()  # nothing has asked for it for a month
     for path in (kept.cache_root() / "decoded").iterdir():
         path.write_bytes(b"damaged")
     assert len(read_images(root)[0]) == 9

@@ -280,7 +280,11 @@ def test_hub(monkeypatch: pytest.MonkeyPatch, folder: Folder) -> None:
 
     def table(count: int) -> object:
         names = [str(root / f"{i}.png") for i in range(count)]
-        columns = {"image": names, "label": [i % 2 for i in range(count)], "text": [f"t{i}" for i in range(count)]}
+        columns = {
+            "image": names,
+            "label": [i % 2 if i != 7 else -1 for i in range(count)],
+            "text": [f"t{i}" for i in range(count)],
+        }
         return datasets.Dataset.from_dict(columns, features=features)
 
     splits = datasets.DatasetDict({"train": table(12), "test": table(4)})
@@ -292,3 +296,4 @@ def test_hub(monkeypatch: pytest.MonkeyPatch, folder: Folder) -> None:
         == read_images(root, label_from=r"(\d)")[0].pixels[np.argsort([str(i) for i in range(12)]).argsort()]
     ).all()
     assert data.captions is not None and data.captions[3] == "t3"
+    assert data.labels is not None and data.labels[6:9].tolist() == [0, UNKNOWN, 0]

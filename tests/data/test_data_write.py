@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data import cache, read_images, sample_sheet, write, write_images
+from sfumato.data import cache, check_swappable, read_images, sample_sheet, write, write_images
 from sfumato.errors import UserError
 
 
@@ -77,6 +77,24 @@ def test_existing_folder(tmp_path: Path) -> None:
     assert (out / "thesis.tex").exists()
     with pytest.raises(UserError, match="is a file"):
         write_images(out / "thesis.tex", levels(2, 1)[0])
+
+
+@pytest.mark.parametrize("name", ["café 猫.png", "caf\udce9.png", "a\u2028b\x85.png"])  # the second is no UTF-8
+def test_any_name_can_be_written_and_read_back(tmp_path: Path, name: str) -> None:
+    write_images(tmp_path / "x", torch.zeros(3, 1, 4, 4), [{"text": name}] * 3)
+    assert read_images(tmp_path / "x")[0].captions == [name] * 3
+    if name.startswith("café"):
+        assert name in (tmp_path / "x" / "metadata.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs a mount")
+def test_what_cannot_be_swapped_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="/proc: something is mounted there"):
+        check_swappable(Path("/proc"))
+    with pytest.raises(UserError, match="/proc/new: cannot be written"):
+        check_swappable(Path("/proc/new"))
+    check_swappable(tmp_path / "new" / "folder")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from sfumato.errors import UserError
 from sfumato.metrics import Samples, cached_network, classifier_extractor, extract, find_inception, reference
+from sfumato.metrics import features as features_module
 from sfumato.metrics.features import INCEPTION_ENV, inception_extractor
 from sfumato.metrics.inception import Inception
 
@@ -75,6 +77,26 @@ def test_a_cached_network_is_trained_once_and_a_foreign_file_is_not_used(tmp_pat
     path.write_bytes(b"damaged")
     assert torch.equal(cached_network(path, Net, train).body.weight, first.body.weight)
     assert trained == [1, 1, 1]
+
+
+def test_a_cache_that_cannot_be_written_loses_nothing(data, tmp_path, monkeypatch):
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise SafetensorError("StorageFull")
+
+    monkeypatch.setattr(features_module, "save_file", full)
+    assert isinstance(cached_network(tmp_path / "net.safetensors", Net, Net), Net)
+    extractor = classifier_extractor(Net)
+    assert reference(data, extractor, tmp_path).moments.count == 1300
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_cache_is_none(data, tmp_path):
+    extractor = classifier_extractor(Net)
+    first = reference(data, extractor, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(reference(data, extractor, tmp_path).moments.mean, first.moments.mean)
 
 
 def test_inception_has_the_published_shape_and_runs():

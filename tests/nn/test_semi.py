@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from sfumato.data import Data, read_images
-from sfumato.nn.classifier import fit_classifier, predict
+from sfumato.nn import semi
+from sfumato.nn.classifier import SYMMETRIES, fit_classifier, predict
 from sfumato.nn.semi import Guesses, disturbed, fit_semi, moved, partly_labelled
-from sfumato.nn.spread import alike, balanced, plain_features, spread
+from sfumato.nn.spread import alike, balanced, plain_features, pooled, spread
 from sfumato.types import UNKNOWN
 
 
@@ -86,6 +87,32 @@ def test_images_without_a_label_help():
     both = fit_semi(part, 10, steps=120, batch=128, width=16)
     assert right(both) > max(0.8, right(alone) + 0.04)
     assert not any(p.requires_grad for p in both.parameters()) and not both.training
+
+
+def test_one_class_and_images_without_a_label_are_told_apart_by_their_symmetries():
+    data, _ = read_images("digits")
+    part = replace(few_of(data.subset(range(100)), 3), label_names=["digit"])
+    assert part.classes == 0
+    assert fit_semi(part, part.classes, steps=2, width=16).head.weight.shape[0] == SYMMETRIES
+
+
+@pytest.mark.parametrize("steps", [0, 1, 29, 30])
+def test_any_number_of_steps_will_do(steps: int):
+    data, _ = read_images("digits")
+    fit_semi(few_of(data.subset(range(60)), 2), 10, steps=steps, batch=8, width=16)
+
+
+def test_images_that_no_step_will_see_are_not_looked_at(monkeypatch: pytest.MonkeyPatch):
+    data, _ = read_images("digits")
+    part, looked = few_of(data, 2), list[int]()
+    real = semi.plain_features
+    monkeypatch.setattr(semi, "plain_features", lambda x: looked.append(len(x)) or real(x))
+    for steps, most in ((2, None), (2, 700), (10**4, None)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(semi._Pupil, "learn", lambda *_: None)
+            fit_semi(part, 10, steps=steps, width=16, most=most)
+    assert looked == [20 + 2 * 192, 20 + 700, len(data)]
+    assert torch.equal(plain_features(pooled(x := torch.rand(9, 3, 40, 30))), plain_features(x))
 
 
 def test_the_same_seed_gives_the_same_network_and_all_labelled_is_the_usual_training():

@@ -160,6 +160,26 @@ def test_without_classes(make_model: Callable[..., Model], parts: tuple[Data, Da
         evaluate(make_model(0), "digits", cas=True)
 
 
+def test_labels_that_are_open_are_left_out(parts: tuple[Data, Data], write: Write, tmp_path: Path):
+    train, held = parts
+    rows = [{"label": int(k)} if i % 3 else {} for i, k in enumerate(train.labels)]
+    source = write_images(tmp_path / "source" / "train", everything(train), rows).parent
+    write_images(
+        source / "test", everything(held), [{"label": int(k)} if i % 2 else {} for i, k in enumerate(held.labels)]
+    )
+    report = evaluate(write(everything(held), held.labels), source, cas=True)
+    assert report["accuracy"] > 0.8 and report["accuracy_floor"] > 0.8 and report["cas_floor"] > 0.5
+
+
+def test_held_out_items_without_labels_have_no_accuracy(parts: tuple[Data, Data], write: Write, tmp_path: Path):
+    train, held = parts
+    arrays = {"x_train": train.pixels[..., 0], "y_train": train.labels, "x_test": held.pixels[..., 0]}
+    np.savez(tmp_path / "source.npz", **arrays)
+    report = evaluate(write(everything(held), held.labels), tmp_path / "source.npz")
+    assert report["fd"] >= 0 and not any(name.startswith("accuracy") for name in report)
+    assert "has no labels" in message(write(everything(held), held.labels, "b"), tmp_path / "source.npz", cas=True)
+
+
 def test_the_judge_is_trained_once(parts: tuple[Data, Data], write: Write, monkeypatch: pytest.MonkeyPatch):
     folder = write(everything(parts[1]))
     first = evaluate(folder, "digits")

@@ -99,7 +99,7 @@ def test_what_is_written(model: Model, tmp_path: Path):
         label_a="3",
         label_b="3",
         out=tmp_path / "out",
-        animation=tmp_path / "films" / "way.gif",
+        animation=str(tmp_path / "films" / "way.gif"),
         batch=2,
         progress=lambda *facts: told.append(facts),
     )

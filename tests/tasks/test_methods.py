@@ -1,6 +1,8 @@
 """Each task is a method of a model as well."""
 
 import inspect
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 import sfumato
 from sfumato.methods import Methods
 from sfumato.model import Model
+from sfumato.tasks.common import source_settings
 
 NAMES = [name for name, _ in inspect.getmembers(Methods, inspect.isfunction) if not name.startswith("_")]
 
@@ -28,6 +31,17 @@ def test_a_method_hands_all_on(name: str, model: Model, monkeypatch: pytest.Monk
 def _task(name: str) -> Any:
     """The function itself, whatever stands in its place."""
     return getattr(__import__(f"sfumato.tasks.{name}", fromlist=[name]), name)
+
+
+def test_a_model_reads_sources_as_its_run_did(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    read = {"data": {"resolution": 24, "label_from": "(a|b)"}}
+    (tmp_path / "run.json").write_text(json.dumps({"plan": read}))
+    monkeypatch.setattr(model, "folder", tmp_path)
+    for known in (model, tmp_path, str(tmp_path)):
+        settings = source_settings(known, ["data.held_out=0.3"], True, labels=True)
+        assert (settings.resolution, settings.label_from, settings.held_out) == (24, "(a|b)", 0.3)
+    monkeypatch.setattr(model, "folder", None)
+    assert source_settings(model, (), False, labels=True).resolution is None
 
 
 def test_every_task_of_given_items_is_one():

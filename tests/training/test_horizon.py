@@ -139,6 +139,15 @@ def test_the_rate_neither_jumps_nor_rises(at: float, factor: float):
     assert max(steps) <= 1e-12 and min(steps) > -0.05
 
 
+def test_closing_lets_the_rate_fall_at_once():
+    horizon = Horizon(1_000)
+    horizon.close(300, 0.4)
+    assert horizon.at(300) == 500 and horizon.level(400, 0.4) == pytest.approx(0.5)
+    falling = Horizon(1_000)
+    falling.close(300, 1.0)  # it falls from the first step on
+    assert falling.at(300) == 1_000
+
+
 def test_no_amendment_goes_beyond_the_most():
     """A machine that turns out three times as fast ends early, and does not go through the items more often."""
     seconds, levels = simulate(Horizon(100, seconds=100.0, most=150), lambda clock: 1 / 3)

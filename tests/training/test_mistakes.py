@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from sfumato import model as model_module
 from sfumato.errors import UserError
 from sfumato.training import fit
+from sfumato.training import run as run_module
 from sfumato.training.loop import Trainer
 from tests.training.common import SMALL, checkpoint, pictures, record, reported_every_step, small_fit, weights
 
@@ -213,7 +214,11 @@ def test_an_existing_run(source: Path, tmp_path: Path):
     refused(2, "--resume.*--overwrite", source, run)
     before = weights(run)
     (run / "notes.txt").write_text("precious")
-    stale = [run / "samples" / "stale.png", run / "checkpoint-features" / "model.safetensors"]
+    stale = [
+        run / "samples" / "stale.png",
+        run / "cache" / "stale.safetensors",
+        run / "checkpoint-features" / "model.safetensors",
+    ]
     for path in stale:
         path.parent.mkdir(exist_ok=True)
         path.write_text("stale")
@@ -223,6 +228,27 @@ def test_an_existing_run(source: Path, tmp_path: Path):
     assert record(run)["seed"] == 1 and len(list(run.glob("events.*"))) == 1
     assert not any(path.exists() for path in stale)
     assert (run / "notes.txt").read_text() == "precious"  # it is not ours to delete
+
+
+def test_an_interrupted_plan_spares_the_run_it_was_to_replace(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    small_fit(source, tmp_path, *PLAIN)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "decide", stop)
+    with pytest.raises(KeyboardInterrupt, match="to be replaced is as it was"):
+        small_fit(source, tmp_path, *PLAIN, overwrite=True)
+    assert record(tmp_path)["done"] == ["codec", "denoiser"]
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        small_fit(source, tmp_path / "new", *PLAIN)
+
+
+def test_several_processes_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(2, "fit runs in one process", source, tmp_path / "run")
 
 
 def test_bad_data_spare_the_run_they_were_to_replace(source: Path, tmp_path: Path):

@@ -54,7 +54,8 @@ def test_guessing_labels_is_measured_on_few_images(monkeypatch: pytest.MonkeyPat
     """Looking at an image takes a millisecond, a step a tenth of a second, comparing two images a nanosecond."""
     clock = SimpleNamespace(now=0.0)
 
-    def network(job: Any, steps: int) -> None:
+    def network(job: Any, steps: int, most: int) -> None:
+        assert most >= len(job.train)
         count = len(job.train)
         clock.now += 0.1 * steps + 1e-3 * count + 3e-9 * count**2
 
@@ -65,9 +66,11 @@ def test_guessing_labels_is_measured_on_few_images(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(planning, "feature_network", network)
     monkeypatch.setattr(planning, "comparing", lambda count: 1e-9 * count**2)  # pyright: ignore[reportUnknownLambdaType]
     monkeypatch.setattr(planning, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    speeds = planning.measure_network(job)[1]
-    assert speeds["features"].seconds == pytest.approx(0.1)
-    assert speeds["beside"].seconds == pytest.approx(20 + 1.2)
+    features = planning.measure_network(job)[1]
+    assert features.step == pytest.approx(0.1)
+    assert features.seconds(200) == pytest.approx(20 + 20 + 1.2)
+    few = (40 + 10 * 192) / 20_000  # ten steps see so many of the images without a label
+    assert features.seconds(10) == pytest.approx(1 + 20 * few + 1.2 * few**2)
 
 
 def test_mnist_gets_4_by_4_by_8():
@@ -276,13 +279,8 @@ def job(seconds_used: float = 0.0, *overrides: str) -> Any:
 def measured(
     monkeypatch: pytest.MonkeyPatch, codec: float = 0.01, denoiser: float = 0.02, features: float = 0.0
 ) -> None:
-    speeds = {
-        "features": Speed(features, 0),
-        "beside": Speed(0.0, 0),
-        "codec": Speed(codec, 1e9),
-        "denoiser": Speed(denoiser, 2e9),
-    }
-    monkeypatch.setattr(planning, "measure_stages", lambda *_: dict(speeds))
+    speeds = {"codec": Speed(codec, 1e9), "denoiser": Speed(denoiser, 2e9)}
+    monkeypatch.setattr(planning, "measure_stages", lambda *_: (planning.Features(features), dict(speeds)))
 
 
 @pytest.mark.parametrize(
@@ -335,6 +333,17 @@ def test_the_clock_does_not_amend_what_the_user_fixed(monkeypatch: pytest.Monkey
     planning.divide_time(shared, 100, 0.5, {})
     assert shared.settings.train.codec.steps == 123
     assert list(shared.record["seconds"]) == ["denoiser"]
+    assert shared.record["seconds"]["denoiser"] == pytest.approx(93 - 123 * 0.01 - 6_000 * 0.01 / 5 / 64, abs=0.1)
+
+
+@pytest.mark.parametrize("fixed", [("codec",), ("denoiser",), ("codec", "denoiser")])
+def test_steps_that_do_not_fit_the_budget_are_refused(monkeypatch: pytest.MonkeyPatch, fixed: tuple[str, ...]):
+    measured(monkeypatch, codec=0.01, denoiser=0.01)
+    with pytest.raises(UserError, match=r"--budget 100s is too small"):
+        planning.divide_time(job(0.0, *(f"train.{stage}.steps=9000" for stage in fixed)), 100, 0.5, {})
+    shared = job(0.0, *(f"train.{stage}.steps=4000" for stage in fixed))
+    planning.divide_time(shared, 100, 0.5, {})
+    assert list(shared.record["seconds"]) == [stage for stage in ("codec", "denoiser") if stage not in fixed]
 
 
 def test_a_budget_too_small_says_which_would_do(monkeypatch: pytest.MonkeyPatch):

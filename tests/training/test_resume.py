@@ -167,6 +167,8 @@ def test_cut_off_at_every_moment_in_turn(variant: str, source: Path, tmp_path: P
     small_fit(source, tmp_path, *overrides, resume=True)
     assert_same_run(tmp_path, reference(*overrides))
     assert_every_step_is_recorded(tmp_path)
+    known = record(tmp_path)
+    assert known["seconds_taken"] >= sum(stage["seconds"] for stage in known["stages"].values()) - 0.1
 
 
 @pytest.mark.slow
@@ -213,6 +215,8 @@ def test_a_checkpoint_cut_short_is_survived(source: Path, tmp_path: Path, refere
     [
         (("train.codec.lr=0.5",), {}, r"its plan has train\.codec\.lr=0\.002, not 0\.5"),
         ((), {"seed": 4}, r"its plan has seed=0, not 4"),
+        ((), {"steps": 30}, r"was begun with --steps 20; leave --steps out"),
+        ((), {"size": "l"}, r"was begun without --size; leave --size out"),
     ],
 )
 def test_settings_that_contradict_the_plan_are_refused_on_resume(

@@ -118,7 +118,8 @@ def test_it_goes_through_a_checkpoint():
 @pytest.mark.parametrize("watch", [True, False])
 def test_in_a_run_of_a_table_it_is_recorded(tmp_path: Path, watch: bool):
     (tmp_path / "t.csv").write_text("size,kind\n" + "".join(f"{1.5 + i % 7},{'ab'[i % 2]}\n" for i in range(40)))
-    small_fit(tmp_path / "t.csv", tmp_path / "run", "train.denoiser.batch=16", f"train.watch={watch}", steps=40)
+    given = ("train.watch=True",) if watch else ()  # the number of steps is the user's: it is not cut short unasked
+    small_fit(tmp_path / "t.csv", tmp_path / "run", "train.denoiser.batch=16", *given, steps=40)
     last = [row for row in rows(tmp_path / "run") if row["stage"] == "denoiser"][-1]
     assert ("held_out" in last) == watch == record(tmp_path / "run")["plan"]["train"]["watch"]
     assert not watch or 0 < last["held_out"] < 10
@@ -128,7 +129,13 @@ def test_in_a_run_of_a_table_it_is_recorded(tmp_path: Path, watch: bool):
 def test_held_out_rows_are_what_batches_hold(tmp_path: Path, bottleneck: str):
     """Their loss is about that of rows that were trained on."""
     (tmp_path / "t.csv").write_text("size,kind\n" + "".join(f"{1.5 + i % 7},{'ab'[i % 2]}\n" for i in range(400)))
-    options = ("train.denoiser.batch=64", f"codec.bottleneck={bottleneck}", "codec.width=16", "codec.latent_dim=4")
+    options = (
+        "train.denoiser.batch=64",
+        "train.watch=True",
+        f"codec.bottleneck={bottleneck}",
+        "codec.width=16",
+        "codec.latent_dim=4",
+    )
     small_fit(tmp_path / "t.csv", tmp_path / "run", *options, steps=60)
     last = [row for row in rows(tmp_path / "run") if row["stage"] == "denoiser"][-1]
     assert last["held_out"] == pytest.approx(last["loss"], rel=0.5)
