@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quality import Failed, call
+from quality import Failed, call, keep, recorded
 
 from sfumato.core import denoiser_calls
 
@@ -42,9 +42,13 @@ def rows(teacher: Path, student: Path) -> list[Row]:
 
 def make_student(options: argparse.Namespace) -> Path:
     """The few-step model: the one that is named, or one distilled here."""
-    student = options.student or options.out / "student"
+    if options.student is not None:
+        return options.student
+    student, record, asked = options.out / "student", options.out / "student.json", {"model": str(options.model)}
+    recorded(record, asked)
     if not (student / "model.json").is_file():
         call(["-m", "sfumato", "distill", str(options.model), "--out", str(student)])
+        keep(record, asked)
     return student
 
 
@@ -58,7 +62,8 @@ def calls_of(made: Facts) -> int:
 def complete(row: Row, options: argparse.Namespace) -> Facts:
     """Everything about a row: what is known already, and what is done now."""
     record = options.out / f"{row.name.replace(' ', '-')}.json"
-    facts: Facts = json.loads(record.read_text()) if record.is_file() else {}
+    asked = {"model": str(row.model), **{key: getattr(options, key) for key in ("source", "seed", "items")}}
+    facts = recorded(record, asked)
     samples = options.out / f"{row.name.replace(' ', '-')}{options.suffix}"
     parts: dict[str, Callable[[], list[str]]] = {
         "generate": lambda: [
@@ -71,10 +76,10 @@ def complete(row: Row, options: argparse.Namespace) -> Facts:
         extra = ["--cas"] if options.cas else []
         parts["judge"] = lambda: [str(options.judge), "images", str(samples), "--reference", options.source, *extra]
     for part, words in parts.items():
-        if not facts.get(part):
+        if not facts.get(part) or (part == "judge" and options.cas and "cas" not in facts[part]):
             print(f"{row.name}: {part}", file=sys.stderr, flush=True)
             facts[part] = json.loads(call(words()).output)
-            record.write_text(json.dumps(facts, indent=1) + "\n")
+            keep(record, facts)
     return facts
 
 

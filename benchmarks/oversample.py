@@ -141,7 +141,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for seed in options.seeds:
             try:
                 make = lambda name=name, seed=seed: measured(name, seed, options)
-                found.append(kept(options.out / f"{name}-{options.budget}-{seed}.json", make))
+                found.append(kept(options.out / f"{name}-{options.budget}-{seed}.json", make, data=str(options.data)))
             except Failed as error:
                 print(f"{name}, seed {seed}: {error}", file=sys.stderr, flush=True)
                 failed = 1

@@ -11,7 +11,8 @@ averaged weights are kept at each of them; of one with two stages, the second st
 anew for each, by its command line, and everything it does is within its minutes, starting up and reading too, while a
 peer's clock counts training steps alone. Everyone draws the same number of samples in its own way: sfumato by its
 defaults, the peers by DDIM with --steps steps. The distance depends on that number, and so does its floor, what real
-held-out images score (in brackets). Peers that know no classes have no accuracy.
+held-out images score (in brackets); samples of entrants that know classes have as many of each, which few held-out
+images have not, so a good model can score less than the floor. Peers that know no classes have no accuracy.
 
 The judge is an outside script, called as: JUDGE images SAMPLES --reference DATA [--cas]; without it, and for data that
 it does not know, `sfumato evaluate` judges. What is done is kept in OUT/NAME.json and not done again; a training that
@@ -222,6 +223,20 @@ def speed_rows(found: dict[Entry, Facts], options: argparse.Namespace) -> list[s
     return rows
 
 
+def check_judges(found: dict[Entry, Facts], options: argparse.Namespace) -> None:
+    """Refuse to draw one picture of what different judges said of one data set: one of them may have failed."""
+    for data in dict.fromkeys(entry.data for entry in found):
+        said = {
+            (facts[f"judge {minutes:g}"]["by"], entry.name): None
+            for entry, facts in found.items()
+            if entry.data == data
+            for minutes in options.minutes
+        }
+        if len({by for by, _ in said}) > 1:
+            names = ", ".join(f"{by} of {name}" for by, name in said)
+            raise Failed(f"{data}: judged by different judges ({names}); remove those records and run again")
+
+
 def plot(found: dict[Entry, Facts], options: argparse.Namespace) -> None:
     """fd.png: the distance against minutes; drawn by the peers' interpreter, whose environment has matplotlib."""
     sets: dict[str, Facts] = {}
@@ -300,8 +315,13 @@ def main(words: Sequence[str] | None = None) -> int:
             failed = 1
     print(f"\n{header(SPEEDS)}", *speed_rows(found, options), sep="\n", flush=True)
     side_by_side(found, options)
-    if found and options.peer_python is not None:
-        plot(found, options)
+    try:
+        check_judges(found, options)
+        if found and options.peer_python is not None:
+            plot(found, options)
+    except Failed as error:
+        print(error, file=sys.stderr, flush=True)
+        failed = 1
     return failed
 
 

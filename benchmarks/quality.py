@@ -174,11 +174,11 @@ def complete(spec: Spec, options: argparse.Namespace) -> Facts:
 
 
 def beside_floor(report: Facts, name: str) -> str:
-    """A figure and, in brackets, what real held-out items score."""
+    """A figure and, in brackets, what real held-out items score; a distance is of as many items as its floor."""
     if name not in report:
         return "–"
-    floor = report.get(f"{name}_floor")
-    return f"{report[name]:.3f}" + ("" if floor is None else f" ({floor:.3f})")
+    floor, value = report.get(f"{name}_floor"), report.get(f"{name}_equal", report[name])
+    return f"{value:.3f}" + ("" if floor is None else f" ({floor:.3f})")
 
 
 def header(judged: bool) -> list[str]:

@@ -3,11 +3,11 @@
     python benchmarks/samplers.py runs/mnist
     python benchmarks/samplers.py runs/mnist --samplers abm2:ends --guidance 1,1.2 --interval 0.1,0.9 --precision bf16
 
-A cell is, for so many calls of the denoiser (each twice as dear where guidance is on): how far the latents are from
-those that the same noise leads to in 100 steps of abm2 in float32 (root mean square; latents have unit variance), and
-the Fréchet distance of the images to the training set, on the features of this project's own classifier. The column ∞
-has the distance of the 100 steps themselves. Distances of 5,000 images differ by about 1 % between seeds, but here all
-share their noise, so smaller differences count.
+A cell is, for so many calls of the denoiser (each twice as dear where guidance is on, and twice again where the model
+has autoguidance): how far the latents are from those that the same noise leads to in 100 steps of abm2 in float32 (root
+mean square; latents have unit variance), and the Fréchet distance of the images to the training set, on the features of
+this project's own classifier. The column ∞ has the distance of the 100 steps themselves. Distances of 5,000 images
+differ by about 1 % between seeds, but here all share their noise, so smaller differences count.
 """
 
 import argparse

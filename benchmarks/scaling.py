@@ -78,18 +78,17 @@ def planned_job(train: Any, held: Any, folder: Path, spec: Spec) -> Any:
 
 
 def probe_step(spec: Spec) -> dict[str, float]:
-    """Seconds and operations of a training step."""
-    from sfumato.training.build import feature_network, uses_features
-    from sfumato.training.measure import measure_step
-    from sfumato.training.planning import stage_copies
+    """Seconds and operations of a training step, averaged over a stage whose terms begin one after the other."""
+    from sfumato.training.build import untrained_features, uses_features
+    from sfumato.training.planning import mean_speed, stage_copies
 
     data = synthetic(max(64, 2 * spec["batch"]), spec["side"], 3)
     spec = spec | {"settings": [*spec["settings"], f"train.{spec['stage']}.batch={spec['batch']}"]}
     job = planned_job(data, data, Path(), spec)
-    network = feature_network(job, steps=0) if uses_features(job.settings) and spec["stage"] == "codec" else None
+    network = untrained_features(job) if uses_features(job.settings) and spec["stage"] == "codec" else None
     copy = stage_copies(job, network)[spec["stage"]]
     kit = {"stage": spec["stage"], "seed": 0, "accelerator": job.accelerator}
-    return measure_step(*copy, seconds=spec["seconds"], least=3, **kit)._asdict()
+    return mean_speed(*copy, seconds=spec["seconds"], least=3, **kit)._asdict()
 
 
 def probe_images(spec: Spec) -> dict[str, float]:

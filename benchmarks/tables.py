@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from quality import Failed, call, keep, print_all
+from quality import Failed, call, keep, print_all, recorded
 from scipy.stats import norm
 
 Facts = dict[str, Any]
@@ -70,11 +70,13 @@ BASELINES: dict[str, Callable[[pd.DataFrame, np.random.Generator], pd.DataFrame]
 }
 
 
-def kept(record: Path, make: Callable[[], Facts]) -> Facts:
-    """What was found out before, else what is found out now."""
+def kept(record: Path, make: Callable[[], Facts], **asked: object) -> Facts:
+    """What was found out before when the same was asked (beside what the record's name says), else now."""
+    facts = recorded(record, asked)
     if not record.is_file():
-        keep(record, make())
-    return json.loads(record.read_text())
+        facts = {**asked, **make()}
+        keep(record, facts)
+    return facts
 
 
 def ask(options: argparse.Namespace, samples: Path, name: str) -> Facts:
@@ -91,7 +93,7 @@ def baseline(name: str, kind: str, options: argparse.Namespace) -> Facts:
     samples = options.out / f"{name}-{kind.replace(' ', '-')}.csv"
     train = pd.read_csv(options.data / name / "train.csv", keep_default_na=False, na_values=[])
     BASELINES[kind](train, np.random.default_rng(0)).to_csv(samples, index=False)
-    return {"judge": ask(options, samples, name)}
+    return {"scores": ask(options, samples, name)}
 
 
 def trained(name: str, codec: str, budget: str, seed: int, options: argparse.Namespace) -> Facts:
@@ -106,12 +108,12 @@ def trained(name: str, codec: str, budget: str, seed: int, options: argparse.Nam
     words = ["-m", "sfumato", "generate", str(run), "-n", str(rows), "--out", str(samples), "--seed", str(seed)]
     drawn = call([*words, "--overwrite", "--sheet", str(run.with_suffix(".png"))])
     judged = ask(options, samples, name)
-    return {"fit": fit.seconds, "gib": round(fit.gib, 2), "generate": drawn.seconds, "judge": judged}
+    return {"fit": fit.seconds, "gib": round(fit.gib, 2), "generate": drawn.seconds, "scores": judged}
 
 
 def table_row(name: str, what: Sequence[object], facts: Facts) -> str:
     """The line of one set of samples: each figure with, in brackets, its floor."""
-    judged, cells = facts["judge"], [name, *what, facts.get("fit", "–"), facts.get("generate", "–")]
+    judged, cells = facts["scores"], [name, *what, facts.get("fit", "–"), facts.get("generate", "–")]
     for measure, beside in MEASURES.items():
         value, floor = judged.get(measure), judged.get(beside)
         shown = "–" if value is None else f"{value:.3f}"
@@ -142,6 +144,8 @@ def main(words: Sequence[str] | None = None) -> int:
     head = ["table", "samples", "budget", "seed", "fit s", "generate s", *MEASURES]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
 
+    asked: Facts = {"set": options.set, "data": str(options.data), "judge": options.judge.name}
+
     def jobs() -> Iterator[tuple[str, Callable[[], Sequence[str]]]]:
         for name in options.names:
             made: dict[tuple[object, ...], Callable[[], Facts]] = {
@@ -152,7 +156,7 @@ def main(words: Sequence[str] | None = None) -> int:
             for what, make in made.items():
                 words = "-".join([name, *map(str, what)])
                 record = options.out / f"{words.replace(' ', '-')}.json"
-                yield words, lambda n=name, w=what, r=record, m=make: [table_row(n, w, kept(r, m))]
+                yield words, lambda n=name, w=what, r=record, m=make: [table_row(n, w, kept(r, m, **asked))]
 
     return print_all(jobs())
 

@@ -60,6 +60,12 @@ def test_a_row_a_way_of_sampling(bench: ModuleType, calls: list[list[str]], tmp_
     bench.main([*words, "--judge", "judge.py"])  # only what is new
     assert [call[:2] for call in calls[17:]] == [["judge.py", "images"]] * 8
     assert "judge: fd" in capsys.readouterr().out
+    bench.main([*words, "--judge", "judge.py", "--cas"])
+    assert [call[-1] for call in calls[25:]] == ["--cas"] * 8
+    for other in (["runs/n", "mnist"], ["runs/m", "fashion-mnist"], ["runs/m", "mnist", "--seed", "1"]):
+        assert bench.main([*other, "--out", str(tmp_path / "out")]) == 1
+        assert "is of other" in capsys.readouterr().err
+    assert len(calls) == 33
 
 
 def test_a_failure_is_told(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):

@@ -163,6 +163,15 @@ def test_what_the_judge_does_not_know_sfumato_judges(
     assert "sfumato judges" in err and out.count("| sfumato evaluate |") == 2
 
 
+def test_what_several_judges_said_is_not_drawn_together(
+    peers: ModuleType, machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    machine.broken = ["j.py images " + str(tmp_path / "digits-ddpm")]
+    assert peers.main(command(tmp_path, "sfumato,ddpm-pytorch", "--judge", "j.py")) == 1
+    assert "digits: judged by different judges (j.py of digits-sfumato-0, sfumato" in capsys.readouterr().err
+    assert not (tmp_path / "fd.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [(["--only", "sfumato,nobody", "--peer-python", PYTHON], "nobody"), (["--only", "ddpm-pytorch"], "--peer-python")],

@@ -66,5 +66,8 @@ def test_a_run_is_trained_with_the_categories_of_its_schema_and_kept(
     fit, generate = seen
     assert fit[fit.index("--categorical") + 1] == "kind" and fit[fit.index("--budget") + 1] == "1m"
     assert generate[generate.index("-n") + 1] == "50"
-    lines = capsys.readouterr().out.splitlines()
+    assert tables.main([*words, "--set", "codec.width=64"]) == 1  # another run's figures are not its own
+    out, err = capsys.readouterr()
+    assert "is of other --set" in err
+    lines = out.splitlines()[:12]
     assert lines[:6] == lines[6:] and "| magic | identity | 1m | 0 | 12.5 | 12.5 | 0.700 | 0.800 (0.900) |" in lines[5]

@@ -16,12 +16,17 @@ LITTLE_NOISE = -4.0  # log variance of a posterior before training
 LOOKED_AT = 3_000_000  # numbers of images that the linear start is computed from
 
 
+def _norm(width: int) -> nn.GroupNorm:
+    """Groups of 16 channels, or of somewhat more where 16 do not go evenly into the width."""
+    return nn.GroupNorm(next(n for n in range(max(1, width // 16), 0, -1) if width % n == 0), width)
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))); the last convolution starts at zero (Zhang et al. 2019, Fixup)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(max(1, width // 16), width)
+        self.norm = _norm(width)
         self.conv_in = nn.Conv2d(width, width, 3, padding=1)
         self.conv_out = nn.Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
@@ -55,7 +60,7 @@ class Encoder(nn.Module):
                 layers += [nn.PixelUnshuffle(2), nn.Conv2d(widths[i - 1] * 4, width, 1)]
             layers += [ResBlock(width) for _ in range(depth)]
         self.body = nn.Sequential(*layers)
-        self.norm = nn.GroupNorm(max(1, widths[-1] // 16), widths[-1])
+        self.norm = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], out, 1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
@@ -83,7 +88,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.size, self.last = size, max(1, stem // 2)
         self.patch = nn.ConvTranspose2d(inp, channels, downsample, downsample)
-        widths = widths[::-1] + ([widths[0] // 2] if stem > 1 else [])
+        widths = widths[::-1] + ([max(1, widths[0] // 2)] if stem > 1 else [])
         self.conv_in = nn.Conv2d(inp, widths[0], 3, padding=1)
         layers: list[nn.Module] = []
         for i, width in enumerate(widths):
@@ -91,7 +96,7 @@ class Decoder(nn.Module):
                 layers += [nn.Conv2d(widths[i - 1], width * 4, 1), nn.PixelShuffle(2)]
             layers += [ResBlock(width) for _ in range(depth if i < len(widths) - 1 or stem == 1 else 1)]
         self.body = nn.Sequential(*layers)
-        self.norm = nn.GroupNorm(max(1, widths[-1] // 16), widths[-1])
+        self.norm = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], channels * self.last**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
@@ -119,7 +124,9 @@ def start_linear(encode: nn.Conv2d, decode: nn.ConvTranspose2d, x: Tensor, most:
     colour = x.mean((0, 2, 3))  # (C,)
     patches = F.unfold(x - colour[:, None, None], f, stride=f).transpose(1, 2).flatten(0, 1)  # (N P, C f f)
     patches = patches[:: max(1, len(patches) // most)]
-    _, values, vectors = torch.svd_lowrank(patches, min(2 * count + 16, *patches.shape), niter=4)
+    with torch.random.fork_rng(devices=[]):  # the same directions whatever was drawn before
+        torch.manual_seed(0)
+        _, values, vectors = torch.svd_lowrank(patches, min(2 * count + 16, *patches.shape), niter=4)
     known = min(count, int((values > 1e-3 * values[0]).sum()))  # flat or tiny patches have no more directions
     spread, vectors = values[:known] / len(patches) ** 0.5, vectors[:, :known]
     to_code, to_patch = ((vectors * s).T.reshape(known, x.shape[1], f, f) for s in (1 / spread, spread))

@@ -184,7 +184,7 @@ class PatchDiscriminator(nn.Module):
     """Judges overlapping patches: x (B, C, H, W), H and W at least 8 and of any parity -> logits (B, 1, h, w).
 
     A space-to-depth stem, then strided convolutions that double the width; each halves the map, rounding up. GroupNorm,
-    so that any batch size will do. One logit sees 2 * 3, 14, 30, 62, ... + pixels for depth 0, 1, 2, 3, ... each way.
+    so that any batch size will do. One logit sees 10, 20, 40, 80, ... pixels each way for depth 0, 1, 2, 3, ...
 
     Args:
         in_channels: C.
@@ -240,35 +240,6 @@ def hinge_d(real: Tensor, fake: Tensor) -> Tensor:
 def hinge_g(fake: Tensor) -> Tensor:
     """The codec's adversarial loss, -D(x_hat), of each item: logits (B, 1, h, w) -> (B,)."""
     return -fake.float().flatten(1).mean(1)
-
-
-class LeCam(nn.Module):
-    r"""Holds the discriminator's logits near their own moving averages; for little data.
-
-    $E[(D(x) - \alpha_F)^2] + E[(D(\hat x) - \alpha_R)^2]$ with $\alpha_R, \alpha_F$ the averages on data and on
-    reconstructions, kept in buffers.
-
-    Args:
-        decay: Of the averages.
-
-    References:
-        Tseng et al. 2021, https://arxiv.org/abs/2104.03310, eq. 5
-    """
-
-    means: Tensor
-
-    def __init__(self, decay: float = 0.99) -> None:
-        super().__init__()
-        self.decay = decay
-        self.register_buffer("means", torch.zeros(2))
-
-    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Logits (B, 1, h, w) of data and of reconstructions -> (B,); in training the averages move on first."""
-        real, fake = real.float(), fake.float()
-        if self.training:
-            self.means.lerp_(torch.stack((real.detach().mean(), fake.detach().mean())), 1 - self.decay)
-        mean_real, mean_fake = self.means.clone()
-        return ((real - mean_fake).square() + (fake - mean_real).square()).flatten(1).mean(1)
 
 
 def adaptive_weight(rec_loss: Tensor, adv_loss: Tensor, last_layer: Tensor, maximum: float = 100.0) -> Tensor:

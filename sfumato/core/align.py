@@ -175,17 +175,23 @@ def align(
 def _better(
     denoise: Denoise, schedule: Schedule, found: Crossing, start: Crossing, z: Tensor, generator: Generator
 ) -> bool:
-    """Whether what a crossing makes of items z is likelier than what another does, by two standard errors."""
-    gains = list[Tensor]()
+    """Whether what a crossing makes of items z is likelier than what another does, by two standard errors.
+
+    An item may be drawn several times, and counts once.
+    """
+    gains, drawn = list[Tensor](), list[Tensor]()
     for _ in range(LOOKS):
-        x = z[torch.randint(len(z), (BATCH,), generator=generator)]
+        drawn.append(torch.randint(len(z), (BATCH,), generator=generator))
+        x = z[drawn[-1]]
         begun, errors = generator.get_state(), list[Tensor]()
         for way in (start, found):
             generator.set_state(begun)  # the same noise for both
             errors.append(_errors(denoise, schedule, way(x), generator))
         gains.append(errors[0] - errors[1])
-    gain = torch.cat(gains)
-    return bool(gain.mean() > 2 * gain.std() / math.sqrt(len(gain)))
+    which = torch.cat(drawn)
+    counts = torch.bincount(which, minlength=len(z))
+    gain = torch.bincount(which, torch.cat(gains).double().cpu(), len(z))[counts > 0] / counts[counts > 0]
+    return len(gain) > 1 and bool(gain.mean() > 2 * gain.std() / math.sqrt(len(gain)))
 
 
 def _errors(denoise: Denoise, schedule: Schedule, z: Tensor, generator: Generator) -> Tensor:
@@ -198,7 +204,7 @@ def _errors(denoise: Denoise, schedule: Schedule, z: Tensor, generator: Generato
 
 
 def _missed(denoise: Denoise, schedule: Schedule, z: Tensor, share: Tensor, noise: Tensor) -> Tensor:
-    """The squared error of a given noise at a share (B,) of the way from the lowest log-SNR to the highest one."""
+    """The squared error of a given noise at a share (B,) of the way from the highest log-SNR to the lowest one."""
     low, high = (-2 * math.log(share / (1 - share)) for share in SHARES)
     logsnr = low + (high - low) * share
     t = schedule.inverse(logsnr)

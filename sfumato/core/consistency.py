@@ -105,7 +105,7 @@ def shaken(grid: Tensor, shift: Tensor) -> Tensor:
 def fly(denoise: Denoise, schedule: Schedule, z: Tensor, grid: Tensor) -> Trajectories:
     """Follow the flow from z (N, ...) along falling times (K + 1, N), by UniPC: one call of the denoiser a step.
 
-    Its predictions are stored as corrected by the call after them.
+    Its states are stored as corrected by the call after them, all but the last one but one.
     """
     step, state = SAMPLERS["unipc"], None
     states: list[Tensor] = []

@@ -69,10 +69,6 @@ class Schedule(ABC):
         """The time derivative of sigma."""
         return _derivative(self.sigma, t)
 
-    def dlogsnr(self, t: Tensor | float) -> Tensor:
-        """The time derivative of the log signal-to-noise ratio (0 where that is clipped)."""
-        return _derivative(self.logsnr, t)
-
     def settings(self) -> dict[str, object]:
         """What `make_schedule(**settings)` needs to build it again; fit for JSON."""
         name = next(name for name, kind in SCHEDULES.items() if kind is type(self))

@@ -1,7 +1,6 @@
 """A small image classifier: trained in half a minute, it judges samples and lends its features to a perceptual loss."""
 
 import copy
-import time
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -240,25 +239,6 @@ def fit_classifier(
     net = fresh(lessons.shape, lessons.classes, width, seed, lessons.device)
     _train(net, lessons, steps, rate, bf16)
     return net.eval().requires_grad_(False)
-
-
-def steps_within(
-    seconds: float,
-    data: Images,
-    classes: int = 0,
-    *,
-    batch: int = 128,
-    width: int = 24,
-    device: str | torch.device = "cpu",
-    bf16: bool = False,
-) -> int:
-    """How many steps of `fit_classifier` fit into so many seconds, by timing eight on a copy that is thrown away."""
-    lessons = _Lessons(data, classes, batch, 0, torch.device(device))
-    net = fresh(lessons.shape, lessons.classes, width, 0, lessons.device)
-    _train(net, lessons, 3, 1e-3, bf16)
-    start = time.perf_counter()
-    _train(net, lessons, 8, 1e-3, bf16)
-    return max(1, int(8 * seconds / (time.perf_counter() - start)))
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from sfumato.codecs.bottleneck import make_bottleneck
 from sfumato.codecs.losses import (
     VGG16,
     AdversarialGate,
-    LeCam,
     PatchDiscriminator,
     Perceptual,
     adaptive_weight,
@@ -87,10 +86,6 @@ def discriminator_loss(net: Toy, x: Tensor) -> Tensor:
     return hinge_d(net.discriminator(x), net.discriminator(net(x)[0].detach()))
 
 
-def lecam_loss(net: Toy, x: Tensor) -> Tensor:
-    return LeCam()(net.discriminator(x), net.discriminator(net(x)[0].detach()))
-
-
 TERMS: dict[str, tuple[Callable[[Toy, Tensor], Tensor], set[str]]] = {
     "l1": (lambda net, x: reconstruction(net(x)[0], x, "l1"), {"encoder", "decoder"}),
     "l2": (lambda net, x: reconstruction(net(x)[0], x, "l2"), {"encoder", "decoder"}),
@@ -98,7 +93,6 @@ TERMS: dict[str, tuple[Callable[[Toy, Tensor], Tensor], set[str]]] = {
     "perceptual": (lambda net, x: net.perceptual(net(x)[0], x), {"encoder", "decoder"}),
     "adversarial": (adversarial_loss, {"encoder", "decoder"}),
     "discriminator": (discriminator_loss, {"discriminator"}),
-    "lecam": (lecam_loss, {"discriminator"}),
 }
 
 
@@ -285,15 +279,6 @@ def test_hinge_against_hand_computed_values() -> None:
     assert real.grad is not None and real.grad.flatten().tolist() == [0.0, -0.5]
     assert fake.grad is not None and fake.grad.flatten().tolist() == [0.0, 0.5]
     torch.testing.assert_close(hinge_g(fake), torch.tensor([2.0, -0.5]))
-
-
-def test_lecam_pulls_towards_the_other_average() -> None:
-    penalty = LeCam(decay=0.5)
-    real, fake = torch.full((3, 1, 2, 2), 4.0), torch.full((3, 1, 2, 2), -2.0)
-    torch.testing.assert_close(penalty(real, fake), torch.full((3,), (4.0 + 1) ** 2 + (-2.0 - 2) ** 2))
-    assert penalty.means.tolist() == [2.0, -1.0]
-    penalty.eval()(real, fake)
-    assert penalty.means.tolist() == [2.0, -1.0]
 
 
 # balance

@@ -1,13 +1,14 @@
 """Crossing from one class to another: moments are carried over, and what corresponds is found."""
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 from sfumato.core import Crossing, align, class_evidence, make_schedule, measure_spread, shortest
-from sfumato.core.align import SHARES, _errors
+from sfumato.core.align import SHARES, _better, _errors
 
 SIZE = 3
 
@@ -97,6 +98,19 @@ def test_a_turn_that_fits_a_few_items_by_chance_is_not_taken():
     start = shortest(measure_spread(items(0, count=600)), measure_spread(items(1, count=600)))
     found = align(denoise, schedule, start, z, 100, torch.Generator().manual_seed(0))
     assert torch.equal(found.turn, start.turn)
+
+
+def test_an_item_that_is_drawn_again_is_no_further_evidence(monkeypatch: pytest.MonkeyPatch):
+    """Of ten items, eight happen to gain: by as much as a coin could bring about."""
+    gains = torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 1, -2.5, -2.5], dtype=torch.float64)
+    z = torch.arange(10.0)[:, None]
+    of = lambda by: lambda denoise, schedule, z, generator: gains[z[:, 0].round().long()] if by(z) else 0 * z[:, 0]
+    start, found = (lambda x: x + 0.2), (lambda x: x)
+    monkeypatch.setattr(sys.modules["sfumato.core.align"], "_errors", of(lambda z: bool((z != z.round()).all())))
+    better = lambda: _better(None, None, found, start, z, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    assert not better()
+    gains += 1.5
+    assert better()
 
 
 def test_errors_are_of_the_noise_evenly_over_log_snr():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.nn.classifier import SYMMETRIES, Classifier, dihedral, fit_classifier, predict, steps_within
+from sfumato.nn.classifier import SYMMETRIES, Classifier, dihedral, fit_classifier, predict
 from sfumato.types import Batch
 
 
@@ -101,9 +101,3 @@ def test_tiny_and_oblong_sets_train():
     data.x = torch.randn(2, 1, 8, 16)
     assert fit_classifier(data, steps=2, batch=4, width=8).classes == SYMMETRIES
     assert fit_classifier(Ramps(3), 1, steps=1, batch=4, width=8).classes == SYMMETRIES  # one class teaches nothing
-
-
-def test_steps_within_grows_with_the_time():
-    data = Ramps(64)
-    few, many = (steps_within(s, data, 2, batch=8, width=8) for s in (0.01, 30))
-    assert 1 <= few < many

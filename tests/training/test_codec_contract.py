@@ -241,3 +241,19 @@ def test_a_vector_latent_starts_at_random():
     before = {name: value.clone() for name, value in codec.state_dict().items()}
     codec.prepare(images(20, (1, 28, 28)))
     assert all(torch.equal(before[name], value) for name, value in codec.state_dict().items())
+
+
+@pytest.mark.parametrize("width", [1, 50, 100, 112, 176])
+def test_any_width_will_do(width: int):
+    codec = ImageCodec((1, 16, 16), bottleneck="none", downsample=8, channels=4, width=width)
+    assert codec.decode(codec.encode(torch.zeros(2, 1, 16, 16))).shape == (2, 1, 16, 16)
+
+
+def test_the_linear_start_depends_on_the_images_alone():
+    x, states = images(40, (1, 16, 16)), list[Tensor]()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        codec = ImageCodec((1, 16, 16), bottleneck="none", downsample=8, channels=4, width=16)
+        codec.prepare(x)
+        states.append(codec.encoder.patch.weight.clone())
+    assert torch.equal(*states)

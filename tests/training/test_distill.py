@@ -255,7 +255,7 @@ def test_the_folder_is_a_model(teacher: Path, student: Path):
 def test_what_is_returned_is_what_is_written(teacher: Path, tmp_path: Path):
     model = sfumato.distill(load(teacher, "cpu"), out=tmp_path / "x", steps=2)
     assert torch.equal(model.sample(range(3)), load(tmp_path / "x", "cpu").sample(range(3)))
-    assert record(tmp_path / "x")["distilled"]["teacher"] is None
+    assert record(tmp_path / "x")["distilled"]["teacher"] == str(teacher) and model.folder == tmp_path / "x"
 
 
 def test_the_same_seed_gives_the_same_weights(teacher: Path, student: Path, tmp_path: Path):
