@@ -26,13 +26,18 @@ def pooled(x: Tensor) -> Tensor:
 
 
 def plain_features(x: Tensor) -> Tensor:
-    """What untrained eyes see in images (N, C, H, W): their pixels, and directions of their gradients: (N, C·h·w + …).
+    """What untrained eyes see in images (N, C, H, W): their pixels and the directions of their gradients: (N, D)."""
+    x = pooled(x)
+    directions = torch.cat([gradients(part) for part in x.split(COMPARED)])
+    return torch.cat([shortened(x.flatten(1)), shortened(directions)], 1)
+
+
+def gradients(x: Tensor) -> Tensor:
+    """How long gradients are in each direction and cell of images (N, C, H, W): (N, D).
 
     References:
         Dalal and Triggs 2005, Histograms of Oriented Gradients for Human Detection.
     """
-    x = pooled(x)
-    size = (x.shape[-2], x.shape[-1])
     grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")[:, 0]
     right, down = (
         grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2],
@@ -43,10 +48,10 @@ def plain_features(x: Tensor) -> Tensor:
     centres = torch.arange(ANGLES)[:, None, None]
     apart = (angle[:, None] - centres).abs()
     share = (1 - torch.minimum(apart, ANGLES - apart)).clamp(min=0)  # each falls to the two directions next to it
+    size = x.shape[-2:]
     cells = [max(1, side // CELLS) for side in size]
     counted = F.avg_pool2d(share * length[:, None], [min(2 * c, s) for c, s in zip(cells, size, strict=True)], cells)
-    counted = counted / (counted.norm(dim=1, keepdim=True) + 0.05)
-    return torch.cat([shortened(x.flatten(1)), shortened(counted.flatten(1))], 1)
+    return (counted / (counted.norm(dim=1, keepdim=True) + 0.05)).flatten(1)
 
 
 def shortened(x: Tensor, numbers: int = NUMBERS, most: int = 8_000) -> Tensor:
