@@ -17,20 +17,22 @@ SHARE_MIN = 1e-6  # likewise the share of a level
 
 
 @cache
-def places(widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The group of each position (D,), and its place among groups laid out in equal width (D,)."""
-    widest = max(widths)
-    group = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
-    within = torch.cat([torch.arange(width) for width in widths])
-    return group, group * widest + within
+def groups(widths: tuple[int, ...]) -> Tensor:
+    """The group of each position (D,)."""
+    return torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
 
 
 def log_softmax(logits: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """Log softmax within each group of logits (B, D)."""
-    group, place = (index.to(logits.device) for index in places(widths))
-    even = logits.new_full((len(logits), len(widths) * max(widths)), -torch.inf).index_copy(1, place, logits)
-    total = even.view(len(logits), len(widths), -1).logsumexp(2)  # (B, groups)
-    return logits - total.index_select(1, group)
+    """Log softmax within each group of logits (B, D).
+
+    Nothing is laid out in equal widths: one wide group among many narrow ones would make that many times as large.
+    """
+    group, known = groups(widths).to(logits.device), logits.detach()
+    lowest = known.new_full((len(logits), len(widths)), -torch.inf)
+    most = lowest.scatter_reduce(1, group.expand_as(known), known, "amax")  # (B, groups)
+    logits = logits - most.index_select(1, group)
+    total = torch.zeros_like(most).index_add(1, group, logits.exp())
+    return logits - total.log().index_select(1, group)
 
 
 def log_chances(corners: Corners, f: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

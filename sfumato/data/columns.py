@@ -29,7 +29,7 @@ OTHER_MARKERS = (*MARKERS, "none")  # in columns of other things than texts, whe
 FEW_VALUES, REPEATED = 20, 20  # so many numbers, each in so many rows on average, are levels like those of a category
 # a number in so many rows, and so many times as many as those next to it, is a level too; at most so many of them
 SPIKE_ROWS, STANDS_OUT, BESIDE, MOST_SPIKES = 25, 4, 5, 40
-ZONE = re.compile(r"(Z|[+-]\d\d:?\d\d)$")  # at the end of a time, or of the format of times that share it
+ZONE = re.compile(r"(Z|[+-]\d\d(?::?\d\d)?)$")  # at the end of a time, or of the format of times that share it
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ class Column:
         value: The text of a constant; None where every cell is missing.
         dtype: Arrow type in a Parquet source; None in a text file.
         point: Whether whole numbers are written with a point ("3.0").
-        digits: How many digits follow the point of each number; None where they differ.
+        digits: How many digits follow the point of each number, or of the seconds of each time; None where they differ.
         decimal: The decimal mark of its numbers, where it is not that of the table.
         thousands: What stands between groups of three digits.
         affix: What stands around each number, as a str.format: "${}", "{} kg".
+        bare: Whether days, months and hours have no leading zero.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Column:
     decimal: str | None = None
     thousands: str = ""
     affix: str = "{}"
+    bare: bool = False
 
     @property
     def modelled(self) -> bool:
@@ -128,6 +130,12 @@ def blanks(cells: pa.Array, markers: Sequence[str] = OTHER_MARKERS) -> pa.Boolea
     return pc.or_(pc.is_null(cells), marked)
 
 
+def strict(text: str) -> str:
+    """A time as strptime takes it: six digits of a second at most, and an offset with its minutes."""
+    text = re.sub(r"(\.\d{6})\d+", r"\1", text)
+    return text + ":00" if re.search(r"(^|:\d\d|\.\d+)[+-]\d\d$", text) else text
+
+
 def seconds(texts: Sequence[str], layout: str) -> Values:
     """Seconds since 1970 of dates in one strptime format; NaN where a text is not such a date.
 
@@ -135,7 +143,7 @@ def seconds(texts: Sequence[str], layout: str) -> Values:
     """
     shared = ZONE.search(layout)
     if shared and shared[0] != "Z":
-        ahead = datetime.strptime(shared[0], "%z").utcoffset() or timedelta()
+        ahead = datetime.strptime(strict(shared[0]), "%z").utcoffset() or timedelta()
         return seconds(texts, ZONE.sub("%z", layout)) + ahead.total_seconds()
     stamps = pd.to_datetime(
         pd.Series(texts, dtype=object).str.strip(), format=layout, errors="coerce", utc="%z" in layout
@@ -149,9 +157,17 @@ def _stamps(values: Values) -> pd.Series:
     return pd.Series(np.rint(values * 1e6).astype(np.int64).view("datetime64[us]"))
 
 
-def date_texts(values: Values, layout: str) -> list[str]:
-    """Seconds since 1970, none missing, as texts in one strptime format."""
-    return _stamps(values).dt.strftime(layout.replace("%z", "+00:00")).tolist()
+def date_texts(values: Values, layout: str, digits: int | None = None, bare: bool = False) -> list[str]:
+    """Seconds since 1970, none missing, as texts in one strptime format; `digits` and `bare` as in `Column`."""
+    layout = layout.replace("%z", "+00:00")
+    if bare:
+        layout = re.sub("(%[dmHI])", "\0\\1", layout)
+    written = _stamps(values).dt.strftime(layout).tolist()
+    if digits is not None:
+        written = [
+            re.sub(r"(?<=\.)\d{6}", lambda match: match[0].ljust(digits, "0")[:digits], text) for text in written
+        ]
+    return [re.sub("\0" + "0?", "", text) for text in written] if bare else written
 
 
 def encode(column: Column, cells: pa.Array, decimal: str = ".") -> Values:
@@ -243,7 +259,7 @@ def texts(column: Column, values: Values, decimal: str = ".", start: int = 0) ->
     if column.levels:
         written = [column.levels[code] for code in _codes(column, filled)]
     elif column.kind == "date":
-        written = date_texts(snap(column, filled), column.format or "%Y-%m-%d")
+        written = date_texts(snap(column, filled), column.format or "%Y-%m-%d", column.digits, column.bare)
     else:
         spelling, snapped = column.spelling(decimal), snap(column, filled).tolist()
         written = [number_text(value, spelling, column.point, column.digits) for value in snapped]

@@ -32,6 +32,7 @@ DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 HEAD = 2**18  # bytes that are looked at before reading
 BLOCK = 2**23  # bytes of text held at a time
 ROWS = 2**16  # rows of Parquet held at a time
+YEARS = 1800, 2200  # names of columns that may be
 
 
 @dataclass(frozen=True)
@@ -139,18 +140,28 @@ def _check_header(names: list[str], rows: list[list[str]], path: Path) -> None:
     """Raise when the first line holds data rather than names."""
     named = [name for name in names if name.strip()]
     numeric = [name for name in named if re.match(NUMBER, name.strip())]
+    if _counted(numeric):
+        named, numeric = [name for name in named if name not in numeric], []
     cells = zip(*(row for row in rows if len(row) == len(names)), strict=True)
-    repeated = [name for name, column in zip(names, cells, strict=False) if name.strip() and name in column]
+    repeated = [name for name, column in zip(names, cells, strict=False) if name in named and name in column]
     # a name that is also a cell below it, twice or beside a number: that line is data too
-    if len(numeric) == len(named) or (numeric and repeated) or len(repeated) > 1:
+    if (named and len(numeric) == len(named)) or (numeric and repeated) or len(repeated) > 1:
         found = ",".join(names)
         raise UserError(f"{path}: has no header (line 1 is {found[:60]!r}); write the columns' names there", code=1)
 
 
+def _counted(names: list[str]) -> bool:
+    """Whether names are whole numbers that run on by one, from 0 or 1, or years: the columns were counted."""
+    numbers = [int(name) for name in names if re.fullmatch(r" *\d{1,6} *", name)]
+    runs = len(numbers) == len(names) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    return runs and (numbers[0] in (0, 1) or YEARS[0] <= numbers[0] <= numbers[-1] <= YEARS[1])
+
+
 def _decimal(rows: list[list[str]], delimiter: str) -> str:
-    """The decimal mark: a comma where the delimiter is another and no number has a point."""
+    """The decimal mark: a comma where the delimiter is another and no number has a point, but between thousands."""
     cells = [cell.strip() for row in rows for cell in row]
-    comma, point = (any(re.fullmatch(rf"[+-]?\d*{mark}\d+", cell) for cell in cells) for mark in (",", r"\."))
+    plain = [cell for cell in cells if not re.fullmatch(r"[+-]?\d{1,3}(\.\d{3})+", cell)]  # maybe between thousands
+    comma, point = (any(re.fullmatch(rf"[+-]?\d*{mark}\d+", cell) for cell in plain) for mark in (",", r"\."))
     return "," if delimiter != "," and comma and not point else "."
 
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -69,7 +70,7 @@ def write_table(
         path: A .csv, .tsv (also .gz) or .parquet.
         columns: All columns of the source.
         values: The modelled ones (N, D), NaN where missing.
-        dialect: Of a text file; default commas, tabs for .tsv.
+        dialect: Of a text file; default commas. A .tsv has tabs in any case, and a .csv has none.
         overwrite: Whether a file may be replaced.
 
     Raises:
@@ -79,13 +80,17 @@ def write_table(
     check_table_target(path, overwrite)
     if np.isinf(values).any():
         raise UserError(f"{path}: the table holds infinite numbers: nothing written", code=1)
-    tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
+    dialect = dialect or Dialect()
+    if path.name.lower().removesuffix(".gz").endswith(".tsv"):
+        dialect = replace(dialect, delimiter="\t")
+    elif dialect.delimiter == "\t":
+        dialect = Dialect(";" if dialect.decimal == "," else ",", dialect.decimal)
     with written(path) as draft:
         if is_parquet(path):
             _write_parquet(draft, columns, values)
         else:
             with text_writer(draft, path) as text:
-                _write_lines(text, columns, values, dialect or Dialect("\t" if tabs else ","))
+                _write_lines(text, columns, values, dialect)
     return path
 
 

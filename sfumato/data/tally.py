@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from .columns import MARKERS, ZONE, Column, Values, blanks, date_texts, seconds
+from .columns import MARKERS, ZONE, Column, Values, blanks, date_texts, seconds, strict
 from .late import Late
 from .spelling import INTEGER, LIKE_NUMBER, NUMBER, PADDED, Spelling, number_text, numbers, pc, spellings
 
@@ -43,6 +43,7 @@ else:
 MOST_LEVELS = 10_000
 FEW_INTEGERS = 10  # so many whole numbers, each in so many rows on average, are taken for classes
 MOST_DECIMALS = 9
+LOOKED_AT = 200  # texts that may be dates but for some
 LONGEST_ID = 64  # letters
 PAIRS = (("false", "true"), ("no", "yes"), ("f", "t"), ("n", "y"), ("off", "on"), ("0", "1"), ("0.0", "1.0"))
 ID_NAME = re.compile(
@@ -51,6 +52,7 @@ ID_NAME = re.compile(
 )
 STEPS = (86400.0, 3600.0, 60.0, 1.0, 1e-3, 1e-6)
 MINUTES = 2  # their place in it
+BARE = re.compile(r"^\d[/.\-: ]|[/.-]\d[/.-]|[/-]\d(?: |$|T)| \d[:,]")  # a day, month or hour without a leading zero
 _CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p")
 FORMATS = (
     *(f"%Y-%m-%d{t}{zone}" for t in _CLOCKS for zone in ("", " UTC")),
@@ -87,6 +89,7 @@ class Tally:
         self.numeric, self.alike, self.odd = 0, 0, ""  # cells that are numbers, look like some; the first that does not
         self.formats, self.step = list(FORMATS), 0
         self.zones = set[str]()  # offsets of times
+        self.bare, self.undated = False, ""  # whether days and so on have no leading zero; a text that is no date
         self.layout: str | None = None  # of dates in Parquet
         self.longest, self.spaces, self.sample = 0, 0, list[str]()
 
@@ -198,11 +201,14 @@ class Tally:
         """The texts as numbers, in a spelling that all until now have; None if there is none."""
         found = self.spellings
         if found == [self.plain]:
-            with suppress(pa.ArrowInvalid):
-                return numbers(trimmed, self.plain).to_numpy(zero_copy_only=False)
-            self.spelt = trimmed[0].as_py()
+            if self.plain.decimal == "." or self.plain.fits(trimmed):  # 1.234 is no 1,234
+                with suppress(pa.ArrowInvalid):
+                    return numbers(trimmed, self.plain).to_numpy(zero_copy_only=False)
+            other = trimmed.filter(pc.invert(pc.match_substring_regex(trimmed, self.plain.pattern)))
+            self.spelt = (other if len(other) else trimmed)[0].as_py()
             # cells that were plain numbers until now had nothing around them, and had no marks between thousands
             found = [spelling for spelling in spellings(self.spelt) if spelling.affix == "{}" or not self.numeric]
+            found.sort(key=lambda spelling: spelling.decimal != self.plain.decimal)
         found = [spelling for spelling in found if spelling.fits(trimmed)]
         if not found:
             return None
@@ -228,11 +234,16 @@ class Tally:
             stamps = seconds(found, layout)
             if np.isnan(stamps).any():
                 self.formats.remove(layout)
+                self.undated = found[int(np.isnan(stamps).argmax())]
             elif layout == self.formats[0]:
                 if layout.endswith("%z"):
                     self.zones |= {ZONE.findall(text)[0] for text in found}
                     stamps = seconds([ZONE.sub("", text) for text in found], layout.removesuffix("%z"))
                 self.step = _step(stamps, self.step)
+                self.bare = self.bare or any(map(BARE.search, found))
+                if "%f" in layout:
+                    digits = {len(text.partition(".")[2].rstrip("Z").split("+")[0].split("-")[0]) for text in found}
+                    self.digits = digits.pop() if len(digits | {self.digits} - {None}) == 1 else 0
 
     # -- what it is
 
@@ -333,7 +344,7 @@ class Tally:
         elif self.zones:  # they are written in UTC, where local days begin at any hour and minute
             notes.append(f"{self.place}: has times of several offsets; new ones are in UTC")
             self.step = max(self.step, MINUTES)
-        return self._make("date", format=layout, step=STEPS[self.step])
+        return self._make("date", format=layout, step=STEPS[self.step], digits=self.digits or None, bare=self.bare)
 
     def _text(self, present: int) -> Column:
         many = self.levels is None or len(self.levels) > 2 * FEW_INTEGERS
@@ -346,6 +357,10 @@ class Tally:
             raise UserError(
                 f"{self.place} holds numbers or times such as {like!r}, in several spellings; {advice}", code=1
             )
+        undated = self._undated() if many else None
+        if undated:
+            advice = "correct that cell, leave it empty, or name the column in --categorical or --exclude"
+            raise UserError(f"{self.place} holds dates, and also {undated!r}; {advice}", code=1)
         if self.unique and self.longest <= LONGEST_ID and self.spaces < 2 * present:
             return self._make("id", format=self._pattern())
         texts = self._texts()
@@ -354,6 +369,15 @@ class Tally:
         count = f"more than {MOST_LEVELS:,}" if self.levels is None else f"{len(self.levels):,}"
         advice = "leave the column out (--exclude), or name it in --categorical if these are classes"
         raise UserError(f"{self.place} holds {count} different texts in {present:,} cells, too many; {advice}", code=1)
+
+    def _undated(self) -> str | None:
+        """Of texts nearly all of which are dates in one format, one that is none."""
+        some = self.sample[:LOOKED_AT]
+        for layout in FORMATS:
+            strange = [text for text in some if not _reads(text, layout)]
+            if len(strange) <= 0.1 * len(some):
+                return (strange or [self.undated])[0]
+        return None
 
     def _pattern(self) -> str:
         """A str.format for new ids that look like these: "user_{:05d}" for user_00017."""
@@ -389,7 +413,7 @@ def _step(values: Values, least: int) -> int:
 
 def _reads(text: str, layout: str) -> bool:
     try:
-        datetime.strptime(text, layout)
+        datetime.strptime(strict(text), layout)
     except ValueError:
         return False
     return True

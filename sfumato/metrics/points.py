@@ -34,6 +34,12 @@ class Space:
     gaps: NDArray[np.bool_]
     weight: float
 
+    @property
+    def width(self) -> int:
+        """P, how many coordinates a point has."""
+        kinds = zip(self.columns, self.gaps, strict=True)
+        return sum(min(len(c.levels), MOST_LEVELS) + 1 if c.levels else 1 + int(gaps) for c, gaps in kinds)
+
     def __call__(self, rows: Rows) -> Tensor:
         """Rows (N, D) as points (N, P), float64."""
         parts: list[NDArray[np.float64]] = []

@@ -1,7 +1,8 @@
 """The report about generated tables: every number beside what real held-out rows score."""
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ FEWEST = 20  # rows of each set
 DETECTED = 50_000  # rows of each set that classifiers see
 NEIGHBOURS = 20_000  # rows of each set in precision, recall and the share nearer to training rows
 CHECKED = 5_000  # training and held-out rows whose nearest sample is looked for
+NUMBERS = 2**26  # coordinates of points held at a time
+COPIED = 1 / 3  # of what a copy of training rows would score: more, and the samples look copied
 FOLDS = 3
 PIECE = 2**14  # rows handled at a time
 
@@ -170,13 +173,34 @@ def _copying(fake: Rows, train: Rows, held: Rows, space: Space, seed: int) -> di
     mixed = held[np.random.default_rng(seed).permutation(len(held))]
     half, rest = np.array_split(mixed, 2)
     report: dict[str, float] = {}
+    most = max(FEWEST, min(CHECKED, NUMBERS // space.width))
+    piece = max(FEWEST, min(PIECE, NUMBERS // space.width))
     for suffix, made, new in (("", fake, held), ("_floor", half, rest)):
-        few = min(CHECKED, len(train), len(new))
-        seen, unseen = space(_some(train, few, seed)), space(_some(new, few, seed))
-        report[f"dcr_share{suffix}"] = closer_share(space(_some(made, NEIGHBOURS, seed)), seen, unseen)
-        pieces = (space(made[start : start + PIECE]) for start in range(0, len(made), PIECE))
+        seen, unseen = space(_some(train, most, seed)), space(_some(new, most, seed))
+        few = min(len(seen), len(unseen))
+        some = space(_some(made, min(NEIGHBOURS, 4 * most), seed))
+        report[f"dcr_share{suffix}"] = closer_share(some, seen[:few], unseen[:few])
+        pieces = (space(made[start : start + piece]) for start in range(0, len(made), piece))
         report[f"copy_auc{suffix}"] = copy_auc(pieces, seen, unseen)
     return report
+
+
+def looks_copied(report: Mapping[str, Any]) -> bool:
+    r"""Whether the rows of a report look like training rows: by how near they come to these, or by being equal to them.
+
+    A third of what a copy of training rows would score is too much. n of N rows drawn with replacement touch
+    $c = 1 - e^{-n / N}$ of them, so that their copy AUC is (1 + c) / 2. Either number has to be beyond chance, three
+    standard errors.
+    """
+    made, seen, new = (int(report[name]) for name in ("n", "n_train", "n_held"))
+    touched, (a, b) = 1 - math.exp(-made / seen), (min(CHECKED, n) for n in (seen, new))
+    error = math.sqrt((a + b + 1) / (12 * a * b))  # of an AUC of one half (Mann and Whitney 1947)
+    if float(report["copy_auc"]) - 0.5 > max(COPIED * touched / 2, 3 * error):
+        return True
+    equal, usual = float(report["equal_rows"]), float(report["equal_rows_floor"])
+    share = (equal * made + usual * new) / (made + new)
+    error = math.sqrt(share * (1 - share) * (1 / made + 1 / new))
+    return equal - usual > max(COPIED * (1 - usual), 3 * error)
 
 
 def _find(columns: Sequence[Column], target: str) -> int:
@@ -210,10 +234,10 @@ def table_report(
     rows of each set. `dcr_share`: samples nearer to training than to held-out rows; `copy_auc`: telling training from
     held-out rows by their nearest sample; both 0.5 if nothing is copied. `equal_rows`: samples that are training rows.
     `downstream`: learn on samples, predict the target of held-out rows (AUC, or error of a number in standard
-    deviations); its floor learns on training rows.
+    deviations); its floor learns on as many training rows, `downstream_real` on all.
 
-    The floors take held-out rows in place of samples. There are fewer of them, so that the errors of a perfect sample
-    of the training set's size are lower than the floor.
+    The floors take held-out rows in place of samples. The errors of columns and pairs are of as many samples as there
+    are held-out rows: of more, those of a perfect sample would be lower than the floor.
 
     Args:
         fake: Generated rows (N, D), on the columns' grids; NaN where missing, categories as level indices.
@@ -232,20 +256,24 @@ def table_report(
     goal = None if target is None else _find(columns, target)
     report: dict[str, float | int | str] = {"n": len(fake), "n_train": len(train), "n_held": len(held)}
     report["trees"] = trees.name
-    few = min(NEIGHBOURS, len(fake), len(train), len(held))
     ranges = measured_space(train, columns, by_range=True, weight=1.0)
+    few = min(max(FEWEST, min(NEIGHBOURS, NUMBERS // ranges.width)), len(fake), len(train), len(held))
     centre = ranges(_some(train, few, seed))
+    equally = min(len(fake), len(held), DETECTED)
+    base = _some(train, DETECTED, seed)
     for suffix, made in (("", fake), ("_floor", held)):
-        some, real = _some(made, DETECTED, seed), _some(train, DETECTED, seed)
-        report[f"c2st{suffix}"] = c2st(some, real, columns, trees=trees, seed=seed)
-        report[f"c2st_logistic{suffix}"] = c2st(some, real, columns, linear=True, seed=seed)
-        report[f"shape_error{suffix}"] = float(np.mean(list(shape_errors(made, train, columns).values())))
-        report[f"trend_error{suffix}"] = trend_error(made, train, columns)
+        some, few_of = _some(made, DETECTED, seed), _some(made, equally, seed)
+        report[f"c2st{suffix}"] = c2st(some, base, columns, trees=trees, seed=seed)
+        report[f"c2st_logistic{suffix}"] = c2st(some, base, columns, linear=True, seed=seed)
+        report[f"shape_error{suffix}"] = float(np.mean(list(shape_errors(few_of, train, columns).values())))
+        report[f"trend_error{suffix}"] = trend_error(few_of, base, columns, seed)
         precision, recall = precision_and_recall(ranges(_some(made, few, seed)), centre)
         report |= {f"alpha_precision{suffix}": precision, f"beta_recall{suffix}": recall}
         report[f"equal_rows{suffix}"] = equal_share(made, train)
         if goal is not None:
-            learned = made if made is fake else train
+            learned = made if made is fake else _some(train, len(fake), seed)
             report[f"downstream{suffix}"] = downstream(learned, held, columns, goal, trees=trees, seed=seed)
+    if goal is not None and len(fake) < len(train):
+        report["downstream_real"] = downstream(train, held, columns, goal, trees=trees, seed=seed)
     deviations = measured_space(train, columns, by_range=False, weight=0.5**0.5)
     return report | _copying(fake, train, held, deviations, seed)

@@ -46,11 +46,10 @@ from sfumato.data import (
 from sfumato.errors import UserError
 from sfumato.metrics import Copies, Extractor, measured_space, pick, plausible, table_report
 from sfumato.metrics.copies import CHECKED
-from sfumato.metrics.table import FEWEST
+from sfumato.metrics.table import FEWEST, looks_copied
 from sfumato.modality.row import Facts, Kinds, Modality, Progress
 from sfumato.types import UNKNOWN
 
-COPIED = 0.6  # a copy AUC above it, and the samples look copied: training rows are told from held-out ones by them
 NUMBERS = 16  # of a learned latent, at least
 FEW, PASSES = 2_000, 75  # of so few rows the denoiser goes through them so often at most: more, and it copies some
 
@@ -228,7 +227,7 @@ class TableJudge:
     def report(self, fake: TableData, held: TableData, cas: bool, seed: int) -> dict[str, Any]:
         """What `sfumato.metrics.table_report` says; with `cas` also how well the target is foretold.
 
-        `memorised` says whether training rows can be told from held-out ones by how near the samples come to them.
+        `memorised` says what `sfumato.metrics.table.looks_copied` does.
         """
         if self.progress is not None:
             self.progress("measure", 0, 1)
@@ -237,7 +236,7 @@ class TableJudge:
         report = table_report(fake.values, self.train.values, held.values, columns, target=target, seed=seed)
         if self.progress is not None:
             self.progress("measure", 1, 1)
-        return {**report, "memorised": float(report["copy_auc"]) > COPIED}
+        return {**report, "memorised": looks_copied(report)}
 
     def compare(self, x: Tensor, x_hat: Tensor) -> dict[str, float]:
         """How close reconstructed rows are."""

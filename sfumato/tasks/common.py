@@ -1,7 +1,7 @@
 """What several tasks need: opening a model, reading a source, sharing items between processes, output folders."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -115,7 +115,13 @@ def check_counts(least: int = 1, **counts: int | None) -> None:
             raise UserError(f"{'-' if len(name) == 1 else '--'}{name} must be at least {least}, not {count}")
 
 
-def source_settings(model: object, overrides: Sequence[str], skip_bad: bool, labels: bool) -> DataSettings:
+def source_settings(
+    model: object,
+    overrides: Sequence[str],
+    skip_bad: bool,
+    labels: bool,
+    said: Mapping[str, str | None] | None = None,
+) -> DataSettings:
     """How to read a source: as the run of a model read its own, changed by what the user says.
 
     Args:
@@ -123,12 +129,14 @@ def source_settings(model: object, overrides: Sequence[str], skip_bad: bool, lab
         overrides: Settings of the data, as `data.resolution=64`.
         skip_bad: Whether files that cannot be read are left out.
         labels: Whether the run's `label_from` counts, which another source's file names need not fit.
+        said: What the user says of columns, in place of what the run has; None where nothing is said.
     """
     recorded: dict[str, Any] = {}
     folder = model.folder if isinstance(model, Model) else model
     if isinstance(folder, str | Path) and (Path(folder) / "run.json").is_file():
         recorded = read_json(Path(folder) / "run.json").get("plan", {}).get("data", {})
     kept = {key: value for key, value in recorded.items() if labels or key != "label_from"}
+    kept |= {key: value for key, value in (said or {}).items() if value is not None}
     foreign = next((text for text in overrides if not text.strip().startswith("data.")), None)
     if foreign is not None:
         raise UserError(f"--set {foreign}: only how the data are read can be set here, such as data.resolution=64")

@@ -21,6 +21,9 @@ def evaluate(
     n: int | None = None,
     cas: bool = False,
     column: str | None = None,
+    categorical: str | None = None,
+    numeric: str | None = None,
+    exclude: str | None = None,
     skip_bad: bool = False,
     overrides: Sequence[str] = (),
     seed: int = 0,
@@ -39,6 +42,10 @@ def evaluate(
         n: How many items to generate (default: as many as held out, 1,000 to 10,000) or to take of the samples.
         cas: Also train a classifier on the samples, and test it on held-out data.
         column: Column of a table that --cas foretells from the others (default: the last one).
+        categorical: Columns of a table that are categories though they look like numbers, separated by commas (default,
+            for these three: as for the training).
+        numeric: Columns of a table that are numbers though they look like categories or names of the rows, likewise.
+        exclude: Columns of a table to leave out, separated by commas.
         skip_bad: Leave out files that cannot be read.
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of what is generated or drawn.
@@ -62,7 +69,8 @@ def evaluate(
     start, name = time.perf_counter(), title(target)
     check_counts(batch=batch)
     model = open_model(target, device) if _is_model(target) else None
-    settings = source_settings(None if model is None else target, overrides, skip_bad, labels=True)
+    said = {"categorical": categorical, "numeric": numeric, "exclude": exclude}
+    settings = source_settings(None if model is None else target, overrides, skip_bad, labels=True, said=said)
     row = recognise(str(source)) if model is None else model.modality
     check_counts(row.fewest, n=n)
     train, held = read_real(row, source, settings, None if model is None else model.card.mode)

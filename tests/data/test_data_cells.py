@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -217,3 +218,56 @@ def test_an_index_of_pandas_names_the_rows(tmp_path: Path) -> None:
     frame.to_parquet(tmp_path / "t.parquet")
     data, _ = read_table(tmp_path / "t.parquet")
     assert {column.name: column.kind for column in data.columns} == {"x": "integer", "__index_level_0__": "id"}
+
+
+@pytest.mark.parametrize(
+    ("cell", "layout", "step"),
+    [
+        (lambda i: f"2024-01-{1 + i % 28:02d} {i % 24:02d}:{i % 60:02d}:07+00", "%Y-%m-%d %H:%M:%S+00", 1.0),
+        (lambda i: f"2024-01-{1 + i % 28:02d} {i % 24:02d}:{i % 60:02d}:07-05", "%Y-%m-%d %H:%M:%S-05", 1.0),
+        (lambda i: f"2024-01-{1 + i % 28:02d}T12:{i % 60:02d}:00.{37 * i % 1000:03d}Z", "%Y-%m-%dT%H:%M:%S.%fZ", 1e-6),
+        (
+            lambda i: f"2024-01-{1 + i % 28:02d} 12:{i % 60:02d}:00.{37 * i % 1000:03d}0000",
+            "%Y-%m-%d %H:%M:%S.%f",
+            1e-6,
+        ),
+        (lambda i: f"{1 + i % 12}/{1 + i % 28}/2024 {i % 24}:{i % 60:02d}", "%m/%d/%Y %H:%M", 60.0),
+        (lambda i: f"2024-{1 + i % 12}-{1 + i % 28}", "%Y-%m-%d", 86400.0),
+        (lambda i: f"{i % 24}:{i % 60:02d}", "%H:%M", 60.0),
+    ],
+)
+def test_times_are_written_as_they_are_there(
+    tmp_path: Path, cell: Callable[[int], str], layout: str, step: float
+) -> None:
+    column, _ = through(tmp_path, [cell(i) for i in range(N)])
+    assert (column.kind, column.format, column.step) == ("date", layout, step)
+
+
+@pytest.mark.parametrize("place", [0, 7, N - 1])
+def test_a_column_of_dates_and_one_other_text_is_no_list_of_names(tmp_path: Path, place: int) -> None:
+    cells = [f"2024-01-{1 + i % 28:02d} 12:{i % 60:02d}:{i % 50:02d}" for i in range(N)]
+    cells[place] = "n.d."
+    with pytest.raises(UserError, match=r"holds dates, and also 'n\.d\.'; correct that cell"):
+        through(tmp_path, cells)
+
+
+def test_points_between_thousands_beside_decimal_commas(tmp_path: Path) -> None:
+    rows = [f"{i % 17},{10 + i % 90};{f'{1 + i % 9}.{100 + i % 800}' if i % 3 else 900 + i % 99}" for i in range(N)]
+    (tmp_path / "t.csv").write_text("\n".join(["paid;count", *rows]))
+    train, held = read_table(tmp_path / "t.csv")
+    count = train.columns[1]
+    assert (count.kind, count.thousands, train.dialect.decimal) == ("integer", ".", ",")
+    assert min(train.values[:, 1].min(), held.values[:, 1].min()) >= 900
+    assert any("'2.101' is read as 2101" in note for note in train.notes)
+
+
+@pytest.mark.parametrize("names", ["0,1,2,3", "id,1,2,3,4", "place,2019,2020,2021,2022"])
+def test_counted_columns_have_a_header(tmp_path: Path, names: str) -> None:
+    width = names.count(",") + 1
+    rows = [
+        ",".join(["ab"[i % 2] if names[0].isalpha() else str(i % 9), *(str(1 + (i + k) % 5) for k in range(width - 1))])
+        for i in range(N)
+    ]
+    (tmp_path / "t.csv").write_text("\n".join([names, *rows]))
+    train, held = read_table(tmp_path / "t.csv")
+    assert [column.name for column in train.columns] == names.split(",") and len(train) + len(held) == N

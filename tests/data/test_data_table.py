@@ -125,6 +125,18 @@ def test_levels_are_sorted_by_frequency(tmp_path: Path) -> None:
     assert table(tmp_path, "x", ["c"] * 10 + ["a"] * 30 + ["b"] * 10).levels == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "delimiter"),
+    [("t.tsv", ",", "\t"), ("t.tsv.gz", ";", "\t"), ("t.csv", "\t", ","), ("t.csv", ";", ";"), ("t.csv", "|", "|")],
+)
+def test_the_name_says_what_stands_between_cells(tmp_path: Path, name: str, given: str, delimiter: str) -> None:
+    columns = [Column("a", "integer", decimals=0), Column("b", "integer", decimals=0)]
+    path = write_table(tmp_path / name, columns, np.ones((3, 2)), dialect=Dialect(given, "."))
+    opened = gzip.open(path, "rt") if name.endswith(".gz") else path.open()
+    with opened as file:
+        assert file.readline() == f"a{delimiter}b\n"
+
+
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.csv.gz", "t.parquet"])
 def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
     source = lay_down(tmp_path / "source.csv", nasty())

@@ -13,7 +13,7 @@ from sfumato.errors import UserError
 from sfumato.metrics import c2st, columns, downstream, find_trees, table_report
 from sfumato.metrics.distances import neighbours
 from sfumato.metrics.points import closer_share, copy_auc, measured_space, precision_and_recall
-from sfumato.metrics.table import equal_share
+from sfumato.metrics.table import _copying, equal_share, looks_copied
 from sfumato.metrics.trees import auc, folds
 
 
@@ -101,6 +101,30 @@ def test_pairs_without_variation():
     table = np.stack([np.zeros(30), np.arange(30.0), np.full(30, np.nan)], 1)
     assert columns.trend_error(table, table, [Column("a"), Column("b"), Column("c")]) == 0
     assert columns.trend_error(table[:, :1], table[:, :1], [Column("a")]) == 0
+
+
+def test_correlations_are_of_the_rows_that_have_both():
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(500, 4)) @ rng.normal(size=(4, 4)) + [0, 1e6, 0, 0]
+    table[rng.random((500, 4)) < 0.2] = np.nan
+    table[:, 3] = 7.0
+    found = columns.correlations(table)
+    for i in range(3):
+        for j in range(3):
+            both = table[~np.isnan(table[:, [i, j]]).any(1)][:, [i, j]]
+            assert found[i, j] == pytest.approx(np.corrcoef(both.T)[0, 1], abs=1e-6)
+    assert not found[3].any() and not columns.correlations(np.full((5, 2), np.nan)).any()
+
+
+def test_of_very_many_pairs_some_are_drawn(monkeypatch: pytest.MonkeyPatch):
+    table, fake = rows(3000, 0), shuffled(rows(3000, 1))
+    wide, many = (
+        [np.hstack([t] * 4) for t in (table, fake)],
+        [Column(f"{k}{c.name}", c.levels) for k in range(4) for c in MIXED],
+    )
+    whole = columns.trend_error(wide[1], wide[0], many)
+    monkeypatch.setattr(columns, "MOST_PAIRS", 60)
+    assert columns.trend_error(wide[1], wide[0], many) == pytest.approx(whole, rel=0.15)
 
 
 def test_independent_columns_are_seen_by_pairs_only():
@@ -253,8 +277,41 @@ def test_report_of_copies_and_of_independent_columns():
     drawn = table_report(train[np.random.default_rng(0).integers(0, 600, 600)], train, held, MIXED)
     assert drawn["equal_rows"] == 1 and drawn["copy_auc"] > 0.75 and drawn["dcr_share"] > 0.6
     free = table_report(shuffled(train), train, held, MIXED)
-    assert free["shape_error"] < 1e-9 and free["c2st"] < 0.25 and free["trend_error"] > 4 * free["trend_error_floor"]
+    assert (
+        free["shape_error"] < 1.2 * free["shape_error_floor"]
+        and free["c2st"] < 0.25
+        and free["trend_error"] > 4 * free["trend_error_floor"]
+    )
     assert "downstream" not in free
+
+
+def test_what_is_learned_from_few_rows_stands_beside_as_few_real_ones():
+    train, held = rows(900, 0), rows(100, 1)
+    report = table_report(train[:60], train, held, MIXED, target="flag")
+    assert report["downstream"] == pytest.approx(report["downstream_floor"], abs=0.1)
+    assert report["downstream_real"] == downstream(train, held, MIXED, 4)
+
+
+@pytest.mark.parametrize(("count", "held_out", "drawn"), [(200, 20, 1000), (900, 100, 100), (900, 100, 900)])
+def test_copies_are_told_from_honest_rows(count: int, held_out: int, drawn: int):
+    """Whatever the number of rows that were drawn: of fewer than there are, fewer can be copied."""
+    said: dict[str, list[bool]] = {"copied": [], "honest": []}
+    for seed in range(4):
+        train, held, rng = rows(count, 10 * seed), rows(held_out, 10 * seed + 1), np.random.default_rng(seed)
+        for name, made in (("copied", train[rng.integers(0, count, drawn)]), ("honest", rows(drawn, 10 * seed + 2))):
+            space = measured_space(train, MIXED, by_range=False, weight=0.5**0.5)
+            report = _copying(made, train, held, space, 0) | {"n": drawn, "n_train": count, "n_held": held_out}
+            report |= {"equal_rows": equal_share(made, train), "equal_rows_floor": equal_share(held, train)}
+            said[name].append(looks_copied(report))
+    assert said == {"copied": [True] * 4, "honest": [False] * 4}
+
+
+def test_near_copies_are_told_too():
+    train, held = rows(600, 0), rows(200, 1)
+    made = train[np.random.default_rng(0).integers(0, 600, 600)] + [0.02, 0.02, 0.02, 0, 0] * rows(600, 5)
+    made[:, 3:] = train[np.random.default_rng(0).integers(0, 600, 600), 3:]
+    report = table_report(made, train, held, MIXED)
+    assert report["equal_rows"] == 0 and looks_copied(report)
 
 
 def test_mistakes():
