@@ -163,10 +163,8 @@ def date_texts(values: Values, layout: str, digits: int | None = None, bare: boo
     if bare:
         layout = re.sub("(%[dmHI])", "\0\\1", layout)
     written = _stamps(values).dt.strftime(layout).tolist()
-    if digits is not None:
-        written = [
-            re.sub(r"(?<=\.)\d{6}", lambda match: match[0].ljust(digits, "0")[:digits], text) for text in written
-        ]
+    if digits:
+        written = [re.sub(r"(?<=\.)\d{6}", lambda six: f"{six[0]:0<{digits}}"[:digits], text) for text in written]
     return [re.sub("\0" + "0?", "", text) for text in written] if bare else written
 
 

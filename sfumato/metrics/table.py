@@ -21,6 +21,7 @@ CHECKED = 5_000  # training and held-out rows whose nearest sample is looked for
 NUMBERS = 2**26  # coordinates of points held at a time
 COPIED = 1 / 3  # of what a copy of training rows would score: more, and the samples look copied
 FOLDS = 3
+PARTS = 5  # of the samples that are measured by themselves, at most
 PIECE = 2**14  # rows handled at a time
 
 Classifier = Callable[[Any, NDArray[np.int64]], Callable[[Any], NDArray[np.float64]]]
@@ -31,6 +32,12 @@ def _some(rows: Rows, count: int, seed: int) -> Rows:
     if count >= len(rows):
         return rows
     return rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:count])]
+
+
+def _dealt(rows: Rows, count: int, seed: int) -> list[Rows]:
+    """Some parts of `count` different rows each."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [rows[np.sort(order[k * count : (k + 1) * count])] for k in range(min(PARTS, len(rows) // count))]
 
 
 def tree_features(rows: Rows, columns: Sequence[Column], trees: Trees) -> Rows:
@@ -236,8 +243,8 @@ def table_report(
     `downstream`: learn on samples, predict the target of held-out rows (AUC, or error of a number in standard
     deviations); its floor learns on as many training rows, `downstream_real` on all.
 
-    The floors take held-out rows in place of samples. The errors of columns and pairs are of as many samples as there
-    are held-out rows: of more, those of a perfect sample would be lower than the floor.
+    The floors take held-out rows in place of samples. The errors of columns and pairs are means over parts of the
+    samples as large as the held-out part: of more rows, those of a perfect sample would be lower than the floor.
 
     Args:
         fake: Generated rows (N, D), on the columns' grids; NaN where missing, categories as level indices.
@@ -262,11 +269,12 @@ def table_report(
     equally = min(len(fake), len(held), DETECTED)
     base = _some(train, DETECTED, seed)
     for suffix, made in (("", fake), ("_floor", held)):
-        some, few_of = _some(made, DETECTED, seed), _some(made, equally, seed)
+        some, equal = _some(made, DETECTED, seed), _dealt(made, equally, seed)
         report[f"c2st{suffix}"] = c2st(some, base, columns, trees=trees, seed=seed)
         report[f"c2st_logistic{suffix}"] = c2st(some, base, columns, linear=True, seed=seed)
-        report[f"shape_error{suffix}"] = float(np.mean(list(shape_errors(few_of, train, columns).values())))
-        report[f"trend_error{suffix}"] = trend_error(few_of, base, columns, seed)
+        shapes = [list(shape_errors(part, train, columns).values()) for part in equal]
+        report[f"shape_error{suffix}"] = float(np.mean(shapes))
+        report[f"trend_error{suffix}"] = float(np.mean([trend_error(part, base, columns, seed) for part in equal]))
         precision, recall = precision_and_recall(ranges(_some(made, few, seed)), centre)
         report |= {f"alpha_precision{suffix}": precision, f"beta_recall{suffix}": recall}
         report[f"equal_rows{suffix}"] = equal_share(made, train)

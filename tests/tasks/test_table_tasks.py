@@ -129,6 +129,16 @@ def test_parquet_is_written_when_its_name_says_so(table_run: Path, table: Path, 
     assert report["n"] == 30 and 0 <= report["c2st"] <= 1
 
 
+def test_samples_are_measured_without_the_columns_that_were_left_out(table: Path, tmp_path: Path):
+    small_fit(table, tmp_path / "run", *TINY, exclude="height,since", categorical="visits")
+    generate(tmp_path / "run", n=60, out=tmp_path / "made.csv")
+    with pytest.raises(UserError, match="lacks the columns 'height', 'since'"):
+        evaluate(tmp_path / "made.csv", table)
+    said = {"exclude": "height,since", "categorical": "visits"}
+    ours, theirs = evaluate(tmp_path / "made.csv", table, **said), evaluate(tmp_path / "run", table, n=60)
+    assert ours["shape_error"] == theirs["shape_error"] and ours["trend_error"] == theirs["trend_error"]
+
+
 def test_a_model_and_its_samples_are_measured_beside_their_floors(table_run: Path, table: Path, tmp_path: Path):
     report = evaluate(table_run, table, n=200)
     for name in ("c2st", "shape_error", "trend_error", "copy_auc"):
