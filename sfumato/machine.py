@@ -26,11 +26,11 @@ SECONDS = 0.15  # about how long a peak is measured: `fit` waits for four of the
 
 
 def default_device() -> str:
-    """The name of the best device at hand: an accelerator if there is one, else the CPU."""
+    """The name of the best device at hand: an accelerator that knows float64, as tables need it, else the CPU."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator.type if accelerator is not None else "cpu"
+    return "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
 
 
 def cpu_flags() -> list[str]:

@@ -180,7 +180,8 @@ def describe(error: BaseException, resumable: bool = False) -> tuple[str, int]:
     if isinstance(error, OSError):
         return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1
     if isinstance(error, MemoryError) or "out of memory" in str(error):
-        return "out of memory: take smaller batches (--batch, or --set train.denoiser.batch=64)", 1
+        fit = "--set train.codec.batch=8, train.denoiser.batch=64"
+        return f"out of memory: take smaller batches (--batch; of fit: {fit})", 1
     if "No space left" in str(error) or "StorageFull" in str(error):  # as safetensors says it
         return "No space left on device", 1
     hint = "rerun with SFUMATO_DEBUG=1 to see where it comes from"

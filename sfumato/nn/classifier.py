@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sfumato.types import UNKNOWN, Batch
+from sfumato.types import UNKNOWN, Batch, at_once
 
 SMALLEST = 8  # pixels a side
 SYMMETRIES = 8  # classes of the self-supervised task
@@ -160,6 +160,7 @@ class _Lessons:
         known = np.arange(len(data)) if data.labels is None else np.flatnonzero(data.labels != UNKNOWN)
         self.pretext = data.labels is None or classes < 2 or not len(known)
         self.rows = torch.arange(len(data)) if self.pretext else torch.from_numpy(known)
+        batch = at_once(self.shape, batch)
         self.order = endless(len(self.rows), batch, self.generator)
         # images seen a few times only need no variation (measured on Fashion-MNIST: one pass is 1 % better without)
         self.shift = max(1, min(self.shape[1:]) // 28) if steps * batch > 3 * len(self.rows) else 0
@@ -222,7 +223,7 @@ def fit_classifier(
         classes: Number of classes; under two, or without labels, the self-supervised task (`SYMMETRIES` classes)
             is used instead, on all images.
         steps: Optimizer steps.
-        batch: Images a step.
+        batch: Images a step; fewer of large ones, for memory.
         width: Channels of the stem.
         rate: Peak learning rate of AdamW (one cycle).
         seed: Seed of weights, order and augmentation.

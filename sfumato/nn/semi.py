@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sfumato.nn.classifier import Classifier, Images, endless, fit_classifier, fresh
 from sfumato.nn.spread import balanced, plain_features, pooled, shortened, spread
-from sfumato.types import UNKNOWN
+from sfumato.types import UNKNOWN, at_once
 
 ROUNDS = 3  # of learning, each with new targets
 MOST = 30_000  # images without label that are learned from, at most
@@ -136,10 +136,10 @@ class _Pupil:
         self.order = endless(len(known), few, self.generator)
         self.other_order = endless(len(others), batch - few, self.generator)
         self.prior = torch.bincount(self.label, minlength=classes).float().div(len(known)).clamp(min=1e-6)
-        shape = tuple(data.batch(torch.arange(1)).data.shape[1:])
+        self.shape = shape = tuple(data.batch(torch.arange(1)).data.shape[1:])
         self.net = fresh(shape, classes, width, seed, device)
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
-        small = torch.cat([pooled(data.batch(index).data) for index in self.index.split(CHUNK)])
+        small = torch.cat([pooled(data.batch(index).data) for index in self.index.split(at_once(shape, CHUNK))])
         self.target = self.spread(plain_features(small))
 
     def spread(self, features: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class _Pupil:
     def look(self) -> None:
         """Take new targets: what the average sees, what is alike in its eyes, and the targets before, joined."""
         parts: list[Tensor] = []
-        for index in self.index.split(CHUNK):
+        for index in self.index.split(at_once(self.shape, CHUNK)):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 parts.append(self.average.features(self.put(self.data.batch(index).data)).float().cpu())
         features = torch.cat(parts)
@@ -214,7 +214,7 @@ def fit_semi(
         data: Images in [-1, 1]; labels are `UNKNOWN` where there is none.
         classes: Number of classes.
         steps: Optimizer steps.
-        batch: Images a step, a quarter of them labelled.
+        batch: Images a step, a quarter of them labelled; fewer of large ones, for memory.
         width: Channels of the stem.
         rate: Peak learning rate of AdamW (one cycle a round).
         seed: Seed of weights, order and disturbances.
@@ -232,6 +232,7 @@ def fit_semi(
     if classes < 2 or not partly_labelled(data.labels):
         kit = {"steps": steps, "width": width, "rate": rate, "seed": seed, "device": device, "bf16": bf16}
         return fit_classifier(data, classes, **kit)
+    batch = min(batch, max(2, at_once(data.batch(torch.arange(1)).data.shape[1:], batch)))
     pupil = _Pupil(data, classes, batch, width, seed, torch.device(device), bf16, most or seen_once(steps, batch))
     for k in range(ROUNDS):
         if k:

@@ -16,11 +16,12 @@ from sfumato.model import Card, Model
 from sfumato.nn.classifier import SMALLEST, Classifier, fresh
 from sfumato.nn.semi import fit_semi, partly_labelled
 from sfumato.training.feeds import DataFeed, LatentFeed
+from sfumato.training.horizon import Horizon
 from sfumato.training.job import Job
 from sfumato.training.loop import Feed
 from sfumato.training.plan import ADVERSARIAL_START, PERCEPTUAL_START
 from sfumato.training.steps import CodecStep, DiffusionStep
-from sfumato.types import UNKNOWN
+from sfumato.types import UNKNOWN, at_once
 
 USUAL_GUIDANCE = 1.25  # until it is chosen by measurement
 FEATURE_WIDTH = 16  # channels of the feature network's stem
@@ -125,7 +126,7 @@ def training_labels(job: Job, network: Classifier | None, data: Data) -> Tensor 
     label = torch.from_numpy(data.labels).clone()
     if network is None or not guesses_labels(job):
         return label
-    for index in (label == UNKNOWN).nonzero().flatten().split(LOOKED_AT):
+    for index in (label == UNKNOWN).nonzero().flatten().split(at_once(data.shape, LOOKED_AT)):
         chance = network(data.batch(index).data.to(job.device)).softmax(1).cpu()
         sure, seen = chance.max(1)
         label[index] = torch.where(sure >= SURE, seen, UNKNOWN)
@@ -144,9 +145,9 @@ def perceptual_term(settings: Settings, network: Classifier | None) -> nn.Module
     return weights
 
 
-def codec_step(model: Model, settings: Settings, network: Classifier | None, steps: int) -> CodecStep:
-    """The first stage of a model, `steps` long."""
-    codec = settings.codec
+def codec_step(model: Model, settings: Settings, network: Classifier | None, horizon: Horizon) -> CodecStep:
+    """The first stage of a model, as long as `horizon` says."""
+    codec, steps = settings.codec, horizon.steps
     start = round(ADVERSARIAL_START * steps)
     return CodecStep(
         model.codec,
@@ -159,6 +160,7 @@ def codec_step(model: Model, settings: Settings, network: Classifier | None, ste
         start=start,
         lead=max(1, start // 10),
         channels=model.card.shape[0],
+        horizon=horizon,
     )
 
 

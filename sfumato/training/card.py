@@ -14,13 +14,15 @@ def write_card(job: Job, model: Model) -> None:
         return
     record, codec = job.record, job.record.get("metrics", {}).get("codec", {})
     total = sum(record["metrics"]["parameters"].values())
+    encoded = job.settings.train.encoded or len(job.train)
+    some = f"; its denoiser learned from {encoded:,} of them" if encoded < len(job.train) else ""
     lines = [
         *head(job.folder),
         "",
         f"A latent diffusion model of {record['data']['items']:,} items ({job.modality.name}, shape "
         f"{tuple(record['data']['shape'])}, {job.classes or 'no'} classes), trained by sfumato {__version__} in "
         f"{record['seconds_taken']:.0f} s on {record['device']}; {total:,} parameters, latent "
-        f"{tuple(model.codec.latent_shape)}.",
+        f"{tuple(model.codec.latent_shape)}{some}.",
         "",
         *([f"Held-out reconstructions: {', '.join(f'{k} {v}' for k, v in codec.items())}.", ""] if codec else []),
         "```",

@@ -18,7 +18,7 @@ WEIGHTS = (1.0, 1.1, 1.2, 1.3, 1.5, 2.0)
 ITEMS = 1_000
 REAL = 5_000
 SHARE = 0.06  # of the denoiser's training
-FEWEST = 200  # on fewer items nothing is chosen
+FEWEST, FEWEST_HELD = 200, 50  # on fewer made or held-out items nothing is chosen
 
 Tried = dict[str, dict[str, float]]
 
@@ -27,9 +27,9 @@ Tried = dict[str, dict[str, float]]
 def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple[float, Tried]:
     """The smallest weight at which items show their label as often as held-out ones do.
 
-    The feature network says which label an item shows. Label fidelity rises with the weight and diversity falls, so
-    the smallest weight that is faithful is the best, read off between two that were tried; where none is, the one of
-    the smallest Fréchet distance is taken.
+    The feature network says which label an item shows; each class counts as much as another, whatever its share. Label
+    fidelity rises with the weight and diversity falls, so the smallest weight that is faithful is the best, read off
+    between two that were tried; where none is, the one of the smallest Fréchet distance is taken.
 
     Returns:
         The weight, and what each one tried reached: `fd` (on the feature network's features) and `accuracy`.
@@ -38,10 +38,9 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
     if not job.classes or network is None or count < FEWEST or job.held.labels is None:
         return model.sampling.guidance, {}
     known = torch.from_numpy(job.held.labels != UNKNOWN).nonzero().flatten()[:REAL]
-    if not len(known):
+    if len(known) < FEWEST_HELD:
         return model.sampling.guidance, {}
-    index = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(0))[:REAL]
-    real = seen(job, network, job.train, index)
+    real = seen(job, network, job.train, evenly(job.train))
     wanted = accuracy(network, seen(job, network, job.held, known), torch.from_numpy(job.held.labels)[known])
     labels = model.labels_for(range(count), job.settings.seed)
     assert labels is not None
@@ -53,6 +52,14 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
         if reached >= wanted:
             return faithful(tried, wanted), tried
     return float(min(tried, key=lambda weight: tried[weight]["fd"])), tried
+
+
+def evenly(data: Data) -> Tensor:
+    """Items of which each class has as many, as made ones have, or all of a small one; `REAL` at most."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    assert data.labels is not None
+    labels = torch.from_numpy(data.labels)[order]
+    return torch.cat([order[labels == k][: max(1, REAL // data.classes)] for k in range(data.classes)])
 
 
 def faithful(tried: Tried, wanted: float) -> float:
@@ -92,5 +99,6 @@ def drawn(job: Job, model: Model, network: Classifier, labels: Tensor, weight: f
 
 
 def accuracy(network: Classifier, features: Tensor, labels: Tensor) -> float:
-    """How often the network sees the label in these features."""
-    return float((network.head(features).argmax(1).cpu() == labels.cpu()).float().mean())
+    """How often the network sees the label in these features, the mean over the classes that occur."""
+    right = (network.head(features).argmax(1).cpu() == labels.cpu()).float()
+    return float(torch.stack([right[labels.cpu() == k].mean() for k in labels.cpu().unique()]).mean())

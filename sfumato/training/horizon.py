@@ -38,6 +38,10 @@ class Horizon:
         """The number of steps as known when `step` begins."""
         return next((total for start, total in reversed(self.amendments) if step >= start), self.steps)
 
+    def fewest(self, step: int) -> int:
+        """The smallest number of steps that there was to be until `step`: what begins at a share of it never stops."""
+        return min([self.steps, *(total for start, total in self.amendments if step >= start)])
+
     def amend(self, step: int, elapsed: float) -> bool:
         """After `step` steps, which took `elapsed` seconds: correct the horizon; tells whether it did.
 

@@ -18,6 +18,7 @@ from sfumato.codecs import Codec
 from sfumato.config import DenoiserSettings, SampleSettings, Section, Settings, StageSettings
 from sfumato.modality import Facts, Modality
 from sfumato.nn import net_size
+from sfumato.types import at_once
 
 NOMINAL_RATE = 150e9  # operations a second, where steps are given: the plan must not depend on the machine then
 ADVERSARIAL_START = 0.5  # share of the codec's steps before the adversarial loss begins
@@ -26,6 +27,7 @@ WARMUP = 100  # steps of linear warm-up, at most a tenth of the stage
 FEATURE_STEPS, FEATURE_SHARE = 400, 0.08  # most steps of the feature network, and most of the budget it takes
 GUESS_STEPS, GUESS_SHARE = 2_400, 0.2  # the same where it has to guess labels that are left open
 MLP_LIMIT = 256
+MOST_PLACES = 2**17  # of the latents of a batch together
 GAIN = 1.5  # operations a second that the next larger network has at most, for each of this one: else it is not tried
 
 S = TypeVar("S", bound=Section)
@@ -86,12 +88,21 @@ def plan_denoiser(
     return filled(given, planned)
 
 
-def plan_stage(given: StageSettings, stage: str, facts: Facts) -> StageSettings:
-    """Batch, rates and averages of a stage; the number of steps is set once a step has been measured."""
+def plan_stage(given: StageSettings, stage: str, facts: Facts, places: int = 1) -> StageSettings:
+    """Batch, rates and averages of a stage; the number of steps is set once a step has been measured.
+
+    Args:
+        given: What stands.
+        stage: Which.
+        facts: Of data and machine.
+        places: Of a latent, where the denoiser looks at each: large images and grids make small batches, for memory.
+    """
     small = max(8, 2 ** int(math.log2(max(8, facts.count // 8))))
-    codec = StageSettings(batch=min(64, small), lr=2e-3, optimizer="adamw", decay=0.4, clip=1.0, ema=0.05)
-    denoiser = StageSettings(batch=min(512, small), lr=2e-3, optimizer="adamw", decay=0.3, clip=1.0, ema=0.1)
-    return filled(given, (codec if stage == "codec" else denoiser).model_copy(update={"weight_decay": 0.0}))
+    most = at_once(facts.shape, 64) if stage == "codec" else min(512, max(8, MOST_PLACES // places))
+    codec = StageSettings(lr=2e-3, optimizer="adamw", decay=0.4, clip=1.0, ema=0.05)
+    denoiser = StageSettings(lr=2e-3, optimizer="adamw", decay=0.3, clip=1.0, ema=0.1)
+    rest = {"batch": min(most, small), "weight_decay": 0.0}
+    return filled(given, (codec if stage == "codec" else denoiser).model_copy(update=rest))
 
 
 def most_steps(stage: StageSettings, count: int) -> float:
@@ -139,13 +150,15 @@ def make_plan(
     codec = blank_codec(row, settings, facts)
     share = row.codec_share if codec.learns else 0.0
     precision = facts.precision if settings.train.precision == "auto" else settings.train.precision
+    denoiser = plan_denoiser(settings, facts, codec.latent_size, seconds * (1 - share), size)
+    places = 1 if denoiser.net == "mlp" else math.prod(codec.latent_shape[1:])
     return settings.model_copy(
         update={
-            "denoiser": plan_denoiser(settings, facts, codec.latent_size, seconds * (1 - share), size),
+            "denoiser": denoiser,
             "train": settings.train.model_copy(
                 update={
                     "codec": plan_stage(settings.train.codec, "codec", facts),
-                    "denoiser": plan_stage(settings.train.denoiser, "denoiser", facts),
+                    "denoiser": plan_stage(settings.train.denoiser, "denoiser", facts, places),
                     "precision": precision,
                     "watch": bool(settings.train.watch),
                 }

@@ -121,8 +121,13 @@ def decide(job: Job, steps: int | None, size: str | None) -> None:
         divide_time(job, budget, share, tried)
     for stage in (job.settings.train.codec, job.settings.train.denoiser):
         stage.warmup = min(WARMUP, (stage.steps or 0) // 10) if stage.warmup is None else stage.warmup
+    job.accelerator.free_memory()  # it holds what was tried
     job.record["plan"] = job.settings.model_dump()
     job.log.show("plan", 1, 1)
+    encoded = job.settings.train.encoded or 0
+    if encoded < len(job.train):
+        note = f"the second stage learns from {encoded:,} of {len(job.train):,} items: the budget encodes no more"
+        job.log.tell([f"{job.source}: {note}"])
 
 
 def divide_steps(job: Job, steps: int, share: float) -> None:
@@ -194,7 +199,7 @@ def stage_copies(job: Job, network: Classifier | None) -> dict[str, tuple[TrainS
     label = torch.arange(4096) % job.classes if job.classes else None
     copies: dict[str, tuple[TrainStep, StageSettings, Feed]] = {}
     if model.codec.learns:
-        step = codec_step(model, settings, network, LATE + 1).to(job.device)
+        step = codec_step(model, settings, network, Horizon(LATE + 1)).to(job.device)
         copies["codec"] = (step, train.codec, DataFeed(job.train, train.codec, settings.seed, "codec", job.device))
     latents = latent_feed(job, model, z, label)
     return copies | {"denoiser": (denoiser_step(model, settings).to(job.device), train.denoiser, latents)}

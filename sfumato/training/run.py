@@ -20,7 +20,7 @@ from sfumato.model import Model, load, read_json, write_json
 from sfumato.training.job import Job
 from sfumato.training.log import Log
 from sfumato.training.planning import decide
-from sfumato.training.stages import train_stages
+from sfumato.training.stages import forget_latents, train_stages
 from sfumato.training.state import load_state
 
 SPARED = "the run that was to be replaced is as it was"
@@ -192,6 +192,7 @@ def run(
             log.tell([f"{source}: {line}" for line in train.described()] + train.notes)
             plan(job, steps, size)
         elif job.done("denoiser"):
+            forget_latents(folder)
             return load(folder, device)
         return train_stages(job, load_state(folder / "checkpoint") if record is not None else None)
     finally:

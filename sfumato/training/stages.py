@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ def train_stages(job: Job, state: State | None) -> Model:
         load_part(job.folder / "codec", model.codec)
     elif model.codec.learns:
         train_codec(job, model, network, state)
+        job.accelerator.free_memory()
     model.codec.eval().requires_grad_(False)
     data = encoded_part(job)
     z = encode_all(job, model, data)
@@ -85,8 +87,13 @@ def train_stages(job: Job, state: State | None) -> Model:
     job.record["metrics"]["parameters"] = {k: count_parameters(v) for k, v in model.parts.items()}
     write_card(job, model)
     job.finish("denoiser")
-    shutil.rmtree(job.folder / "cache", ignore_errors=True)  # only a resumed run asks for latents
+    forget_latents(job.folder)
     return model
+
+
+def forget_latents(folder: Path) -> None:
+    """Remove the latents of a run that is done: only a resumed one asks for them."""
+    shutil.rmtree(folder / "cache", ignore_errors=True)
 
 
 def features(job: Job) -> Classifier:
@@ -101,16 +108,8 @@ def features(job: Job) -> Classifier:
     return network
 
 
-def make_trainer(
-    job: Job,
-    step: TrainStep,
-    settings: StageSettings,
-    stage: str,
-    state: State | None,
-    early: Early | None = None,
-    watch: Watch | None = None,
-) -> Trainer:
-    """A stage's trainer, where its checkpoint left it."""
+def make_horizon(job: Job, settings: StageSettings, stage: str) -> Horizon:
+    """How many steps a stage has: as planned, and as the clock has amended it."""
     planned = job.record.get("seconds", {}).get(stage, math.inf)
     left = job.seconds_left()
     fixed = math.isinf(left) or math.isinf(planned)  # the latter where the user gave the number of steps
@@ -122,6 +121,20 @@ def make_trainer(
         horizon.amendments.append((0, int(min(horizon.most, max(1, round(horizon.steps * clock / planned))))))
         job.record.setdefault("amendments", {})[stage] = horizon.amendments
         job.write()
+    return horizon
+
+
+def make_trainer(
+    job: Job,
+    step: TrainStep,
+    settings: StageSettings,
+    horizon: Horizon,
+    stage: str,
+    state: State | None,
+    early: Early | None = None,
+    watch: Watch | None = None,
+) -> Trainer:
+    """A stage's trainer, where its checkpoint left it."""
     trainer = Trainer(
         step,
         settings,
@@ -170,8 +183,9 @@ def drive(job: Job, trainer: Trainer, feed: Feed, sheet: Sheet) -> None:
 def train_codec(job: Job, model: Model, network: Classifier | None, state: State | None) -> None:
     """First stage."""
     settings = job.settings.train.codec
-    step = codec_step(model, job.settings, network, settings.steps or 1).to(job.device)
-    trainer = make_trainer(job, step, settings, "codec", state)
+    horizon = make_horizon(job, settings, "codec")
+    step = codec_step(model, job.settings, network, horizon).to(job.device)
+    trainer = make_trainer(job, step, settings, horizon, "codec", state)
     feed = DataFeed(job.train, settings, job.settings.seed, "codec", job.device)
     some = job.held.batch(torch.arange(min(len(job.held), PAIRS))).data
 
@@ -265,7 +279,8 @@ def train_denoiser(
     step = denoiser_step(model, job.settings).to(job.device)
     early = None if job.settings.sample.autoguidance in (None, 1) else Early(GUIDE_SHARE)  # None: an older plan
     watch = make_watch(job, model, network) if job.settings.train.watch else None
-    trainer = make_trainer(job, step, settings, "denoiser", state, early, watch)
+    horizon = make_horizon(job, settings, "denoiser")
+    trainer = make_trainer(job, step, settings, horizon, "denoiser", state, early, watch)
     feed = latent_feed(job, model, z, label)
     items = range(job.modality.shown)
 

@@ -17,6 +17,7 @@ from sfumato.codecs.losses import (
 from sfumato.conditioners import Conditioner
 from sfumato.core import Denoiser, Objective
 from sfumato.core.objective import masked_mean, squared
+from sfumato.training.horizon import Horizon
 from sfumato.types import Batch
 
 Losses = dict[str, Tensor]
@@ -101,9 +102,10 @@ class CodecStep(TrainStep):
         start: int = 0,
         lead: int = 100,
         channels: int = 3,
+        horizon: Horizon | None = None,
     ) -> None:
         super().__init__()
-        self.codec = codec
+        self.codec, self.horizon = codec, horizon
         self.perceptual = perceptual
         self.kind, self.perceptual_weight, self.bottleneck_weight = kind, perceptual_weight, bottleneck_weight
         self.perceptual_start = perceptual_start
@@ -126,7 +128,7 @@ class CodecStep(TrainStep):
     @property
     def turns(self) -> list[int]:
         late = [] if self.perceptual is None else [self.perceptual_start]
-        return sorted({0, *late, *([] if self.discriminator is None else [max(0, self.start - self.lead)])})
+        return sorted({0, *late, *([] if self.discriminator is None else [max(0, self.start - self.lead), self.start])})
 
     def forward(self, batch: Batch, phase: str, step: int, generator: Generator) -> Losses:
         if phase == "discriminator":
@@ -138,12 +140,17 @@ class CodecStep(TrainStep):
         self._drawn = x_hat.detach()
         terms = {"rec": self.codec.distance(x_hat, x, self.kind).mean(), "bottleneck": extra.mean()}
         loss = terms["rec"] + self.bottleneck_weight * terms["bottleneck"]
-        if self.perceptual is not None and step >= self.perceptual_start:
+        if self.perceptual is not None and self._late(step):
             terms["perceptual"] = self.perceptual(x_hat, x).mean()
             loss = loss + self.perceptual_weight * terms["perceptual"]
         if self.discriminator is not None and step >= self.start:
             loss = loss + self._fool(x_hat, loss, step, terms)
         return {"loss": loss, **terms, **{k: v for k, v in info.items() if v.ndim == 0}}
+
+    def _late(self, step: int) -> bool:
+        """Whether the perceptual term plays: earlier than planned where there turn out to be fewer steps."""
+        share = 1.0 if self.horizon is None else self.horizon.fewest(step) / self.horizon.steps
+        return step >= self.perceptual_start * share
 
     def _fool(self, x_hat: Tensor, loss: Tensor, step: int, terms: Losses) -> Tensor:
         """The adversarial term: gradients reach the codec and leave the discriminator's weights alone."""

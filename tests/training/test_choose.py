@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from sfumato.data import Data
 from sfumato.training import choose
 from sfumato.training.choose import choose_guidance
 
@@ -20,7 +21,8 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[float, dict[s
 
     def choice(reached: Callable[[float], float], distance: Callable[[float], float]) -> tuple[float, dict[str, Any]]:
         held = SimpleNamespace(labels=np.zeros(50, np.int64))
-        job: Any = SimpleNamespace(classes=3, held=held, train=range(100), settings=SimpleNamespace(seed=0))
+        job: Any = SimpleNamespace(classes=3, held=held, train=None, settings=SimpleNamespace(seed=0))
+        monkeypatch.setattr(choose, "evenly", lambda data: torch.arange(100))
         model: Any = SimpleNamespace(labels_for=lambda items, seed: torch.zeros(len(items)))
         monkeypatch.setattr(choose, "affordable", lambda job, model: 300)
         monkeypatch.setattr(choose, "seen", lambda job, network, data, index: torch.tensor(-1.0))
@@ -38,6 +40,18 @@ def test_between_the_weights_that_miss_and_reach_what_real_items_show(chosen: Ca
     weight, tried = chosen(lambda w: 0.94 + 0.2 * (w - 1), lambda w: w)
     assert weight == pytest.approx(1.15) and list(tried) == ["1.0", "1.1", "1.2"]
     assert tried["1.1"] == {"fd": pytest.approx(1.1, abs=1e-3), "accuracy": 0.96}
+
+
+def test_each_class_counts_as_much_as_another(monkeypatch: pytest.MonkeyPatch):
+    """Nine in ten items are of one class, which the network always sees; of the other one it sees half."""
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    seen = torch.tensor([0] * 95 + [1] * 5)
+    network: Any = SimpleNamespace(head=lambda features: torch.nn.functional.one_hot(features, 2).float())
+    assert choose.accuracy(network, seen, labels) == pytest.approx(0.75)
+    data = Data(np.zeros((100, 8, 8, 1), np.uint8), "L", labels=labels.numpy(), label_names=["a", "b"])
+    monkeypatch.setattr(choose, "REAL", 40)
+    some = choose.evenly(data)
+    assert len(set(some.tolist())) == 30 and labels[some].bincount().tolist() == [20, 10]  # no more than there are
 
 
 def test_none_where_items_show_their_label_anyway(chosen: Callable[..., Any]):

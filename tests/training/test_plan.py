@@ -191,6 +191,13 @@ def test_few_rows_are_not_gone_through_for_ever(rows: int, passes: int | None):
     assert plan.train.denoiser.passes == passes and plan.train.watch
 
 
+def test_large_images_and_grids_make_small_batches():
+    codec = lambda side: planned(600, (3, side, side)).train.codec.batch
+    assert [codec(side) for side in (32, 256, 512, 1024)] == [64, 64, 21, 5]
+    grid = planned(600, (3, 256, 256), None, "codec.downsample=8", "codec.channels=4", "denoiser.net=dit")
+    assert grid.train.denoiser.batch == 128  # of 1,024 places each
+
+
 def test_few_images_make_small_batches():
     few = make_plan(IMAGE, Settings(), replace(FACTS, count=100), 600, None)
     assert few.train.denoiser.batch < 100 and few.train.codec.batch < 100

@@ -10,6 +10,7 @@ from sfumato.conditioners import make_conditioner
 from sfumato.core import Denoiser, Objective, make_schedule
 from sfumato.nn import make_net
 from sfumato.nn.classifier import Classifier
+from sfumato.training.horizon import Horizon
 from sfumato.training.loop import trained_state
 from sfumato.training.steps import CodecStep, DiffusionStep, matrices
 from sfumato.types import Batch
@@ -97,12 +98,21 @@ def test_phases_hold_each_parameter_once():
 
 
 def test_terms_begin_late():
-    assert codec_step(perceptual_start=7, start=5, lead=2).turns == [0, 3, 7]
+    assert codec_step(perceptual_start=7, start=5, lead=2).turns == [0, 3, 5, 7]
     assert codec_step(adversarial_weight=0).turns == [0]
     step = codec_step(perceptual_start=7, adversarial_weight=0)
     before, after = (step(batch(), "codec", k, generator()) for k in (6, 7))
     assert "perceptual" not in before and after["perceptual"] > 0
     torch.testing.assert_close(before["loss"] + step.perceptual_weight * after["perceptual"], after["loss"])
+
+
+def test_where_steps_become_fewer_a_late_term_begins_earlier_and_never_stops():
+    step = codec_step(perceptual_start=70, adversarial_weight=0)
+    plays = lambda at: "perceptual" in step(batch(), "codec", at, generator())
+    step.horizon = Horizon(100, amendments=[(25, 120), (40, 50), (60, 90)])  # as planned, more, half, more again
+    assert [plays(at) for at in (25, 34, 39, 40, 59, 60, 89)] == [False] * 3 + [True] * 4
+    step.horizon = Horizon(100, amendments=[(25, 120)])
+    assert [plays(at) for at in (69, 70)] == [False, True]
 
 
 @pytest.mark.parametrize(("weight", "term"), [("perceptual_weight", "perceptual"), ("bottleneck_weight", "bottleneck")])
