@@ -58,7 +58,7 @@ class Column:
         decimal: The decimal mark of its numbers, where it is not that of the table.
         thousands: What stands between groups of three digits.
         affix: What stands around each number, as a str.format: "${}", "{} kg".
-        bare: Whether days, months and hours have no leading zero.
+        bare: Directives of the format, such as dm, that are written without a leading zero.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Column:
     decimal: str | None = None
     thousands: str = ""
     affix: str = "{}"
-    bare: bool = False
+    bare: str = ""
 
     @property
     def modelled(self) -> bool:
@@ -157,15 +157,15 @@ def _stamps(values: Values) -> pd.Series:
     return pd.Series(np.rint(values * 1e6).astype(np.int64).view("datetime64[us]"))
 
 
-def date_texts(values: Values, layout: str, digits: int | None = None, bare: bool = False) -> list[str]:
+def date_texts(values: Values, layout: str, digits: int | None = None, bare: str = "") -> list[str]:
     """Seconds since 1970, none missing, as texts in one strptime format; `digits` and `bare` as in `Column`."""
     layout = layout.replace("%z", "+00:00")
     if bare:
-        layout = re.sub("(%[dmHI])", "\0\\1", layout)
+        layout = re.sub(f"(%[{bare}])", r"~\1", layout)  # no format has that sign
     written = _stamps(values).dt.strftime(layout).tolist()
     if digits:
         written = [re.sub(r"(?<=\.)\d{6}", lambda six: f"{six[0]:0<{digits}}"[:digits], text) for text in written]
-    return [re.sub("\0" + "0?", "", text) for text in written] if bare else written
+    return [re.sub("~0?", "", text) for text in written] if bare else written
 
 
 def encode(column: Column, cells: pa.Array, decimal: str = ".") -> Values:

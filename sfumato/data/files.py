@@ -20,6 +20,7 @@ IMAGE_SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
 )
 ARCHIVE = re.compile(r"\.(tar|tar\.gz|tgz|tar\.xz|txz|tar\.bz2|zip)$", re.IGNORECASE)
+LISTING = 2  # changes when other members of archives are listed
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError)
 
 
@@ -103,7 +104,19 @@ def _folder(root: Path) -> Files:
 
 def _archive_stamp(path: Path) -> str:
     state = path.stat()
-    return key_of(str(path.resolve()), state.st_size, state.st_mtime_ns)
+    return key_of(LISTING, str(path.resolve()), state.st_size, state.st_mtime_ns)
+
+
+def _target(member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    """Where the bytes of a member lie: of a hard link, in the file that it is another name of, if that is there."""
+    passed = {member.name}
+    while member.islnk():
+        first = members.get(str(PurePosixPath(member.linkname)))
+        if first is None or first.name in passed:
+            break
+        passed.add(first.name)
+        member = first
+    return member
 
 
 def _tar(path: Path) -> Files:
@@ -113,7 +126,8 @@ def _tar(path: Path) -> Files:
     @cache
     def opened() -> tuple[tarfile.TarFile, dict[str, tarfile.TarInfo]]:
         archive = stack.enter_context(tarfile.open(path))
-        return archive, {str(PurePosixPath(m.name)): m for m in archive.getmembers() if m.isfile() or m.islnk()}
+        members = {str(PurePosixPath(m.name)): m for m in archive.getmembers() if m.isfile() or m.islnk()}
+        return archive, {name: _target(member, members) for name, member in members.items()}
 
     def read(name: str) -> bytes:
         try:

@@ -153,7 +153,7 @@ def _check_header(names: list[str], rows: list[list[str]], path: Path) -> None:
 def _counted(names: list[str]) -> bool:
     """Whether names are whole numbers that run on by one, from 0 or 1, or years: the columns were counted."""
     numbers = [int(name) for name in names if re.fullmatch(r" *\d{1,6} *", name)]
-    runs = len(numbers) == len(names) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    runs = len(numbers) == len(names) > 2 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     return runs and (numbers[0] in (0, 1) or YEARS[0] <= numbers[0] <= numbers[-1] <= YEARS[1])
 
 

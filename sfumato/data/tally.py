@@ -52,7 +52,11 @@ ID_NAME = re.compile(
 )
 STEPS = (86400.0, 3600.0, 60.0, 1.0, 1e-3, 1e-6)
 MINUTES = 2  # their place in it
-BARE = re.compile(r"^\d[/.\-: ]|[/.-]\d[/.-]|[/-]\d(?: |$|T)| \d[:,]")  # a day, month or hour without a leading zero
+BARE = {  # directives of strptime, and where a text shows that they have no leading zero
+    "dm": re.compile(r"^\d[/.\- ]|[/.-]\d[/.-]|[/-]\d(?: |$|T)| \d,"),
+    "HI": re.compile(r"(?:^|[ T])\d:"),
+}
+FRACTION = re.compile(r":\d\d\.(\d+)")  # of a second
 _CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p")
 FORMATS = (
     *(f"%Y-%m-%d{t}{zone}" for t in _CLOCKS for zone in ("", " UTC")),
@@ -89,7 +93,8 @@ class Tally:
         self.numeric, self.alike, self.odd = 0, 0, ""  # cells that are numbers, look like some; the first that does not
         self.formats, self.step = list(FORMATS), 0
         self.zones = set[str]()  # offsets of times
-        self.bare, self.undated = False, ""  # whether days and so on have no leading zero; a text that is no date
+        self.bare = set[str]()  # of dates and times: those of `BARE` that have no leading zero
+        self.undated = dict[str, str]()  # a text that is not in the format of the others
         self.layout: str | None = None  # of dates in Parquet
         self.longest, self.spaces, self.sample = 0, 0, list[str]()
 
@@ -234,15 +239,15 @@ class Tally:
             stamps = seconds(found, layout)
             if np.isnan(stamps).any():
                 self.formats.remove(layout)
-                self.undated = found[int(np.isnan(stamps).argmax())]
+                self.undated[layout] = found[int(np.isnan(stamps).argmax())]
             elif layout == self.formats[0]:
                 if layout.endswith("%z"):
                     self.zones |= {ZONE.findall(text)[0] for text in found}
                     stamps = seconds([ZONE.sub("", text) for text in found], layout.removesuffix("%z"))
                 self.step = _step(stamps, self.step)
-                self.bare = self.bare or any(map(BARE.search, found))
+                self.bare |= {which for which, pattern in BARE.items() if any(map(pattern.search, found))}
                 if "%f" in layout:
-                    digits = {len(text.partition(".")[2].rstrip("Z").split("+")[0].split("-")[0]) for text in found}
+                    digits = {len(match[1]) for match in map(FRACTION.search, found) if match}
                     self.digits = digits.pop() if len(digits | {self.digits} - {None}) == 1 else 0
 
     # -- what it is
@@ -344,7 +349,9 @@ class Tally:
         elif self.zones:  # they are written in UTC, where local days begin at any hour and minute
             notes.append(f"{self.place}: has times of several offsets; new ones are in UTC")
             self.step = max(self.step, MINUTES)
-        return self._make("date", format=layout, step=STEPS[self.step], digits=self.digits or None, bare=self.bare)
+        return self._make(
+            "date", format=layout, step=STEPS[self.step], digits=self.digits or None, bare="".join(sorted(self.bare))
+        )
 
     def _text(self, present: int) -> Column:
         many = self.levels is None or len(self.levels) > 2 * FEW_INTEGERS
@@ -376,7 +383,7 @@ class Tally:
         for layout in FORMATS:
             strange = [text for text in some if not _reads(text, layout)]
             if len(strange) <= 0.1 * len(some):
-                return (strange or [self.undated])[0]
+                return strange[0] if strange else self.undated.get(layout)
         return None
 
     def _pattern(self) -> str:

@@ -149,7 +149,9 @@ def image_report(
     if classifier is not None:
         report |= {"accuracy": label_accuracy(classifier, fake), "accuracy_floor": label_accuracy(classifier, held)}
     if cas is not None:
-        real = train.subset(pick(len(train), len(fake), seed))
+        assert train.labels is not None
+        known = torch.from_numpy(np.flatnonzero(train.labels != UNKNOWN))
+        real = train.subset(known[pick(len(known), len(fake), seed)])
         report |= {"cas": label_accuracy(cas(fake), held), "cas_floor": label_accuracy(cas(real), held)}
     return report
 

@@ -185,8 +185,8 @@ def _copying(fake: Rows, train: Rows, held: Rows, space: Space, seed: int) -> di
     for suffix, made, new in (("", fake, held), ("_floor", half, rest)):
         seen, unseen = space(_some(train, most, seed)), space(_some(new, most, seed))
         few = min(len(seen), len(unseen))
-        some = space(_some(made, min(NEIGHBOURS, 4 * most), seed))
-        report[f"dcr_share{suffix}"] = closer_share(some, seen[:few], unseen[:few])
+        some, *real = (space(_some(rows, n, seed)) for rows, n in ((made, 4 * most), (train, few), (new, few)))
+        report[f"dcr_share{suffix}"] = closer_share(some, *real)
         pieces = (space(made[start : start + piece]) for start in range(0, len(made), piece))
         report[f"copy_auc{suffix}"] = copy_auc(pieces, seen, unseen)
     return report

@@ -158,7 +158,8 @@ class _Lessons:
         self.generator = torch.Generator().manual_seed(seed)
         self.shape = tuple(data.batch(torch.arange(1)).data.shape[1:])
         known = np.arange(len(data)) if data.labels is None else np.flatnonzero(data.labels != UNKNOWN)
-        self.pretext = data.labels is None or classes < 2 or not len(known)
+        self.pretext = data.labels is None or classes < 2
+        assert self.pretext or len(known), "no image has a label"
         self.rows = torch.arange(len(data)) if self.pretext else torch.from_numpy(known)
         batch = at_once(self.shape, batch)
         self.order = endless(len(self.rows), batch, self.generator)

@@ -42,10 +42,10 @@ def evaluate(
         n: How many items to generate (default: as many as held out, 1,000 to 10,000) or to take of the samples.
         cas: Also train a classifier on the samples, and test it on held-out data.
         column: Column of a table that --cas foretells from the others (default: the last one).
-        categorical: Columns of a table that are categories though they look like numbers, separated by commas (default,
-            for these three: as for the training).
-        numeric: Columns of a table that are numbers though they look like categories or names of the rows, likewise.
-        exclude: Columns of a table to leave out, separated by commas.
+        categorical: Of samples of a table: its columns that are categories though they look like numbers, separated by
+            commas. A model knows these and the following.
+        numeric: Likewise columns that are numbers though they look like categories or names of the rows.
+        exclude: Likewise columns to leave out.
         skip_bad: Leave out files that cannot be read.
         overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
         seed: Seed of what is generated or drawn.
@@ -62,6 +62,7 @@ def evaluate(
     """
     import time
 
+    from sfumato.errors import UserError
     from sfumato.modality import recognise
     from sfumato.tasks.common import check_counts, open_model, source_settings, title
     from sfumato.tasks.samples import check_samples, draw_samples, read_real, read_samples, relabelled
@@ -70,6 +71,9 @@ def evaluate(
     check_counts(batch=batch)
     model = open_model(target, device) if _is_model(target) else None
     said = {"categorical": categorical, "numeric": numeric, "exclude": exclude}
+    told = next((key for key, value in said.items() if value is not None), None)
+    if model is not None and told is not None:
+        raise UserError(f"--{told}: is for samples in a file; a model knows what its columns are")
     settings = source_settings(None if model is None else target, overrides, skip_bad, labels=True, said=said)
     row = recognise(str(source)) if model is None else model.modality
     check_counts(row.fewest, n=n)

@@ -181,8 +181,13 @@ def around(model: "Model", items: "Sequence[int]", known: "Tensor", how: "Sampli
     """New items (B, ...) of these numbers that all agree with what is known (NaN where nothing is)."""
     from dataclasses import replace
 
+    from sfumato.model import JUMP
+    from sfumato.tasks.generate import sampling
+
     free = known.isnan()[None].expand(max(items) + 1, *known.shape)
-    change = _Around(model, free, None, replace(how, sampler="ddpm"), RESAMPLE, seed)
+    # a jump leads to new items only; the steps are those that its teacher takes
+    how = sampling(model, None, None, "ddpm") if how.sampler == JUMP else replace(how, sampler="ddpm")
+    change = _Around(model, free, None, how, RESAMPLE, seed)
     return change(list(items), known[None].expand(len(items), *known.shape))
 
 

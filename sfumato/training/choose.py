@@ -11,6 +11,7 @@ from sfumato.data import Data
 from sfumato.metrics import frechet
 from sfumato.model import Model
 from sfumato.nn.classifier import Classifier
+from sfumato.training.build import training_labels
 from sfumato.training.job import Job
 from sfumato.types import UNKNOWN, at_once
 
@@ -40,7 +41,9 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
     known = torch.from_numpy(job.held.labels != UNKNOWN).nonzero().flatten()[:REAL]
     if len(known) < FEWEST_HELD:
         return model.sampling.guidance, {}
-    real = seen(job, network, job.train, evenly(job.train))
+    labels = training_labels(job, network, job.train)
+    assert labels is not None
+    real = seen(job, network, job.train, evenly(labels, job.classes))
     wanted = accuracy(network, seen(job, network, job.held, known), torch.from_numpy(job.held.labels)[known])
     labels = model.labels_for(range(count), job.settings.seed)
     assert labels is not None
@@ -54,12 +57,10 @@ def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple
     return float(min(tried, key=lambda weight: tried[weight]["fd"])), tried
 
 
-def evenly(data: Data) -> Tensor:
-    """Items of which each class has as many, as made ones have, or all of a small one; `REAL` at most."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    assert data.labels is not None
-    labels = torch.from_numpy(data.labels)[order]
-    return torch.cat([order[labels == k][: max(1, REAL // data.classes)] for k in range(data.classes)])
+def evenly(labels: Tensor, classes: int) -> Tensor:
+    """Of items under these labels (N,) some of which each class has as many, or all of a small one; `REAL` at most."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return torch.cat([order[labels[order] == k][: max(1, REAL // classes)] for k in range(classes)])
 
 
 def faithful(tried: Tried, wanted: float) -> float:

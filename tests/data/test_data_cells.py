@@ -234,6 +234,10 @@ def test_an_index_of_pandas_names_the_rows(tmp_path: Path) -> None:
         (lambda i: f"{1 + i % 12}/{1 + i % 28}/2024 {i % 24}:{i % 60:02d}", "%m/%d/%Y %H:%M", 60.0),
         (lambda i: f"2024-{1 + i % 12}-{1 + i % 28}", "%Y-%m-%d", 86400.0),
         (lambda i: f"{i % 24}:{i % 60:02d}", "%H:%M", 60.0),
+        (lambda i: f"2024-01-{1 + i % 28:02d} {1 + i % 12}:{i % 60:02d} AM", "%Y-%m-%d %I:%M %p", 60.0),
+        (lambda i: f"{1 + i % 12}/{1 + i % 28}/2024 {i % 24:02d}:{i % 60:02d}", "%m/%d/%Y %H:%M", 60.0),
+        (lambda i: f"2024-01-{1 + i % 28:02d} 12:00:00.{1 + 3571 * i:06d} UTC", "%Y-%m-%d %H:%M:%S.%f UTC", 1e-6),
+        (lambda i: f"{1 + i % 28:02d}.12.2024 10:00:00.{17 * i % 1000:03d}", "%d.%m.%Y %H:%M:%S.%f", 1e-6),
     ],
 )
 def test_times_are_written_as_they_are_there(
@@ -271,3 +275,19 @@ def test_counted_columns_have_a_header(tmp_path: Path, names: str) -> None:
     (tmp_path / "t.csv").write_text("\n".join([names, *rows]))
     train, held = read_table(tmp_path / "t.csv")
     assert [column.name for column in train.columns] == names.split(",") and len(train) + len(held) == N
+
+
+def test_of_dates_the_other_text_is_the_one_that_is_no_date(tmp_path: Path) -> None:
+    """The first cell could have the day first; those of later months could not."""
+    cells = [f"{1 + i % 12:02d}/{1 + (i + i // 12) % 28:02d}/20{i // 300 + 10}" for i in range(400)]
+    cells[390] = "TBD"
+    pd.DataFrame({"other": [str(i * 37 % 101) for i in range(400)], "x": cells}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(UserError, match="holds dates, and also 'TBD'"):
+        read_table(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("names", ["0,1", "1,2"])
+def test_two_numbers_are_no_header(tmp_path: Path, names: str) -> None:
+    (tmp_path / "t.csv").write_text("\n".join([names, *(f"{i},{i * 37 % 101}" for i in range(N))]))
+    with pytest.raises(UserError, match="has no header"):
+        read_table(tmp_path / "t.csv")

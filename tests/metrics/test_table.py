@@ -306,6 +306,15 @@ def test_copies_are_told_from_honest_rows(count: int, held_out: int, drawn: int)
     assert said == {"copied": [True] * 4, "honest": [False] * 4}
 
 
+def test_the_order_of_a_file_does_not_hide_copies():
+    train, held = rows(6000, 0), rows(600, 1)
+    train = train[train[:, 0].argsort()]  # what follows one another in the file is alike
+    space = measured_space(train, MIXED, by_range=False, weight=0.5**0.5)
+    made = train[np.random.default_rng(0).integers(0, 6000, 2000)]
+    report = _copying(made, train, held, space, 0)
+    assert report["dcr_share"] > 0.52 and report["dcr_share_floor"] == pytest.approx(0.5, abs=0.05)
+
+
 def test_near_copies_are_told_too():
     train, held = rows(600, 0), rows(200, 1)
     made = train[np.random.default_rng(0).integers(0, 600, 600)] + [0.02, 0.02, 0.02, 0, 0] * rows(600, 5)

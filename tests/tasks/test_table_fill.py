@@ -1,7 +1,10 @@
 """Missing cells filled in, categories in equal shares, rows of a rare kind."""
 
 import csv
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,9 +13,9 @@ import torch
 
 from sfumato.data import write_table
 from sfumato.errors import UserError
-from sfumato.model import load
+from sfumato.model import JUMP, Sampling, load
 from sfumato.tasks.generate import generate
-from sfumato.tasks.inpaint import inpaint
+from sfumato.tasks.inpaint import around, inpaint
 from tests.training.common import small_fit
 
 TINY = ("denoiser.width=64", "denoiser.depth=2", "train.denoiser.batch=128", "sample.steps=6")
@@ -209,3 +212,16 @@ def test_a_table_without_rows_is_refused(run: Path, tmp_path: Path, task: str):
     given = write(tmp_path / "in.csv", [])
     with pytest.raises(UserError, match=r"in\.csv: holds no rows"):
         getattr(sfumato, task)(run, given)
+
+
+@pytest.mark.parametrize(("own", "steps"), [(Sampling(JUMP, 2), 12), (Sampling("abm2", 10), 10)])
+def test_known_cells_of_a_few_step_model_take_its_teachers_steps(
+    own: Sampling, steps: int, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[Sampling] = []
+    kind = lambda model, free, z, how, *rest: seen.append(how) or (lambda items, known: known)
+    monkeypatch.setattr(sys.modules["sfumato.tasks.inpaint"], "_Around", kind)
+    card = SimpleNamespace(distilled={"steps": 12, "grid": "ends", "guidance": 1.2} if own.sampler == JUMP else None)
+    model: Any = SimpleNamespace(card=card, sampling=own, guide=None)
+    assert around(model, [0, 1], torch.tensor([1.0, torch.nan]), own, 0).shape == (2, 2)
+    assert (seen[0].sampler, seen[0].steps) == ("ddpm", steps)

@@ -137,6 +137,8 @@ def test_samples_are_measured_without_the_columns_that_were_left_out(table: Path
     said = {"exclude": "height,since", "categorical": "visits"}
     ours, theirs = evaluate(tmp_path / "made.csv", table, **said), evaluate(tmp_path / "run", table, n=60)
     assert ours["shape_error"] == theirs["shape_error"] and ours["trend_error"] == theirs["trend_error"]
+    with pytest.raises(UserError, match="--exclude: is for samples in a file; a model knows"):
+        evaluate(tmp_path / "run", table, exclude="height")
 
 
 def test_a_model_and_its_samples_are_measured_beside_their_floors(table_run: Path, table: Path, tmp_path: Path):

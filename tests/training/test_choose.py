@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from sfumato.data import Data
 from sfumato.training import choose
 from sfumato.training.choose import choose_guidance
 
@@ -22,7 +21,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[float, dict[s
     def choice(reached: Callable[[float], float], distance: Callable[[float], float]) -> tuple[float, dict[str, Any]]:
         held = SimpleNamespace(labels=np.zeros(50, np.int64))
         job: Any = SimpleNamespace(classes=3, held=held, train=None, settings=SimpleNamespace(seed=0))
-        monkeypatch.setattr(choose, "evenly", lambda data: torch.arange(100))
+        monkeypatch.setattr(choose, "training_labels", lambda job, network, data: torch.arange(100) % 3)
         model: Any = SimpleNamespace(labels_for=lambda items, seed: torch.zeros(len(items)))
         monkeypatch.setattr(choose, "affordable", lambda job, model: 300)
         monkeypatch.setattr(choose, "seen", lambda job, network, data, index: torch.tensor(-1.0))
@@ -48,9 +47,8 @@ def test_each_class_counts_as_much_as_another(monkeypatch: pytest.MonkeyPatch):
     seen = torch.tensor([0] * 95 + [1] * 5)
     network: Any = SimpleNamespace(head=lambda features: torch.nn.functional.one_hot(features, 2).float())
     assert choose.accuracy(network, seen, labels) == pytest.approx(0.75)
-    data = Data(np.zeros((100, 8, 8, 1), np.uint8), "L", labels=labels.numpy(), label_names=["a", "b"])
     monkeypatch.setattr(choose, "REAL", 40)
-    some = choose.evenly(data)
+    some = choose.evenly(labels, 2)
     assert len(set(some.tolist())) == 30 and labels[some].bincount().tolist() == [20, 10]  # no more than there are
 
 
