@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .dates import date_texts, seconds, stamps
 from .late import Late
 from .spelling import INTEGER, NUMBER, PADDED, Spelling, number_text, numbers, pc
 
@@ -29,7 +29,6 @@ OTHER_MARKERS = (*MARKERS, "none")  # in columns of other things than texts, whe
 FEW_VALUES, REPEATED = 20, 20  # so many numbers, each in so many rows on average, are levels like those of a category
 # a number in so many rows, and so many times as many as those next to it, is a level too; at most so many of them
 SPIKE_ROWS, STANDS_OUT, BESIDE, MOST_SPIKES = 25, 4, 5, 40
-ZONE = re.compile(r"(Z|[+-]\d\d(?::?\d\d)?)$")  # at the end of a time, or of the format of times that share it
 
 
 @dataclass(frozen=True)
@@ -128,44 +127,6 @@ def blanks(cells: pa.Array, markers: Sequence[str] = OTHER_MARKERS) -> pa.Boolea
     small = pc.utf8_lower(pc.utf8_trim_whitespace(cells))
     marked = pc.is_in(small, value_set=pa.array(markers))
     return pc.or_(pc.is_null(cells), marked)
-
-
-def strict(text: str) -> str:
-    """A time as strptime takes it: six digits of a second at most, and an offset with its minutes."""
-    text = re.sub(r"(\.\d{6})\d+", r"\1", text)
-    return text + ":00" if re.search(r"(^|:\d\d|\.\d+)[+-]\d\d$", text) else text
-
-
-def seconds(texts: Sequence[str], layout: str) -> Values:
-    """Seconds since 1970 of dates in one strptime format; NaN where a text is not such a date.
-
-    Where the format ends in an offset such as +02:00, they are of local time there, whatever offset a text has.
-    """
-    shared = ZONE.search(layout)
-    if shared and shared[0] != "Z":
-        ahead = datetime.strptime(strict(shared[0]), "%z").utcoffset() or timedelta()
-        return seconds(texts, ZONE.sub("%z", layout)) + ahead.total_seconds()
-    stamps = pd.to_datetime(
-        pd.Series(texts, dtype=object).str.strip(), format=layout, errors="coerce", utc="%z" in layout
-    )
-    # in microseconds: nanoseconds end in the year 2262, and 9999-12-31 often stands for "no end"
-    since = stamps.dt.tz_localize(None).dt.as_unit("us") - pd.Timestamp(0).as_unit("us")
-    return (since / pd.Timedelta(seconds=1)).to_numpy(np.float64)
-
-
-def _stamps(values: Values) -> pd.Series:
-    return pd.Series(np.rint(values * 1e6).astype(np.int64).view("datetime64[us]"))
-
-
-def date_texts(values: Values, layout: str, digits: int | None = None, bare: str = "") -> list[str]:
-    """Seconds since 1970, none missing, as texts in one strptime format; `digits` and `bare` as in `Column`."""
-    layout = layout.replace("%z", "+00:00")
-    if bare:
-        layout = re.sub(f"(%[{bare}])", r"~\1", layout)  # no format has that sign
-    written = _stamps(values).dt.strftime(layout).tolist()
-    if digits:
-        written = [re.sub(r"(?<=\.)\d{6}", lambda six: f"{six[0]:0<{digits}}"[:digits], text) for text in written]
-    return [re.sub("~0?", "", text) for text in written] if bare else written
 
 
 def encode(column: Column, cells: pa.Array, decimal: str = ".") -> Values:
@@ -293,7 +254,7 @@ def _typed(column: Column, values: Values) -> pd.Series | NDArray[Any]:
     if column.levels:
         return _objects(column, column.levels)[_codes(column, values)]
     if column.kind == "date":
-        return _stamps(snap(column, values))
+        return stamps(snap(column, values))
     snapped = snap(column, values)
     return snapped.astype(np.int64) if column.kind == "integer" and not column.point else snapped
 
@@ -301,7 +262,7 @@ def _typed(column: Column, values: Values) -> pd.Series | NDArray[Any]:
 def _objects(column: Column, levels: Sequence[str]) -> NDArray[Any]:
     """Levels as the values they stand for: dates, booleans, integers, numbers or texts."""
     if column.format:
-        return _stamps(seconds(levels, column.format)).to_numpy()
+        return stamps(seconds(levels, column.format)).to_numpy()
     plain = [level.strip().lower() for level in levels]
     words = column.dtype is not None and "string" in column.dtype
     if not words and not any(re.match(PADDED, text) for text in plain):

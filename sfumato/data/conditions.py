@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ..choice import nearest
 from ..errors import UserError
-from .columns import Column, Values, called, level_codes, markers, modelled, seconds
+from .columns import Column, Values, called, level_codes, markers, modelled
+from .dates import seconds
 from .late import Late
 from .spelling import NUMBER, numbers
 

@@ -23,14 +23,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from .columns import MARKERS, ZONE, Column, Values, blanks, date_texts, seconds, strict
+from .columns import MARKERS, Column, Values, blanks
+from .dates import BARE, FORMATS, FRACTION, MINUTES, STEPS, ZONE, coarsest, date_texts, reads, seconds, stray
 from .late import Late
 from .spelling import INTEGER, LIKE_NUMBER, NUMBER, PADDED, Spelling, number_text, numbers, pc, spellings
 
@@ -43,31 +43,12 @@ else:
 MOST_LEVELS = 10_000
 FEW_INTEGERS = 10  # so many whole numbers, each in so many rows on average, are taken for classes
 MOST_DECIMALS = 9
-LOOKED_AT = 200  # texts that may be dates but for some
 LONGEST_ID = 64  # letters
 PAIRS = (("false", "true"), ("no", "yes"), ("f", "t"), ("n", "y"), ("off", "on"), ("0", "1"), ("0.0", "1.0"))
 ID_NAME = re.compile(
     r"(^|[^a-z])(id|no|nr|index|key|row|rowid|row_?num(ber)?|uuid|guid)$|^unnamed: 0$|^__index_level_\d+__$|^$",
     re.IGNORECASE,
 )
-STEPS = (86400.0, 3600.0, 60.0, 1.0, 1e-3, 1e-6)
-MINUTES = 2  # their place in it
-BARE = {  # directives of strptime, and where a text shows that they have no leading zero
-    "dm": re.compile(r"^\d[/.\- ]|[/.-]\d[/.-]|[/-]\d(?: |$|T)| \d,"),
-    "HI": re.compile(r"(?:^|[ T])\d:"),
-}
-FRACTION = re.compile(r":\d\d\.(\d+)")  # of a second
-_CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p")
-FORMATS = (
-    *(f"%Y-%m-%d{t}{zone}" for t in _CLOCKS for zone in ("", " UTC")),
-    *(f"%Y-%m-%dT%H:%M{t}{zone}" for zone in ("", "Z", "%z") for t in ("", ":%S", ":%S.%f")),
-    "%Y-%m-%d %H:%M:%S%z",
-    "%Y-%m-%d %H:%M:%S.%f%z",
-    *(f"{day}{t}" for day in ("%Y/%m/%d", "%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y", "%d-%m-%Y") for t in _CLOCKS),
-    *(t.strip() for t in _CLOCKS[1:]),
-    *("%Y-%m", "%d-%b-%Y", "%d %b %Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y", "%m/%d/%y", "%d/%m/%y", "%d.%m.%y"),
-)
-
 Meant = Literal["category", "number"]  # what a user can say that a column is
 
 
@@ -226,7 +207,7 @@ class Tally:
         if not np.isfinite(values).all():
             raise UserError(f"{self.place} holds an infinite number; write a number there, or leave it empty", code=1)
         self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
-        self.decimals, self.step = _decimals(values, self.decimals), _step(values, self.step)
+        self.decimals, self.step = _decimals(values, self.decimals), coarsest(values, self.step)
         if self.decimals != 0:
             self.hashes = None  # no name of a row, and they would take as much memory as the column
 
@@ -234,7 +215,7 @@ class Tally:
         if not self.formats:
             return
         found = trimmed.to_pylist()
-        self.formats = [layout for layout in self.formats if _reads(found[0], layout)]
+        self.formats = [layout for layout in self.formats if reads(found[0], layout)]
         for layout in list(self.formats):
             stamps = seconds(found, layout)
             if np.isnan(stamps).any():
@@ -244,7 +225,7 @@ class Tally:
                 if layout.endswith("%z"):
                     self.zones |= {ZONE.findall(text)[0] for text in found}
                     stamps = seconds([ZONE.sub("", text) for text in found], layout.removesuffix("%z"))
-                self.step = _step(stamps, self.step)
+                self.step = coarsest(stamps, self.step)
                 self.bare |= {which for which, pattern in BARE.items() if any(map(pattern.search, found))}
                 if "%f" in layout:
                     digits = {len(match[1]) for match in map(FRACTION.search, found) if match}
@@ -364,7 +345,7 @@ class Tally:
             raise UserError(
                 f"{self.place} holds numbers or times such as {like!r}, in several spellings; {advice}", code=1
             )
-        undated = self._undated() if many else None
+        undated = stray(self.sample, self.undated) if many else None
         if undated:
             advice = "correct that cell, leave it empty, or name the column in --categorical or --exclude"
             raise UserError(f"{self.place} holds dates, and also {undated!r}; {advice}", code=1)
@@ -376,15 +357,6 @@ class Tally:
         count = f"more than {MOST_LEVELS:,}" if self.levels is None else f"{len(self.levels):,}"
         advice = "leave the column out (--exclude), or name it in --categorical if these are classes"
         raise UserError(f"{self.place} holds {count} different texts in {present:,} cells, too many; {advice}", code=1)
-
-    def _undated(self) -> str | None:
-        """Of texts nearly all of which are dates in one format, one that is none."""
-        some = self.sample[:LOOKED_AT]
-        for layout in FORMATS:
-            strange = [text for text in some if not _reads(text, layout)]
-            if len(strange) <= 0.1 * len(some):
-                return strange[0] if strange else self.undated.get(layout)
-        return None
 
     def _pattern(self) -> str:
         """A str.format for new ids that look like these: "user_{:05d}" for user_00017."""
@@ -407,20 +379,3 @@ def _decimals(values: Values, least: int | None) -> int | None:
         ).all():
             return decimals
     return None
-
-
-def _step(values: Values, least: int) -> int:
-    """Index of the largest step, from `least` on, that divides all times (in seconds)."""
-    for index in range(least, len(STEPS) - 1):
-        parts = values / STEPS[index]
-        if (np.abs(parts - np.rint(parts)) * STEPS[index] < 1e-7).all():
-            return index
-    return len(STEPS) - 1
-
-
-def _reads(text: str, layout: str) -> bool:
-    try:
-        datetime.strptime(strict(text), layout)
-    except ValueError:
-        return False
-    return True
