@@ -12,7 +12,8 @@ anew for each, by its command line, and everything it does is within its minutes
 peer's clock counts training steps alone. Everyone draws the same number of samples in its own way: sfumato by its
 defaults, the peers by DDIM with --steps steps. The distance depends on that number, and so does its floor, what real
 held-out images score (in brackets); samples of entrants that know classes have as many of each, which few held-out
-images have not, so a good model can score less than the floor. Peers that know no classes have no accuracy.
+images have not, so a line below the tables says what real images score that do. Peers that know no classes have no
+accuracy.
 
 The judge is an outside script, called as: JUDGE images SAMPLES --reference DATA [--cas]; without it, and for data that
 it does not know, `sfumato evaluate` judges. What is done is kept in OUT/NAME.json and not done again; a training that
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from peers_nets import PEERS
 from PIL import Image, ImageDraw
-from quality import Failed, beside_floor, call, keep
+from quality import Failed, beside_floor, call, keep, print_all, recorded
 
 Facts = dict[str, Any]
 OURS = "sfumato"
@@ -132,17 +133,39 @@ def samples_of(run: Path, minutes: float) -> Path:
 
 
 def judge(entry: Entry, run: Path, minutes: float, options: argparse.Namespace) -> Facts:
-    """What the outside judge says of the samples, or `sfumato evaluate` where it has nothing to say."""
-    samples, labelled = str(samples_of(run, minutes)), entry.entrant == OURS or PEERS[entry.entrant].labelled
-    cas = ["--cas"] if options.cas and labelled else []
+    """What is said of the samples."""
+    labelled = entry.entrant == OURS or PEERS[entry.entrant].labelled
+    return judged(entry.data, samples_of(run, minutes), options.cas and labelled, options)
+
+
+def judged(data: str, samples: Path, cas: bool, options: argparse.Namespace) -> Facts:
+    """What the outside judge says of samples, or `sfumato evaluate` where it has nothing to say."""
+    more = ["--cas"] if cas else []
     if options.judge is not None:
         try:
-            report = json.loads(call([str(options.judge), "images", samples, "--reference", entry.data, *cas]).output)
+            report = json.loads(call([str(options.judge), "images", str(samples), "--reference", data, *more]).output)
             return {"by": options.judge.name, **report}
         except Failed as error:
-            print(f"{entry.name}: sfumato judges ({error})", file=sys.stderr, flush=True)
-    report = json.loads(call(["-m", "sfumato", "evaluate", samples, entry.data, "--json", *cas]).output)
+            print(f"{samples.name}: sfumato judges ({error})", file=sys.stderr, flush=True)
+    report = json.loads(call(["-m", "sfumato", "evaluate", str(samples), data, "--json", *more]).output)
     return {"by": f"{OURS} evaluate", **report}
+
+
+def real_even(data: str, options: argparse.Namespace) -> str:
+    """A line: the distance of held-out images, as many of each class, as entrants that know classes draw them."""
+    record, asked = options.out / f"{data}-real.json", {"items": options.items}
+    facts = recorded(record, asked)
+    if "fd" not in facts:
+        from sfumato.data import read_source, write_images
+
+        train, held = read_source(data)
+        each = options.items // train.classes
+        some = np.concatenate([np.flatnonzero(held.labels == k)[:each] for k in range(train.classes)])
+        rows = [{"label": int(k)} for k in held.labels[some]]
+        samples = write_images(options.out / f"{data}-real-samples", held.batch(some).data, rows, overwrite=True)
+        facts |= {"n": len(some), "fd": judged(data, samples, False, options)["fd"]}
+        keep(record, facts)
+    return f"{data}: {facts['n']} real images, as many of each class, have fd {facts['fd']:.3f}"
 
 
 def parts(entry: Entry, options: argparse.Namespace) -> dict[str, Callable[[], Facts]]:
@@ -315,6 +338,8 @@ def main(words: Sequence[str] | None = None) -> int:
             failed = 1
     print(f"\n{header(SPEEDS)}", *speed_rows(found, options), sep="\n", flush=True)
     side_by_side(found, options)
+    print(flush=True)
+    failed |= print_all((data, lambda data=data: [real_even(data, options)]) for data in options.data)
     try:
         check_judges(found, options)
         if found and options.peer_python is not None:

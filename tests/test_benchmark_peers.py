@@ -89,7 +89,8 @@ def test_a_row_for_each_time_and_speeds_beside_ours(
 ):
     words = command(tmp_path, "sfumato,ddpm-pytorch", "--judge", "j.py", "--cas", "--set", "train.precision=fp32")
     assert peers.main(words) == 0
-    table, speeds = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
+    table, speeds, real = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
+    assert real == ["digits: 180 real images, as many of each class, have fd 3.210"]
     assert len(table) == 6 and len(speeds) == 5
     for part in (table, speeds):
         assert len({line.count("|") for line in part}) == 1
@@ -111,8 +112,8 @@ def test_a_row_for_each_time_and_speeds_beside_ours(
     drawn = [words for _, words in machine.calls if "-n" in words]
     assert {words[words.index("-n") + 1] for words in drawn} == {"1000"} and len(drawn) == 4
     judged = [words for _, words in machine.calls if words[0] == "j.py"]
-    assert [words[1] for words in judged] == ["images"] * 4
-    assert ["--cas" in words for words in judged] == [True, True, False, False]
+    assert [words[1] for words in judged] == ["images"] * 5
+    assert ["--cas" in words for words in judged] == [True, True, False, False, False]
     points = json.loads((tmp_path / "fd.json").read_text())
     assert points["digits"]["entrants"]["sfumato"] == [[5, 3.21], [10, 3.21]] and points["digits"]["floor"] == 0.5
     with Image.open(tmp_path / "digits.png") as sheet:  # real ones, and two times of two entrants
