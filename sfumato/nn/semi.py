@@ -165,7 +165,7 @@ class _Pupil:
     def learn(self, steps: int, rate: float, guesses: Guesses) -> None:
         """Take some steps towards guesses of one round."""
         optimizer = torch.optim.AdamW(self.net.parameters(), rate, weight_decay=0.02, fused=True)
-        length = max(steps, 11)  # its rise is a tenth, and one of a single step would be divided by zero
+        length = max(steps, 2) + (steps == 10)  # its rise is a tenth, and one of exactly a step is divided by zero
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=length, pct_start=0.1)
         self.net.train()
         for step in range(steps):
