@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.lr_scheduler import OneCycleLR
 
 from sfumato.types import UNKNOWN, Batch, at_once
 
@@ -187,10 +188,15 @@ def fresh(shape: tuple[int, ...], classes: int, width: int, seed: int, device: t
     return net.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
+def one_cycle(optimizer: torch.optim.Optimizer, rate: float, steps: int, rise: float) -> OneCycleLR:
+    """A rate that rises to `rate` over a share of the steps, and falls to about none."""
+    length = max(steps, 2)
+    return OneCycleLR(optimizer, rate, total_steps=length + (length * rise == 1), pct_start=rise)  # 0/0 at a rise of 1
+
+
 def _train(net: Classifier, lessons: _Lessons, steps: int, rate: float, bf16: bool) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), rate, weight_decay=0.02, fused=True)
-    length = max(steps, 6)  # its rise is a fifth, and one of a single step would be divided by zero
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=length, pct_start=0.2)
+    schedule = one_cycle(optimizer, rate, steps, rise=0.2)
     net.train()
     for _ in range(steps):
         x, target = lessons.draw()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.nn.classifier import Classifier, Images, endless, fit_classifier, fresh
+from sfumato.nn.classifier import Classifier, Images, endless, fit_classifier, fresh, one_cycle
 from sfumato.nn.spread import balanced, plain_features, pooled, shortened, spread
 from sfumato.types import UNKNOWN, at_once
 
@@ -165,8 +165,7 @@ class _Pupil:
     def learn(self, steps: int, rate: float, guesses: Guesses) -> None:
         """Take some steps towards guesses of one round."""
         optimizer = torch.optim.AdamW(self.net.parameters(), rate, weight_decay=0.02, fused=True)
-        length = max(steps, 2) + (steps == 10)  # its rise is a tenth, and one of exactly a step is divided by zero
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=length, pct_start=0.1)
+        schedule = one_cycle(optimizer, rate, steps, rise=0.1)
         self.net.train()
         for step in range(steps):
             loss = self._loss(guesses)

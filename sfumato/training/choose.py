@@ -11,7 +11,6 @@ from sfumato.data import Data
 from sfumato.metrics import frechet
 from sfumato.model import Model
 from sfumato.nn.classifier import Classifier
-from sfumato.training.build import training_labels
 from sfumato.training.job import Job
 from sfumato.types import UNKNOWN, at_once
 
@@ -25,25 +24,32 @@ Tried = dict[str, dict[str, float]]
 
 
 @torch.no_grad()
-def choose_guidance(job: Job, model: Model, network: Classifier | None) -> tuple[float, Tried]:
+def choose_guidance(
+    job: Job, model: Model, network: Classifier | None, data: Data, label: Tensor | None
+) -> tuple[float, Tried]:
     """The smallest weight at which items show their label as often as held-out ones do.
 
     The feature network says which label an item shows; each class counts as much as another, whatever its share. Label
     fidelity rises with the weight and diversity falls, so the smallest weight that is faithful is the best, read off
     between two that were tried; where none is, the one of the smallest Fréchet distance is taken.
 
+    Args:
+        job: The run.
+        model: Trained.
+        network: The feature network.
+        data: The items that the denoiser learned from.
+        label: Class numbers (N,) under which it did.
+
     Returns:
         The weight, and what each one tried reached: `fd` (on the feature network's features) and `accuracy`.
     """
     count = affordable(job, model)
-    if not job.classes or network is None or count < FEWEST or job.held.labels is None:
+    if label is None or network is None or count < FEWEST or job.held.labels is None:
         return model.sampling.guidance, {}
     known = torch.from_numpy(job.held.labels != UNKNOWN).nonzero().flatten()[:REAL]
     if len(known) < FEWEST_HELD:
         return model.sampling.guidance, {}
-    labels = training_labels(job, network, job.train)
-    assert labels is not None
-    real = seen(job, network, job.train, evenly(labels, job.classes))
+    real = seen(job, network, data, evenly(label, job.classes))
     wanted = accuracy(network, seen(job, network, job.held, known), torch.from_numpy(job.held.labels)[known])
     labels = model.labels_for(range(count), job.settings.seed)
     assert labels is not None

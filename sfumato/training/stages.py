@@ -74,11 +74,12 @@ def train_stages(job: Job, state: State | None) -> Model:
     if not job.done("codec"):
         save_part(job.folder / "codec", model.codec, model.card.codec)
         job.finish("codec", **measure_codec(job, model, network))
-    train_denoiser(job, model, network, z, training_labels(job, network, data), state)
+    label = training_labels(job, network, data)
+    train_denoiser(job, model, network, z, label, state)
     model.eval()
     if job.settings.sample.guidance is None:
         job.log.show("choose", 0, 1)
-        model.card.sample["guidance"], tried = choose_guidance(job, model, network)
+        model.card.sample["guidance"], tried = choose_guidance(job, model, network, data, label)
         job.record["guidance"] = tried
     model.save(job.folder)
     model.folder = job.folder

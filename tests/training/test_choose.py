@@ -20,8 +20,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[float, dict[s
 
     def choice(reached: Callable[[float], float], distance: Callable[[float], float]) -> tuple[float, dict[str, Any]]:
         held = SimpleNamespace(labels=np.zeros(50, np.int64))
-        job: Any = SimpleNamespace(classes=3, held=held, train=None, settings=SimpleNamespace(seed=0))
-        monkeypatch.setattr(choose, "training_labels", lambda job, network, data: torch.arange(100) % 3)
+        job: Any = SimpleNamespace(classes=3, held=held, settings=SimpleNamespace(seed=0))
         model: Any = SimpleNamespace(labels_for=lambda items, seed: torch.zeros(len(items)))
         monkeypatch.setattr(choose, "affordable", lambda job, model: 300)
         monkeypatch.setattr(choose, "seen", lambda job, network, data, index: torch.tensor(-1.0))
@@ -30,7 +29,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[float, dict[s
         of = lambda features: WANTED if float(features) < 0 else reached(float(features))
         monkeypatch.setattr(choose, "accuracy", lambda network, features, labels: of(features))
         network: Any = object()
-        return choose_guidance(job, model, network)
+        return choose_guidance(job, model, network, job.held, torch.arange(100) % 3)
 
     return choice
 
