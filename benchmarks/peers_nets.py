@@ -1,6 +1,6 @@
-"""The peers of `peers.py`, each built and trained as its own library has it; the libraries load when first needed.
+"""The peers of `peers.py`, each built and trained by its own library's defaults, which are imported when needed.
 
-What is taken from where, and what had to be chosen, is said at each. Nothing here knows sfumato.
+Each class documents the source of its choices. Nothing here imports sfumato.
 """
 
 import importlib
@@ -21,16 +21,16 @@ Shape = tuple[int, int, int]  # (C, H, W)
 
 @dataclass
 class Stage:
-    """One thing that is trained.
+    """One training stage.
 
     Args:
-        net: What is trained.
-        loss: Of images (B, C, H, W) in [-1, 1] and their labels (B,).
-        optimizer: Of its parameters.
+        net: The trained network.
+        loss: Images (B, C, H, W) in [-1, 1] and labels (B,) -> loss.
+        optimizer: Optimizer of its parameters.
         average: Called after every step.
-        weights: Entries of the peer's state dict that this stage is about, averaged.
-        batch: Images in a portion.
-        portions: Portions whose gradients are added up to a step.
+        weights: Averaged weights of this stage, as entries of the peer's state dict.
+        batch: Images per micro-batch.
+        accumulation: Micro-batches per step, whose gradients are added.
     """
 
     net: nn.Module
@@ -39,35 +39,35 @@ class Stage:
     average: Callable[[], object]
     weights: Callable[[], Mapping[str, Tensor]]
     batch: int
-    portions: int = 1
+    accumulation: int = 1
 
 
 class Peer(nn.Module):
     """A model as its own library builds it, with its stages in the order in which they are trained."""
 
-    labelled = True  # is told the class, and draws samples of one
-    multiple = 1  # what both sides have to be a multiple of
+    labelled = True  # class-conditional
+    multiple = 1  # both sides must be multiples of this
 
     def __init__(self, shape: Shape, classes: int, steps: int):
         super().__init__()
         self.shape, self.classes, self.steps = shape, classes, steps
 
     def stages(self) -> dict[str, Callable[[], Stage]]:
-        """By name, built when their turn comes."""
+        """Name -> builder of the stage."""
         raise NotImplementedError
 
-    def draw(self, labels: Tensor) -> Tensor:
-        """Images (N, C, H, W), about [-1, 1], of these classes (N,)."""
+    def sample(self, labels: Tensor) -> Tensor:
+        """Samples (N, C, H, W), about in [-1, 1], of classes (N,)."""
         raise NotImplementedError
 
     def begin(self, weights: Weights, x: Tensor) -> None:
-        """Take over what the first stage came to, before the second one."""
+        """Load the first stage's weights before the second stage."""
         self.load_state_dict(weights, strict=False)
 
 
 @contextmanager
 def torchvision_absent() -> Iterator[None]:
-    """Lets be imported what imports torchvision without needing it for what is done here, and is installed without."""
+    """A stub of torchvision, for libraries that import it without needing it here."""
     stub = ModuleType("torchvision")
     for name in ("transforms", "utils"):
         setattr(stub, name, ModuleType(name))
@@ -79,10 +79,10 @@ def torchvision_absent() -> Iterator[None]:
 
 
 class DenoisingDiffusion(Peer):
-    """denoising-diffusion-pytorch 2: network, process and the numbers of its Trainer as its README calls them.
+    """denoising-diffusion-pytorch 2: network, process and Trainer defaults as in its README.
 
-    dim 64, dim_mults (1, 2, 4, 8), no flash attention; v predicted under a sigmoid schedule; Adam (.9, .99) at 8e-5;
-    two portions of 32 images a step; average of .995 every ten steps; DDIM. It knows no classes.
+    dim 64, dim_mults (1, 2, 4, 8), no flash attention; v-prediction under a sigmoid schedule; Adam (.9, .99) at 8e-5;
+    two micro-batches of 32 images per step; EMA .995 every ten steps; DDIM. Unconditional.
     """
 
     labelled = False
@@ -105,16 +105,16 @@ class DenoisingDiffusion(Peer):
         weights = lambda: prefixed("diffusion", ema.ema_model.state_dict())
         return Stage(self.diffusion, lambda x, y: self.diffusion(x), optimizer, ema.update, weights, 32, 2)
 
-    def draw(self, labels: Tensor) -> Tensor:
+    def sample(self, labels: Tensor) -> Tensor:
         return self.diffusion.sample(batch_size=len(labels))
 
 
 class Diffusers(Peer):
-    """diffusers' UNet2DModel, told the class by `num_class_embeds`, trained as its unconditional example trains.
+    """diffusers' UNet2DModel, class-conditional by `num_class_embeds`, trained as its unconditional example is.
 
-    Noise is predicted under DDPMScheduler's 1,000 steps; AdamW (.95, .999) at 1e-4 without the example's warm-up and
-    decay, weight decay 1e-6; EMAModel, warming up to .9999 (power 3/4); DDIMScheduler. Here on pixels, 16 images a
-    step: the example's network less its first level, so that each resolution from 32 down has the blocks it has there.
+    Noise prediction under DDPMScheduler's 1,000 steps; AdamW (.95, .999) at 1e-4 without the example's warm-up and
+    decay, weight decay 1e-6; EMAModel, warming up to .9999 (power 3/4); DDIMScheduler. Here on pixels, 16 images per
+    step: the example's network without its first level, so that each resolution from 32 down has the example's blocks.
     """
 
     multiple = 16
@@ -159,13 +159,13 @@ class Diffusers(Peer):
         return Stage(self.unet, self.loss, optimizer, average, weights, self.batch)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Of the noise that was added to images or latents."""
+        """Mean squared error of the predicted noise of images or latents."""
         noise, t = torch.randn_like(x), torch.randint(0, 1000, (len(x),))
         noised: Any = self.schedule.add_noise(x, noise, t)  # pyright: ignore[reportArgumentType]
         return mse_loss(self.unet(noised, t, class_labels=y, return_dict=False)[0], noise)
 
     def denoised(self, z: Tensor, labels: Tensor, clip: bool) -> Tensor:
-        """DDIM from noise, as the library has it."""
+        """The library's DDIM sampling from noise z."""
         from diffusers import DDIMScheduler
 
         scheduler: Any = DDIMScheduler.from_config(self.schedule.config, clip_sample=clip)
@@ -175,14 +175,14 @@ class Diffusers(Peer):
             z = scheduler.step(noise.float(), t, z).prev_sample
         return z
 
-    def draw(self, labels: Tensor) -> Tensor:
+    def sample(self, labels: Tensor) -> Tensor:
         return self.denoised(torch.randn(len(labels), *self.shape), labels, clip=True)
 
 
 class DiffusersSmall(Diffusers):
-    """The network that Hugging Face's diffusion course trains on MNIST: 128 images a step at 1e-3, cosine schedule.
+    """The network that Hugging Face's diffusion course trains on MNIST: 128 images per step at 1e-3, cosine schedule.
 
-    Optimizer and average are the example's; the course has plain Adam and no average, and the class as channels.
+    Optimizer and EMA are the example's; the course has plain Adam and no EMA, and the class as channels.
     """
 
     multiple = 4
@@ -193,13 +193,13 @@ class DiffusersSmall(Diffusers):
 
 
 class DiffusersLatent(Diffusers):
-    """diffusers' AutoencoderKL, then its UNet2DModel on the latents: half the time each.
+    """diffusers' AutoencoderKL, then its UNet2DModel on the latents; half of the time each.
 
-    The library has no recipe from scratch. The codec is Stable Diffusion's at half the width and with two halvings
-    (widths 64, 128, 256; 4 channels; 32x32 to 8x8), trained as latent diffusion did but for the perceptual and
-    adversarial terms: sums of |x - x'| and 1e-6 KL, Adam (.5, .9) at 4.5e-6 an image of the batch, which is 64; latents
-    are scaled by the deviation of one batch. The denoiser (widths 128, 256, 512) trains as the example does on 64
-    images a step, which are encoded as it goes.
+    The library has no recipe from scratch. The codec is Stable Diffusion's at half the width and with two downsamplings
+    (widths 64, 128, 256; 4 channels; 32x32 to 8x8), trained as in latent diffusion without the perceptual and
+    adversarial terms: sum of |x - x'| plus 1e-6 KL, Adam (.5, .9) at 4.5e-6 times the batch of 64; latents are scaled
+    by the standard deviation of one batch. The denoiser (widths 128, 256, 512) trains as the example does, on 64 images
+    per step, which are encoded on the fly.
     """
 
     widths = (128, 256, 512)
@@ -230,9 +230,9 @@ class DiffusersLatent(Diffusers):
         return Stage(self.vae, self._codec_loss, optimizer, lambda: None, weights, self.batch)
 
     def _codec_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        known = self.vae.encode(x).latent_dist
-        made = self.vae.decode(known.sample()).sample
-        return l1_loss(made, x, reduction="sum") / len(x) + 1e-6 * known.kl().mean()
+        posterior = self.vae.encode(x).latent_dist
+        x_hat = self.vae.decode(posterior.sample()).sample
+        return l1_loss(x_hat, x, reduction="sum") / len(x) + 1e-6 * posterior.kl().mean()
 
     def _latent_denoiser(self) -> Stage:
         stage = self._denoiser()
@@ -249,7 +249,7 @@ class DiffusersLatent(Diffusers):
         super().begin(weights, x)
         self.scale.copy_(1 / self._latents(x).std())
 
-    def draw(self, labels: Tensor) -> Tensor:
+    def sample(self, labels: Tensor) -> Tensor:
         z = self.denoised(torch.randn(len(labels), *self.shape), labels, clip=False)
         return self.vae.decode(z / self.scale).sample
 
@@ -263,5 +263,5 @@ PEERS: dict[str, type[Peer]] = {
 
 
 def prefixed(name: str, weights: Mapping[str, Tensor]) -> Weights:
-    """A part's state dict as entries of the whole's."""
+    """A state dict with `name.` before each key."""
     return {f"{name}.{key}": value for key, value in weights.items()}

@@ -1,16 +1,16 @@
-"""Where the time of a training step goes, for both stages of a plan: by part of the step, and by operator.
+"""Profile of a training step, for both stages of a plan: by part of the step, and by operator.
 
     python benchmarks/profile_step.py --data mnist --budget 5m
     python benchmarks/profile_step.py --data mnist --budget 5m --set codec.width=96 --trace step.json
 
-The steps are those of `fit` with the same data, budget and settings, on copies that `training/planning.py` makes and
-throws away; nothing is written but the trace. Parts are timed by the clock, each without those inside it, and the
-median of the steps counts. Operators are timed by torch's profiler, which slows small ones down; their floating-point
-operations are counted by torch, backward passes included, and their bytes are those of all tensors they read and write.
+The steps are those of `fit` with the same data, budget and settings, on copies that `training/profile.py` makes and
+discards; only the trace is written. Times of parts are exclusive, and medians over the steps. Operators are timed by
+torch's profiler, which slows small ones down; torch counts their floating-point operations, backward passes included,
+and their bytes are those of all tensors that they read and write.
 
-`at best` is what a step could take on this machine without other operators: each at the peak of matrix products, or as
-fast as a copy of as many bytes, whichever is slower. Copies are measured at all sizes, so that caches count, and so
-does what it costs to call anything at all. Keep the machine quiet meanwhile.
+`at best` is a lower bound of the step on this machine (a roofline): each operator at the peak of matrix products, or at
+the bandwidth of a copy of as many bytes, whichever is slower. Copies are measured at all sizes, so the bound includes
+caches and call overhead. Keep the machine otherwise idle.
 """
 
 import argparse
@@ -35,56 +35,55 @@ from torch.utils.flop_counter import flop_registry
 
 from sfumato.config import apply_overrides, parse_budget, read_settings
 from sfumato.errors import UserError
-from sfumato.machine import best_precision, default_device, measure_bandwidth
-from sfumato.modality import find_modality, recognise
-from sfumato.training.build import feature_network, uses_features
-from sfumato.training.horizon import Horizon
-from sfumato.training.job import Job
+from sfumato.hardware import best_precision, default_device, measure_bandwidth
+from sfumato.modalities import find_modality, recognise
+from sfumato.training.budget import StepBudget
+from sfumato.training.build import train_feature_network, uses_features
+from sfumato.training.launch import make_accelerator
 from sfumato.training.log import Log
-from sfumato.training.loop import Feed, Trainer
-from sfumato.training.measure import Speed, measure_step
-from sfumato.training.planning import LATE, decide, stage_copies
-from sfumato.training.run import make_accelerator
+from sfumato.training.profile import LAST_STEP, StepCost, complete_plan, measure_step, stage_copies
+from sfumato.training.run import Run
 from sfumato.training.steps import CodecStep, DiffusionStep, TrainStep
+from sfumato.training.trainer import BatchSource, Trainer
 
-SEEN = 3  # steps that the profiler looks at
-REST = "bookkeeping"
+PROFILED_STEPS = 3  # steps under the profiler
+BOOKKEEPING = "bookkeeping"  # name of the part outside all others
 
 
-class Clock:
-    """Seconds of parts that lie within one another, each without those inside it.
+class PartTimer:
+    """Exclusive seconds of nested parts.
 
     Args:
-        wait: Called before the clock is read: waits for the device.
+        synchronize: Waits for the device; called before the clock is read.
         now: The clock.
     """
 
-    def __init__(self, wait: Callable[[], object], now: Callable[[], float] = time.perf_counter) -> None:
-        self.wait, self.now = wait, now
+    def __init__(self, synchronize: Callable[[], object], now: Callable[[], float] = time.perf_counter) -> None:
+        self.synchronize, self.now = synchronize, now
         self.seconds: dict[str, float] = defaultdict(float)
-        self.open: list[str] = []
-        self.since = 0.0
+        self.stack: list[str] = []
+        self.last = 0.0
 
-    def _turn(self) -> None:
-        """Charge what has passed to the innermost open part."""
-        self.wait()
+    def _charge(self) -> None:
+        """Add the elapsed time to the innermost part."""
+        self.synchronize()
         now = self.now()
-        if self.open:
-            self.seconds[self.open[-1]] += now - self.since
-        self.since = now
+        if self.stack:
+            self.seconds[self.stack[-1]] += now - self.last
+        self.last = now
 
     def enter(self, name: str) -> None:
         """A part begins."""
-        self._turn()
-        self.open.append(name)
+        self._charge()
+        self.stack.append(name)
 
     def leave(self) -> None:
         """The innermost part ends."""
-        self._turn()
-        self.open.pop()
+        self._charge()
+        self.stack.pop()
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function as a part."""
+        """The function, timed as a part."""
 
         def call(*args: Any, **options: Any) -> Any:
             self.enter(name)
@@ -95,14 +94,14 @@ class Clock:
 
         return call
 
-    def watch(self, name: str, module: nn.Module) -> None:
-        """The module's forward as a part."""
+    def watch_module(self, name: str, module: nn.Module) -> None:
+        """Time the module's forward as a part."""
         module.register_forward_pre_hook(lambda *_: self.enter(name))
         module.register_forward_hook(lambda *_: self.leave())
 
 
-class Operator(NamedTuple):
-    """What one kind of operator takes in a step, and what it could take."""
+class OperatorCost(NamedTuple):
+    """Cost of one kind of operator per step, and its lower bound `best`, in seconds."""
 
     name: str
     calls: float
@@ -113,17 +112,17 @@ class Operator(NamedTuple):
 
 
 @cache
-def copied(log_size: int, device: str) -> float:
-    """Bytes a second that a copy moves which reads and writes 2^log_size bytes."""
+def copy_bandwidth(log_size: int, device: str) -> float:
+    """Bandwidth in bytes/s of a copy that reads and writes 2^log_size bytes in all."""
     return measure_bandwidth(device, 0.02, size=2**log_size // 2)
 
 
-class Work(TorchDispatchMode):
-    """Operations, bytes and least seconds of every operator within the block.
+class CostCounter(TorchDispatchMode):
+    """Operations, bytes and lower bound in seconds of every operator within the block.
 
     Args:
-        peak: Operations a second of the best matrix product.
-        bandwidth: Logarithm to base 2 of bytes read and written -> bytes a second.
+        peak: Peak of matrix products in operations/s.
+        bandwidth: log2 of bytes read and written -> bytes/s.
     """
 
     def __init__(self, peak: float, bandwidth: Callable[[int], float]) -> None:
@@ -139,112 +138,115 @@ class Work(TorchDispatchMode):
         flops = float(flop_registry[packet](*args, **(kwargs or {}), out_val=out)) if packet in flop_registry else 0.0
         self.flops[name] += flops
         self.bytes[name] += moved
-        least = moved / self.bandwidth(min(28, max(10, round(math.log2(moved))))) if moved else 0.0
-        self.best[name] += max(flops / self.peak, least)
+        transfer = moved / self.bandwidth(min(28, max(10, round(math.log2(moved))))) if moved else 0.0
+        self.best[name] += max(flops / self.peak, transfer)
         return out
 
 
-def make_job(options: argparse.Namespace) -> Job:
+def planned_run(options: argparse.Namespace) -> Run:
     """A run as `fit` would plan it; its folder is never written."""
     started = time.monotonic()
     given = read_settings({"seed": options.seed, "budget_seconds": parse_budget(options.budget)})
     settings = apply_overrides(given, options.set)
     modality = find_modality(settings.modality) if settings.modality else recognise(options.data)
-    train, held = modality.read(options.data, settings.data, None)
+    train, held = modality.read_split(options.data, settings.data)
     device, precision = options.device or default_device(), settings.train.precision
     accelerator = make_accelerator(device, best_precision(device) if precision == "auto" else precision)
     log = Log(Path(), None, main=False)
-    job = Job(options.data, Path(), settings, modality, train, held, accelerator, log, started)
-    decide(job, None, None)
-    return job
+    run = Run(options.data, Path(), settings, modality, train, held, accelerator, log, started)
+    complete_plan(run, None, None)
+    return run
 
 
 def inner_parts(step: TrainStep) -> dict[str, nn.Module]:
-    """The modules of a step's forward that are told apart."""
-    found: dict[str, nn.Module | None] = {"loss": step}  # what is left of it when the others are taken off
+    """The modules of a step's forward that are timed separately."""
+    modules: dict[str, nn.Module | None] = {"loss": step}  # exclusive of the others
     if isinstance(step, CodecStep):
-        found |= {"encoder": step.codec.encoder, "bottleneck": step.codec.bottleneck, "decoder": step.codec.decoder}
-        found |= {"perceptual network": step.perceptual, "discriminator": step.discriminator}
+        modules |= {"encoder": step.codec.encoder, "bottleneck": step.codec.bottleneck, "decoder": step.codec.decoder}
+        modules |= {"perceptual network": step.perceptual, "discriminator": step.discriminator}
     if isinstance(step, DiffusionStep):
-        found |= {"denoiser": step.denoiser.net, "conditioner": step.conditioner}
-    return {name: module for name, module in found.items() if module is not None}
+        modules |= {"denoiser": step.denoiser.net, "conditioner": step.conditioner}
+    return {name: module for name, module in modules.items() if module is not None}
 
 
 @contextmanager
-def watched(trainer: Trainer, feed: Feed, clock: Clock) -> Iterator[None]:
-    """Within the block every part of a step runs under the clock."""
-    for name, module in inner_parts(trainer.inner).items():
-        clock.watch(name, module)
+def timed_parts(trainer: Trainer, batches: BatchSource, clock: PartTimer) -> Iterator[None]:
+    """Time every part of a step within the block."""
+    for name, module in inner_parts(trainer.unwrapped).items():
+        clock.watch_module(name, module)
     outer = [
-        ("batch", feed, "batch"),
+        ("batch", batches, "batch"),
         ("backward", trainer.accelerator, "backward"),
         ("clipping", trainer.accelerator, "clip_grad_norm_"),
-        ("optimizer", trainer, "_advance"),
+        ("optimizer", trainer, "_optimizer_step"),
         ("weight average", trainer.ema, "update"),
     ]
-    if isinstance(trainer.inner, DiffusionStep) and trainer.inner.draw is not None:
-        outer.append(("encoder", trainer.inner, "draw"))
+    if isinstance(trainer.unwrapped, DiffusionStep) and trainer.unwrapped.sample_latent is not None:
+        outer.append(("encoder", trainer.unwrapped, "sample_latent"))
     patches = [patch.object(owner, name, clock.timed(part, getattr(owner, name))) for part, owner, name in outer]
-    for one in patches:
-        one.start()
+    for part in patches:
+        part.start()
     try:
         yield
     finally:
-        for one in patches:
-            one.stop()
+        for part in patches:
+            part.stop()
 
 
-def parts_of(trainer: Trainer, feed: Feed, steps: int, clock: Clock) -> dict[str, float]:
-    """Median seconds of each part of a step, the longest first."""
-    taken: dict[str, list[float]] = defaultdict(list)
-    with watched(trainer, feed, clock):
+def time_parts(trainer: Trainer, batches: BatchSource, steps: int, clock: PartTimer) -> dict[str, float]:
+    """Median seconds of each part of a step, longest first."""
+    seconds_by_part: dict[str, list[float]] = defaultdict(list)
+    with timed_parts(trainer, batches, clock):
         for _ in range(steps):
             clock.seconds.clear()
-            clock.timed(REST, lambda: trainer.advance(feed.batch(trainer.done)))()
+            clock.timed(BOOKKEEPING, lambda: trainer.advance(batches.batch(trainer.done)))()
             for name, seconds in clock.seconds.items():
-                taken[name].append(seconds)
-    medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
+                seconds_by_part[name].append(seconds)
+    medians = {name: statistics.median(seconds) for name, seconds in seconds_by_part.items()}
     return dict(sorted(medians.items(), key=lambda item: -item[1]))
 
 
-def operators(trainer: Trainer, feed: Feed, trace: Path | None, peak: float) -> list[Operator]:
-    """What each kind of operator takes in a step, the longest first.
+def profile_operators(trainer: Trainer, batches: BatchSource, trace: Path | None, peak: float) -> list[OperatorCost]:
+    """Cost of each kind of operator per step, longest first.
 
-    An operator whose work is counted has all the time that passes inside it; of the others each has its own.
+    Times are inclusive for operators with counted work, and exclusive for all others.
     """
     device = trainer.accelerator.device.type
-    with Work(peak, lambda log_size: copied(log_size, device)) as work:
-        trainer.advance(feed.batch(trainer.done))
+    with CostCounter(peak, lambda log_size: copy_bandwidth(log_size, device)) as cost:
+        trainer.advance(batches.batch(trainer.done))
     on_cpu = device == "cpu"
     activities = [ProfilerActivity.CPU] + ([] if on_cpu else [ProfilerActivity.CUDA])
-    with profile(activities=activities) as seen:
-        for _ in range(SEEN):
-            trainer.advance(feed.batch(trainer.done))
+    with profile(activities=activities) as profiler:
+        for _ in range(PROFILED_STEPS):
+            trainer.advance(batches.batch(trainer.done))
     if trace is not None:
-        seen.export_chrome_trace(str(trace))
+        profiler.export_chrome_trace(str(trace))
     kind, sums = "cpu" if on_cpu else "device", defaultdict[str, list[float]](lambda: [0.0, 0.0])
-    waiting = [event for event in seen.events() or () if event.cpu_parent is None]
-    while waiting:
-        event = waiting.pop()
-        whole = event.name in work.best
+    pending = [event for event in profiler.events() or () if event.cpu_parent is None]
+    while pending:
+        event = pending.pop()
+        counted = event.name in cost.best
         name = event.name if event.name.startswith("aten::") else "between operators"
-        taken = sums[name]
-        taken[0] += 1
-        taken[1] += getattr(event, f"{kind}_time_total" if whole else f"self_{kind}_time_total") / 1e6
-        waiting += [] if whole else event.cpu_children
-    facts = (work.flops, work.bytes, work.best)
-    found = [Operator(name, n / SEEN, t / SEEN, *(one[name] for one in facts)) for name, (n, t) in sums.items()]
-    return sorted(found, key=lambda operator: -operator.seconds)
+        total = sums[name]
+        total[0] += 1
+        total[1] += getattr(event, f"{kind}_time_total" if counted else f"self_{kind}_time_total") / 1e6
+        pending += [] if counted else event.cpu_children
+    counters = (cost.flops, cost.bytes, cost.best)
+    costs = [
+        OperatorCost(name, n / PROFILED_STEPS, t / PROFILED_STEPS, *(counter[name] for counter in counters))
+        for name, (n, t) in sums.items()
+    ]
+    return sorted(costs, key=lambda operator: -operator.seconds)
 
 
-def headline(speed: Speed, batch: int, peak: float, found: Sequence[Operator]) -> str:
-    """Seconds, items, operations and share of the peak of one step, and what it could be at best."""
-    rate, best = speed.flops / speed.seconds, sum(one.best for one in found)
-    shown = f"{1e3 * speed.seconds:.1f} ms a step of {batch} items, {batch / speed.seconds:,.0f} items/s; "
-    shown += f"{speed.flops / 1e9:.2f} GFLOP a step, {rate / 1e9:.0f} GFLOP/s, "
-    shown += f"{100 * rate / peak:.1f} % of the measured peak\n\nat best {1e3 * best:.1f} ms: "
-    shown += f"{sum(one.bytes for one in found) / 1e6:,.0f} MB read and written, "
-    return shown + f"{100 * speed.flops / best / peak:.1f} % of the measured peak"
+def headline(step_cost: StepCost, batch: int, peak: float, costs: Sequence[OperatorCost]) -> str:
+    """Seconds, items, operations and share of the peak of one step, and its lower bound."""
+    seconds, flops = step_cost.seconds, step_cost.flops
+    best, moved = sum(cost.best for cost in costs), sum(cost.bytes for cost in costs)
+    text = f"{1e3 * seconds:.1f} ms per step of {batch} items, {batch / seconds:,.0f} items/s; "
+    text += f"{flops / 1e9:.2f} GFLOP per step, {flops / seconds / 1e9:.0f} GFLOP/s, "
+    text += f"{100 * flops / seconds / peak:.1f} % of the measured peak\n\nat best {1e3 * best:.1f} ms: "
+    return text + f"{moved / 1e6:,.0f} MB read and written, {100 * flops / best / peak:.1f} % of the measured peak"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -259,58 +261,61 @@ def parts_table(parts: dict[str, float]) -> str:
     return table(("part", "ms", "share"), [*rows, ("all", f"{1e3 * total:.2f}", "100 %")])
 
 
-def operators_table(found: Sequence[Operator], top: int) -> str:
-    """The longest operators: calls, milliseconds, share, and where they are counted work, rate and least time."""
-    total, rows = sum(one.seconds for one in found), list[list[str]]()
-    for one in found[:top]:
-        speed = [f"{one.flops / 1e9:.3f}", f"{one.flops / one.seconds / 1e9:.0f}"] if one.flops else ["", ""]
-        least = [f"{one.bytes / 1e6:.1f}", f"{1e3 * one.best:.2f}"] if one.best else ["", ""]
-        share = f"{100 * one.seconds / total:.1f} %"
-        rows.append([f"`{one.name}`", f"{one.calls:.0f}", f"{1e3 * one.seconds:.2f}", share, *speed, *least])
+def operators_table(costs: Sequence[OperatorCost], top: int) -> str:
+    """The longest operators: calls, milliseconds, share; if counted also work, rate and lower bound."""
+    total, rows = sum(cost.seconds for cost in costs), list[list[str]]()
+    for cost in costs[:top]:
+        speed = [f"{cost.flops / 1e9:.3f}", f"{cost.flops / cost.seconds / 1e9:.0f}"] if cost.flops else ["", ""]
+        bound = [f"{cost.bytes / 1e6:.1f}", f"{1e3 * cost.best:.2f}"] if cost.best else ["", ""]
+        share = f"{100 * cost.seconds / total:.1f} %"
+        rows.append([f"`{cost.name}`", f"{cost.calls:.0f}", f"{1e3 * cost.seconds:.2f}", share, *speed, *bound])
     return table(("operator", "calls", "ms", "share", "GFLOP", "GFLOP/s", "MB", "at best, ms"), rows)
 
 
-def report(job: Job, options: argparse.Namespace) -> Iterator[str]:
+def report(run: Run, options: argparse.Namespace) -> Iterator[str]:
     """The lines of the report, stage by stage."""
     yield f"# A training step: {options.data}, budget {options.budget}\n"
     yield (
-        f"{job.device}, {job.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}; measured peak "
-        f"{job.record['peak'] / 1e9:.0f} GFLOP/s; parts: median of {options.steps} steps; operators: mean of {SEEN}\n"
+        f"{run.device}, {run.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}; measured peak "
+        f"{run.record['peak'] / 1e9:.0f} GFLOP/s; parts: median of {options.steps} steps; "
+        f"operators: mean of {PROFILED_STEPS}\n"
     )
-    wait = (lambda: None) if job.device == "cpu" else torch.accelerator.synchronize
-    network = feature_network(job, steps=0) if uses_features(job.settings) else None
-    kit: dict[str, Any] = {"seed": job.settings.seed, "accelerator": job.accelerator}
-    for stage, (step, settings, feed) in stage_copies(job, network).items():
-        speed = measure_step(step, settings, feed, stage=stage, first=LATE, least=options.steps, **kit)
-        trainer = Trainer(step, settings, Horizon(10**9), stage=stage, **kit)
-        trainer.done = LATE  # every term of the loss plays
-        trainer.inner.train()
+    synchronize = (lambda: None) if run.device == "cpu" else torch.accelerator.synchronize
+    network = train_feature_network(run, steps=0) if uses_features(run) else None
+    trainer_options: dict[str, Any] = {"seed": run.settings.seed, "accelerator": run.accelerator}
+    for stage, (step, settings, batches) in stage_copies(run, network).items():
+        step_cost = measure_step(
+            step, settings, batches, stage=stage, first=LAST_STEP, min_steps=options.steps, **trainer_options
+        )
+        trainer = Trainer(step, settings, StepBudget(10**9), stage=stage, **trainer_options)
+        trainer.done = LAST_STEP  # all terms of the loss are active
+        trainer.unwrapped.train()
         trace = options.trace and options.trace.with_stem(f"{options.trace.stem}-{stage}")
-        found = operators(trainer, feed, trace, job.record["peak"])
-        yield f"## {stage}\n\n{headline(speed, settings.batch or 1, job.record['peak'], found)}\n"
-        yield parts_table(parts_of(trainer, feed, options.steps, Clock(wait))) + "\n"
-        yield operators_table(found, options.top) + "\n"
+        costs = profile_operators(trainer, batches, trace, run.record["peak"])
+        yield f"## {stage}\n\n{headline(step_cost, settings.batch or 1, run.record['peak'], costs)}\n"
+        yield parts_table(time_parts(trainer, batches, options.steps, PartTimer(synchronize))) + "\n"
+        yield operators_table(costs, options.top) + "\n"
 
 
-def read_options(words: Sequence[str] | None) -> argparse.Namespace:
+def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="mnist", help="what `fit` would read")
-    parser.add_argument("--budget", default="5m", help="what `fit` would plan for")
+    parser.add_argument("--data", default="mnist", help="source, as for `fit`")
+    parser.add_argument("--budget", default="5m", help="budget, as for `fit`")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="where to compute (default: the best at hand)")
-    parser.add_argument("--steps", type=int, default=20, help="how many are timed")
-    parser.add_argument("--top", type=int, default=12, help="how many operators are shown")
+    parser.add_argument("--device", help="device (default: the best available)")
+    parser.add_argument("--steps", type=int, default=20, help="number of timed steps")
+    parser.add_argument("--top", type=int, default=12, help="number of operators shown")
     parser.add_argument("--trace", type=Path, help="also write FILE-codec and FILE-denoiser for chrome://tracing")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the run")
-    return parser.parse_args(words)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of the run")
+    return parser.parse_args(argv)
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; the exit code of a mistake."""
-    options = read_options(words)
+    options = read_options(argv)
     try:
-        for text in report(make_job(options), options):
+        for text in report(planned_run(options), options):
             print(text, flush=True)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -1,11 +1,11 @@
-"""How long `fit` takes from the command to its first training steps; a Markdown table, a row for each source.
+"""Seconds from the `fit` command to its first training steps. Prints a Markdown table with a row per source.
 
     python benchmarks/start.py --data mnist,fashion-mnist --repeat 3
 
-Each `fit` is a process of its own, as a user would type it, and is stopped when its first stage begins. The marks are
-its lines of progress: the plan begins once everything is imported and read; the first step of any network follows the
-plan at once, be it of the feature network, of the codec or of the denoiser; the codec waits for the feature network,
-whose training takes a share of the budget. Medians of wall-clock seconds; keep the machine quiet meanwhile.
+Each `fit` is its own process, as a user would type it, and is stopped when its first stage begins. The marks are its
+progress lines: the plan begins once everything is imported and read; the first step of any network (feature network,
+codec or denoiser) follows the plan at once; the codec waits for the feature network, whose training takes a share of
+the budget. Medians of wall-clock seconds. Keep the machine otherwise idle.
 """
 
 import argparse
@@ -21,11 +21,11 @@ BEGUN, PLANNED, TRAINING, TRAINED = ("plan", 0), ("plan", 100), ("features", 0),
 
 
 def marks(lines: Iterable[str], clock: Iterable[float]) -> list[float]:
-    """Seconds at which each mark is passed.
+    """Seconds at which each mark is reached.
 
     Args:
-        lines: Progress, as it comes: a stage, how much of it is done in per cent, and more.
-        clock: Seconds since the start as each line comes.
+        lines: Progress lines: stage, percentage, and more.
+        clock: Seconds since the start at each line.
     """
     seen: dict[tuple[str, int], float] = {}
     for line, now in zip(lines, clock, strict=False):
@@ -35,16 +35,16 @@ def marks(lines: Iterable[str], clock: Iterable[float]) -> list[float]:
         if PLANNED in seen and not seen.keys() <= {BEGUN, PLANNED, TRAINING}:
             break  # the feature network is trained, or there is none
     if PLANNED not in seen:
-        raise SystemExit("fit ended before its plan stood")
+        raise SystemExit("fit ended before its plan was complete")
     return [seen[BEGUN], seen[PLANNED], seen.get(TRAINED, seen[PLANNED])]
 
 
 def start(source: str, budget: str) -> list[float]:
     """The marks of one `fit`, which is then stopped."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "sfumato", "fit", source, "--budget", budget, "--out", f"{folder}/run"]
+        argv = [sys.executable, "-m", "sfumato", "fit", source, "--budget", budget, "--out", f"{folder}/run"]
         began = time.perf_counter()
-        with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        with subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
             assert process.stderr is not None
             try:
                 return marks(process.stderr, iter(lambda: time.perf_counter() - began, None))
@@ -64,11 +64,11 @@ def main() -> None:
     parser.add_argument("--data", default="mnist", help="sources, separated by commas")
     parser.add_argument("--budget", default="5m")
     parser.add_argument("--repeat", type=int, default=3)
-    given = parser.parse_args()
+    options = parser.parse_args()
     print("| " + " | ".join(["source", "budget", *MARKS]) + " |")
     print("|" + "---|" * (2 + len(MARKS)))
-    for source in given.data.split(","):
-        print(row(source, given.budget, [start(source, given.budget) for _ in range(given.repeat)]), flush=True)
+    for source in options.data.split(","):
+        print(row(source, options.budget, [start(source, options.budget) for _ in range(options.repeat)]), flush=True)
 
 
 if __name__ == "__main__":

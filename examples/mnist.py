@@ -1,6 +1,6 @@
 """MNIST, part by part: encoder, forward process, learned reverse, decoder, loss curve, samples.
 
-`python examples/mnist.py` trains for five minutes (later calls take the model that is there) and writes the pictures.
+`python examples/mnist.py` trains for five minutes (later calls reuse the model) and writes the pictures.
 """
 
 import json
@@ -12,20 +12,20 @@ from PIL import Image, ImageDraw
 
 import sfumato
 from sfumato.apps.progress import ProgressLine
-from sfumato.data import read_source, sample_sheet
+from sfumato.modalities.image.read import read_source
+from sfumato.modalities.image.write import sample_sheet
 
 
 def draw_curves(run: Path, width: int = 800, height: int = 240) -> Image.Image:
-    """The loss of both stages over their steps, one above the other."""
+    """The losses of both stages over the steps, one plot above the other."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     image = Image.new("RGB", (width, 2 * height), "white")
     pen = ImageDraw.Draw(image)
     for k, stage in enumerate(("codec", "denoiser")):
         points = [(row["step"], row["loss"]) for row in rows if row["stage"] == stage]
         last, low, high = points[-1][0], min(y for _, y in points), max(y for _, y in points)
-        at = lambda x, y, k=k, n=last, a=low, b=high: (
-            (20 + (width - 40) * x / n, (k + 1) * height - 20 - (height - 60) * (y - a) / ((b - a) or 1))
-        )
+        scale, base = (height - 60) / ((high - low) or 1), (k + 1) * height - 20
+        at = lambda x, y, n=last, a=low, s=scale, b=base: (20 + (width - 40) * x / n, b - s * (y - a))
         pen.text((20, k * height + 10), f"{stage}: loss from {high:.3g} to {low:.3g} in {last} steps", "black")
         pen.line([at(0, low), at(last, low)], "gray")
         pen.line([at(*point) for point in points], "steelblue", 3)
@@ -33,7 +33,7 @@ def draw_curves(run: Path, width: int = 800, height: int = 240) -> Image.Image:
 
 
 def main(source="mnist", budget="5m", out="runs/mnist-example", steps=None, overrides: Sequence[str] = ()) -> Path:
-    """Train (for `steps` instead of `budget`, if given), show each part, return the folder of pictures."""
+    """Train (for `steps` instead of `budget`, if given), show each part, and return the folder of pictures."""
     run, pictures = Path(out), Path(out) / "pictures"
     if not (run / "model.json").is_file():
         given, line = None if steps else budget, ProgressLine()
@@ -45,15 +45,15 @@ def main(source="mnist", budget="5m", out="runs/mnist-example", steps=None, over
     x = read_source(source)[1].batch(range(8)).data  # held-out images (8, C, H, W)
     z = model.encode(x)  # latents (8, *latent_shape) of zero mean and unit variance
     eps, path = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)), []
-    noised = [model.denoiser.noised(z, eps, torch.full((8,), t)) for t in (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1)]
-    model.sample(range(8), model.labels_for(range(8), seed=0), on_step=lambda i, t, z_t, z_hat: path.append(z_t.cpu()))
+    noised = [model.denoiser.add_noise(z, eps, torch.full((8,), t)) for t in (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1)]
+    labels = model.balanced_labels(range(8), seed=0)
+    model.sample(range(8), labels, on_step=lambda i, t, z_t, z_hat: path.append(z_t.cpu()))
     for name, states in {"forward": noised, "reverse": path, "reconstructions": [z]}.items():
-        columns = [model.decode(z_t) for z_t in states]  # a row shows one item, from left to right
-        columns = [x, *columns] if name == "reconstructions" else columns
+        columns = ([x] if name == "reconstructions" else []) + [model.decode(z_t) for z_t in states]  # a row per item
         sample_sheet(torch.stack(columns, 1).flatten(0, 1), len(columns)).save(pictures / f"{name}.png")
     model.generate(100, seed=0, sheet=pictures / "samples.png", overwrite=True)
     return pictures
 
 
 if __name__ == "__main__":
-    print(f"look at the pictures in {main()}")
+    print(f"pictures are in {main()}")

@@ -1,9 +1,9 @@
-"""A table from end to end: fit, new rows, rows under a condition, and how they compare with held-out ones.
+"""A table from end to end: fit, new rows, conditional rows, and a comparison with held-out rows.
 
     python examples/table.py
 
-scikit-learn's wine table, 178 rows of 13 measurements and a class. So few rows are quick to copy by heart, so the last
-line to look at is `copy_auc`: 0.5 means that the new rows are no nearer to training rows than to held-out ones.
+scikit-learn's wine table: 178 rows of 13 measurements and a class. Such small tables are easily memorised, so check
+`copy_auc` last: 0.5 means that new rows are no nearer to training rows than to held-out ones.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ import sfumato
 def main(
     out: Path = Path("runs/wine"), budget: str | None = "60s", steps: int | None = None, overrides=(), **settings
 ) -> dict:
-    """Write the table, train on it, make as many new rows, measure them; returns the report."""
+    """Write the table, train on it, generate as many rows, evaluate them; returns the report."""
     out.mkdir(parents=True, exist_ok=True)
     source = out / "wine.csv"
     wine = load_wine(as_frame=True)
@@ -28,8 +28,8 @@ def main(
     run = out / "run"
     settings |= {"budget": None if steps else budget, "steps": steps, "overwrite": run.exists()}
     model = sfumato.fit(str(source), out=run, overrides=["data.held_out=0.2", *overrides], **settings)
-    names = [column["name"] for column in model.card.mode["columns"]]
-    print(f"{len(names)} columns -> latents of {model.codec.latent_size} numbers, zero mean, unit variance")
+    names = [column["name"] for column in model.config.spec["columns"]]
+    print(f"{len(names)} columns -> latents of {model.codec.latent_size} numbers with zero mean and unit variance")
 
     model.generate(len(table), out=out / "made.csv", sheet=out / "made.png", overwrite=True)
     model.generate(20, out=out / "strong.csv", where=["alcohol>=13"], overwrite=True)

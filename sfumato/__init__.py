@@ -1,6 +1,6 @@
 """Latent diffusion models for anything you have: `sfumato.fit(...)`, `sfumato.load(...)`, `model.generate(...)`.
 
-The public names are imported when first used, so that `import sfumato` takes no time and loads no torch.
+The public names are imported on first use, so that `import sfumato` is fast and does not load torch.
 """
 
 from importlib import import_module
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sfumato.config import Settings
     from sfumato.errors import UserError
-    from sfumato.modality import register
+    from sfumato.modalities import register
     from sfumato.model import Model, load
     from sfumato.tasks.augment import augment
     from sfumato.tasks.edit import edit
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sfumato.tasks.interpolate import interpolate
     from sfumato.tasks.outpaint import outpaint
     from sfumato.tasks.reconstruct import reconstruct
-    from sfumato.tasks.transfer import transfer
+    from sfumato.tasks.transfer.task import transfer
     from sfumato.training import distill, fit
 
 __version__ = "0.1.0"
@@ -46,7 +46,7 @@ __all__ = [
     "transfer",
 ]
 
-_HOMES = {
+_MODULES = {
     "Model": "model",
     "Settings": "config",
     "UserError": "errors",
@@ -62,19 +62,19 @@ _HOMES = {
     "load": "model",
     "outpaint": "tasks.outpaint",
     "reconstruct": "tasks.reconstruct",
-    "register": "modality",
-    "transfer": "tasks.transfer",
+    "register": "modalities",
+    "transfer": "tasks.transfer.task",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """The public name `name`, imported now."""
-    if name not in _HOMES:
+    """Import the public name `name`."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'sfumato' has no attribute '{name}'")
-    value = globals()[name] = getattr(import_module(f"sfumato.{_HOMES[name]}"), name)
+    value = globals()[name] = getattr(import_module(f"sfumato.{_MODULES[name]}"), name)
     return value
 
 
 def __dir__() -> list[str]:
-    """The public names, imported yet or not."""
+    """All public names, whether imported yet or not."""
     return sorted(__all__)

@@ -1,8 +1,8 @@
-"""Mistakes the user can mend (kept apart from `types`, so that `--help` need not load torch)."""
+"""Errors that the user can fix (separate from `types`, so that `--help` does not load torch)."""
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: one line that says what, where and what to do.
+    """An error that the user can fix: one line that says what is wrong, where, and what to do.
 
     Args:
         message: The line to print.

@@ -1,74 +1,71 @@
 """A model: codec, conditioner and denoiser, built from one folder's JSON and safetensors."""
+
 # torch's and safetensors' own annotations are incomplete:
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 # pyright: reportMissingTypeStubs=false
-
-import json
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sfumato import __version__
-from sfumato.choice import choose
 from sfumato.codecs import Codec
 from sfumato.conditioners import Conditioner, make_conditioner
 from sfumato.core import (
     SAMPLERS,
+    ConsistencyStep,
     Denoiser,
-    Jump,
+    GuideTerm,
     Noise,
     Step,
-    Weaker,
     cfg,
+    initial_noise,
     interval,
     make_schedule,
-    prior,
     sample,
     time_grid,
 )
-from sfumato.core.noise import item_generator
-from sfumato.core.sampler import Denoise, Draw, OnStep
-from sfumato.data import json_text
+from sfumato.core.rng import item_generator
+from sfumato.core.sampler import Denoise, NoiseFn, StepCallback
 from sfumato.errors import UserError
-from sfumato.machine import default_device, has_bf16
-from sfumato.methods import Methods
-from sfumato.modality import Modality, find_modality
+from sfumato.hardware import default_device, has_bf16
+from sfumato.modalities import find_modality
+from sfumato.modalities.base import Modality
 from sfumato.nn import make_net
-from sfumato.types import Latent, at_once
+from sfumato.registry import choose
+from sfumato.sampling import JUMP, Sampling, choose_sampling
+from sfumato.storage import load_part, read_json, save_part, write_json, write_tensors
+from sfumato.types import Latent, batch_limit
 
-FORMAT = 1
+FORMAT_VERSION = 2  # version of `model.json`; in version 1, `spec` was called `mode`
 PARTS = ("codec", "conditioner", "denoiser")
-CODED = 256  # items that the codec works on at a time
-JUMP = "jump"  # the sampler that only few-step models have
+CODEC_BATCH = 256  # items per call of the codec; fewer where items are large
 
 
 @dataclass
-class Card:
-    """What `model.json` holds, and the configuration of each part.
+class ModelConfig:
+    """The contents of `model.json` and the configuration of each part.
 
     Args:
-        modality: Row of the table of modalities.
-        shape: Shape of one item.
-        mode: How the item's numbers are meant, as JSON can hold it ("L", "RGB", the columns of a table).
-        label_names: Name of each class; empty without classes.
-        codec: Arguments of the codec's constructor.
-        conditioner: Name and arguments of the conditioner.
+        modality: Name of the modality.
+        shape: Shape of an item.
+        spec: What an item's numbers mean, JSON-compatible ("L", "RGB", the columns of a table).
+        label_names: Class names; empty without classes.
+        codec: Constructor arguments of the codec.
+        conditioner: Name and constructor arguments of the conditioner.
         denoiser: `net` (name and arguments), `schedule` (name and arguments) and `predict`.
-        sample: What `generate` does unless told otherwise: the fields of `Sampling`.
-        distilled: Of a few-step model, what it was taught: sampler, steps and guidance of its teacher.
-        guide: Where there is a weaker denoiser for autoguidance, the step of training that it is from.
+        sample: Sampling defaults: the fields of `Sampling`.
+        distilled: The teacher's sampler, steps, grid, guidance and autoguidance if this is a few-step model, else None.
+        guide: Training step of the guide (a weaker denoiser, for autoguidance); None without one.
     """
 
     modality: str
     shape: tuple[int, ...]
-    mode: Any
+    spec: Any
     label_names: list[str]
     codec: dict[str, Any]
     conditioner: dict[str, Any]
@@ -78,107 +75,108 @@ class Card:
     guide: int | None = None
 
 
-@dataclass
-class Sampling:
-    """How a sampler is run: its name, steps, guidance weight (1 = off), time grid, times (lo, hi) that are guided.
-
-    The name is one of `SAMPLERS`, or `JUMP` for few-step models. `guidance` leads away from the null condition,
-    `autoguidance` (1 = off) from the model's weaker denoiser, if it has one.
-    Precision (`fp32` or `bf16`) is that of the networks, the decoder included; the sampler's state is always float32.
-    """
-
-    sampler: str = "heun"
-    steps: int = 15
-    guidance: float = 1.0
-    grid: str = "uniform"
-    interval: Sequence[float] | None = None
-    autoguidance: float = 1.0
-    precision: str = "fp32"
-
-    @property
-    def unguided(self) -> "Sampling":
-        """The same without guidance of any kind: where the model's own E[z | z_t] is wanted."""
-        return replace(self, guidance=1.0, autoguidance=1.0)
-
-
-class Model(Methods):
-    """Encode, decode and sample; every task works on this, and is a method of it.
+class Model:
+    """Codec, conditioner and denoiser: encodes, decodes and samples. Every task is a method of it.
 
     Args:
-        card: What to build. Weights are random until loaded or trained.
+        config: Configuration of the parts. Weights are random until loaded or trained.
     """
 
-    def __init__(self, card: Card) -> None:
-        self.card = card
-        self.modality: Modality[Any] = find_modality(card.modality)
-        self.codec: Codec = self.modality.codec(**card.codec)
-        self.conditioner: Conditioner = make_conditioner(**card.conditioner)
-        schedule, predict = make_schedule(**card.denoiser["schedule"]), card.denoiser["predict"]
-        jumps = card.distilled is not None
-        self.denoiser = Denoiser(self._net(), schedule, predict, jumps=jumps, corners=self.codec.corners)
-        self.guide = None if card.guide is None else self._blank_guide()
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.modality: Modality[Any] = find_modality(config.modality)
+        self.codec: Codec = self.modality.codec_class(**config.codec)
+        self.conditioner: Conditioner = make_conditioner(**config.conditioner)
+        schedule, predict = make_schedule(**config.denoiser["schedule"]), config.denoiser["predict"]
+        two_times = config.distilled is not None
+        self.denoiser = Denoiser(
+            self._net(), schedule, predict, two_times=two_times, layout=self.codec.categorical_layout
+        )
+        self.guide = None if config.guide is None else self._new_guide()
         self.device = torch.device("cpu")
-        self.folder: Path | None = None  # where it was loaded from, or trained
+        self.folder: Path | None = None  # the folder it was loaded from or trained in
 
     def _net(self) -> nn.Module:
-        """A network as the card describes."""
-        options = {key: value for key, value in self.card.denoiser["net"].items() if key != "name"}
-        name, shape = self.card.denoiser["net"]["name"], self.codec.latent_shape
+        """A new network, as configured."""
+        options = {key: value for key, value in self.config.denoiser["net"].items() if key != "name"}
+        name, shape = self.config.denoiser["net"]["name"], self.codec.latent_shape
         return make_net(name, latent_shape=shape, cond_dim=self.conditioner.dim, **options)
 
-    def _blank_guide(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"net": self._net(), "conditioner": make_conditioner(**self.card.conditioner)})
+    def _new_guide(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"net": self._net(), "conditioner": make_conditioner(**self.config.conditioner)})
 
     def add_guide(self, weights: dict[str, Tensor], step: int) -> None:
-        """Take the averages of `net` and `conditioner` after a step of training for a weaker denoiser."""
-        self.card.guide, self.guide = step, self._blank_guide().to(self.device)
+        """Add a guide: the averaged weights of `net` and `conditioner` after training step `step`."""
+        self.config.guide, self.guide = step, self._new_guide().to(self.device)
         self.guide.load_state_dict(weights)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """The networks by the name of their folder."""
+        """The networks, by the names of their folders."""
         guide = {} if self.guide is None else {"guide": self.guide}
         return {"codec": self.codec, "conditioner": self.conditioner, "denoiser": self.denoiser.net, **guide}
 
     @property
     def sampling(self) -> Sampling:
-        """The sampling defaults that `fit` chose."""
-        return Sampling(**{key: value for key, value in self.card.sample.items() if value is not None})
+        """The sampling defaults chosen by `fit`."""
+        return Sampling(**{key: value for key, value in self.config.sample.items() if value is not None})
+
+    def choose_sampling(
+        self,
+        steps: int | None,
+        guidance: float | None,
+        sampler: str | None,
+        autoguidance: float | None = 1.0,
+    ) -> Sampling:
+        """The sampling defaults, overridden by the arguments that are not None, validated.
+
+        Autoguidance is off by default, so that edited items stay as likely as they were. For new items, pass None to
+        use the default chosen by `fit`.
+        """
+        return choose_sampling(
+            self.sampling,
+            self.config.distilled,
+            self.guide is not None,
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
+            autoguidance=autoguidance,
+        )
 
     def to(self, device: str | torch.device) -> "Model":
-        """Move the weights, and compute there from now on."""
+        """Move the model to a device, in place."""
         self.device = torch.device(device)
         for part in self.parts.values():
             part.to(self.device)
         return self
 
     def eval(self) -> "Model":
-        """Freeze the model for use."""
+        """Evaluation mode, with all parameters frozen."""
         for part in self.parts.values():
             part.eval().requires_grad_(False)
         return self
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The precision of new items: bfloat16 where `fit` chose it and the device computes in it."""
+        """Autocast context of sampling: bfloat16 where `fit` chose it and the device supports it natively."""
         if self.sampling.precision == "bf16" and has_bf16(str(self.device)):
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Latents (N, *latent_shape), on the CPU, of data (N, ...)."""
-        parts = x.split(at_once(self.card.shape, CODED))
+        """Encode data x (N, ...) to latents (N, *latent_shape), on the CPU."""
+        parts = x.split(batch_limit(self.config.shape, CODEC_BATCH))
         return torch.cat([self.codec.encode(part.to(self.device)).z.cpu() for part in parts])
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Data (N, ...), on the CPU, of latents z (N, *latent_shape)."""
-        parts = z.split(at_once(self.card.shape, CODED))
+        """Decode latents z (N, *latent_shape) to data (N, ...), on the CPU."""
+        parts = z.split(batch_limit(self.config.shape, CODEC_BATCH))
         with self.autocast():
             return torch.cat([self.codec.decode(Latent(part.to(self.device))).cpu() for part in parts])
 
     def autoencode(self, x: Tensor) -> Tensor:
-        """Encode and decode: what the codec keeps of data (N, ...)."""
+        """Encode and decode data x (N, ...): its reconstruction."""
         return self.decode(self.encode(x))
 
     @torch.no_grad()
@@ -188,80 +186,80 @@ class Model(Methods):
         label: Tensor | None = None,
         *,
         seed: int = 0,
-        how: Sampling | None = None,
-        on_step: OnStep | None = None,
+        sampling: Sampling | None = None,
+        on_step: StepCallback | None = None,
     ) -> Tensor:
-        """Latents z (B, *latent_shape) of new items.
+        """Sample latents z (B, *latent_shape) of new items.
 
         Args:
-            items: Their numbers; item i gets the same noise whatever the batch, the device or the processes.
-            label: Class numbers (B,), None for no condition.
+            items: Item numbers (B,); item i gets the same noise whatever the batch, the device or the processes.
+            label: Class numbers (B,); None for the null condition.
             seed: Seed of the noise.
-            how: Sampler, steps, guidance; default what `fit` chose.
+            sampling: Sampler, steps and guidance (default: those chosen by `fit`).
             on_step: Called as (i, t, z, ẑ) after each step.
         """
-        how = how or self.sampling
+        sampling = sampling or self.sampling
         schedule = self.denoiser.schedule
-        draw = self.noise(items, seed)
-        denoise = self.denoise(label, len(items), how)
-        grid = time_grid(schedule, how.steps, how.grid)
-        rule = self.rule(label, len(items), how)
+        noise = self.noise(items, seed)
+        denoise = self.denoise(label, len(items), sampling)
+        grid = time_grid(schedule, sampling.steps, sampling.grid)
+        rule = self.step_rule(label, len(items), sampling)
         with self.autocast():
-            return sample(denoise, schedule, prior(schedule, draw), grid, rule, draw, on_step)
+            return sample(denoise, schedule, initial_noise(schedule, noise), grid, rule, noise, on_step)
 
-    def noise(self, items: Sequence[int], seed: int = 0, stream: str = "noise") -> Draw:
-        """What draws the noise of these items, (B, *latent_shape) on the model's device, each time anew.
+    def noise(self, items: Sequence[int], seed: int = 0, stream: str = "noise") -> NoiseFn:
+        """The noise source of items: each call draws new noise (B, *latent_shape) on the model's device.
 
         Args:
-            items: Their numbers.
+            items: Item numbers (B,).
             seed: Seed of the noise.
-            stream: "noise" is what new items are made of; another one is independent of it.
+            stream: Name of the random stream; "noise" is the one of new items, others are independent of it.
         """
-        draw = Noise(seed, items, self.codec.latent_shape, stream)
-        return lambda: draw().to(self.device)
+        noise = Noise(seed, items, self.codec.latent_shape, stream)
+        return lambda: noise().to(self.device)
 
-    def denoise(self, label: Tensor | None, count: int, how: Sampling | None = None) -> Denoise:
-        """The denoiser (z, t) -> ẑ of `count` items with conditions and guidance bound: what `core` works on.
+    def denoise(self, label: Tensor | None, count: int, sampling: Sampling | None = None) -> Denoise:
+        """The denoiser (z, t) -> ẑ of a batch, with its condition and guidance bound.
 
         Args:
-            label: Class numbers (B,), None for no condition.
-            count: How many items.
-            how: Its guidance and interval count; default what `fit` chose.
+            label: Class numbers (B,); None for the null condition.
+            count: Batch size B.
+            sampling: Its guidance, interval and autoguidance apply (default: those chosen by `fit`).
         """
-        how = how or self.sampling
-        if how.guidance == 1 or label is None:
-            return self._denoise(label, count, how.autoguidance)
-        weight = interval(how.guidance, *how.interval) if how.interval else how.guidance
-        null = self._denoise(None, count, how.autoguidance)
-        return cfg(self._denoise(label, count, how.autoguidance), null, weight)
+        sampling = sampling or self.sampling
+        if sampling.guidance == 1 or label is None:
+            return self._denoise(label, count, sampling.autoguidance)
+        weight = interval(sampling.guidance, *sampling.interval) if sampling.interval else sampling.guidance
+        null = self._denoise(None, count, sampling.autoguidance)
+        return cfg(self._denoise(label, count, sampling.autoguidance), null, weight)
 
-    def rule(self, label: Tensor | None, count: int, how: Sampling | None = None) -> Step:
-        """The rule of a sampler's steps for `count` items; that of few-step models is bound to their conditions.
+    def step_rule(self, label: Tensor | None, count: int, sampling: Sampling | None = None) -> Step:
+        """The step rule of a sampler for a batch; that of a few-step model has the condition bound.
 
         Args:
-            label: Class numbers (B,), None for no condition.
-            count: How many items.
-            how: Its sampler counts; default the model's own.
+            label: Class numbers (B,); None for the null condition.
+            count: Batch size B.
+            sampling: Its sampler applies (default: the one chosen by `fit`).
         """
-        name = (how or self.sampling).sampler
-        if name != JUMP or not self.denoiser.jumps:
+        name = (sampling or self.sampling).sampler
+        if name != JUMP or not self.denoiser.two_times:
             return choose(SAMPLERS, "sampler", name)
-        return self.jump(label, count)
+        return self.consistency_step(label, count)
 
-    def jump(self, label: Tensor | None, count: int) -> Jump:
-        """The jumps of a few-step model for `count` items under their labels (B,), None for no condition."""
+    def consistency_step(self, label: Tensor | None, count: int) -> ConsistencyStep:
+        """The consistency step of a few-step model for a batch of `count` items with labels (B,) or None."""
         cond = self.conditioner(label, count)
-        return Jump(lambda z, t: self.denoiser(z, t, cond, s=torch.zeros_like(t)))
+        return ConsistencyStep(lambda z, t: self.denoiser(z, t, cond, s=torch.zeros_like(t)))
 
     def _denoise(self, label: Tensor | None, count: int, autoguidance: float) -> Denoise:
-        """The denoiser with its condition bound and no guidance but that away from the weaker one."""
-        cond, weaker = self.conditioner(label, count), None
+        """The denoiser with its condition bound, with autoguidance and without classifier-free guidance."""
+        cond, guide = self.conditioner(label, count), None
         if self.guide is not None and autoguidance != 1:
-            weaker = Weaker(self.guide["net"], self.guide["conditioner"](label, count), autoguidance)
-        return lambda z, t: self.denoiser(z, t, cond, weaker=weaker)
+            guide = GuideTerm(self.guide["net"], self.guide["conditioner"](label, count), autoguidance)
+        return lambda z, t: self.denoiser(z, t, cond, guide=guide)
 
-    def labels_for(self, items: Sequence[int], seed: int) -> Tensor | None:
-        """Class numbers that go evenly through the classes, shuffled within each round; None without classes.
+    def balanced_labels(self, items: Sequence[int], seed: int) -> Tensor | None:
+        """Class-balanced labels (B,): every class once per round, in random order; None without classes.
 
         An item's class depends on the seed and its number alone.
         """
@@ -275,8 +273,8 @@ class Model(Methods):
         return torch.tensor([int(rounds[item // classes][item % classes]) for item in items])
 
     def class_number(self, label: str) -> int:
-        """The number of the class called `label` (or its number)."""
-        names = self.card.label_names
+        """The number of the class named (or numbered) `label`."""
+        names = self.config.label_names
         if not names:
             raise UserError(f"label '{label}': this model was trained without labels")
         number = find_class(names, label)
@@ -286,94 +284,100 @@ class Model(Methods):
         raise UserError(f"label '{label}' is unknown to the model: it knows {shown}")
 
     def save(self, folder: str | Path) -> None:
-        """Write `model.json` and, for each part, `config.json` and `model.safetensors`."""
+        """Write `model.json`, and `config.json` and `model.safetensors` of each part."""
         folder = Path(folder)
         for name in PARTS:
-            save_part(folder / name, self.parts[name], getattr(self.card, name))
+            save_part(folder / name, self.parts[name], getattr(self.config, name))
         if self.guide is not None:
             (folder / "guide").mkdir(exist_ok=True)
             write_tensors(folder / "guide" / "model.safetensors", self.guide.state_dict())
-        facts = {
-            "format": FORMAT,
+        metadata = {
+            "format": FORMAT_VERSION,
             "sfumato": __version__,
-            "modality": self.card.modality,
-            "shape": list(self.card.shape),
-            "mode": self.card.mode,
-            "label_names": self.card.label_names,
+            "modality": self.config.modality,
+            "shape": list(self.config.shape),
+            "spec": self.config.spec,
+            "label_names": self.config.label_names,
             "latent_shape": list(self.codec.latent_shape),
-            "sample": self.card.sample,
-            **({"distilled": self.card.distilled} if self.card.distilled else {}),
-            **({} if self.card.guide is None else {"guide": self.card.guide}),
+            "sample": self.config.sample,
+            **({"distilled": self.config.distilled} if self.config.distilled else {}),
+            **({} if self.config.guide is None else {"guide": self.config.guide}),
         }
-        write_json(folder / "model.json", facts)
+        write_json(folder / "model.json", metadata)
+
+    def generate(self, n: int = 64, **settings: Any) -> Any:
+        """Generate new items; see `sfumato.generate`."""
+        return self._task("generate", n=n, **settings)
+
+    def interpolate(self, a: Any, b: Any, **settings: Any) -> Any:
+        """Interpolate between two items; see `sfumato.interpolate`."""
+        return self._task("interpolate", a, b, **settings)
+
+    def reconstruct(self, source: Any, **settings: Any) -> Any:
+        """Encode and decode items; see `sfumato.reconstruct`."""
+        return self._task("reconstruct", source, **settings)
+
+    def edit(self, source: Any, **settings: Any) -> Any:
+        """Edit items, for instance under a new label; see `sfumato.edit`."""
+        return self._task("edit", source, **settings)
+
+    def inpaint(self, source: Any, **settings: Any) -> Any:
+        """Inpaint masked parts of items; see `sfumato.inpaint`."""
+        return self._task("inpaint", source, **settings)
+
+    def outpaint(self, source: Any, **settings: Any) -> Any:
+        """Extend images beyond their borders; see `sfumato.outpaint`."""
+        return self._task("outpaint", source, **settings)
+
+    def transfer(self, source: Any, label: str, **settings: Any) -> Any:
+        """Transfer items to another class; see `sfumato.transfer`."""
+        return self._task("transfer", source, label=label, **settings)
+
+    def augment(self, source: Any, **settings: Any) -> Any:
+        """Enlarge and balance a labelled data set; see `sfumato.augment`."""
+        return self._task("augment", source, **settings)
+
+    def evaluate(self, source: Any, **settings: Any) -> Any:
+        """Evaluate the model; see `sfumato.evaluate`."""
+        return self._task("evaluate", source, **settings)
+
+    def _task(self, name: str, *args: Any, **settings: Any) -> Any:
+        import sfumato
+
+        return getattr(sfumato, name)(self, *args, **settings)
 
 
 def find_class(names: Sequence[str], label: str) -> int | None:
-    """The number of the class called `label`; a number counts where no class is called by one. None if unknown."""
+    """The number of the class named `label`, or numbered `label` if no class name is a number; None if unknown."""
     if label in names:
         return list(names).index(label)
     by_number = label.isdecimal() and int(label) < len(names) and not any(name.isdecimal() for name in names)
     return int(label) if by_number else None
 
 
-def save_part(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
-    """Write one part's `config.json` and `model.safetensors`, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
-    write_tensors(folder / "model.safetensors", module.state_dict())
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> None:
-    """A safetensors file under a temporary name, then renamed."""
-    partial = path.with_name(path.name + ".partial")
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, facts)
-    os.replace(partial, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file under a temporary name, then renamed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is {path.parent} a model's folder?") from None
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged, it is not a JSON object", code=1)
-    return cast("dict[str, Any]", value)
-
-
 def load(folder: str | Path, device: str | None = None) -> Model:
-    """The model in a folder, ready for use.
+    """Load the model in a folder.
 
     Args:
-        folder: What `fit --out` wrote.
-        device: Where to compute; default the best at hand.
+        folder: A run folder of `fit` or `distill`.
+        device: Where to compute (default: the best available device).
 
     Raises:
-        UserError: There is no model, or its files are damaged.
+        UserError: There is no model, its files are damaged, or another version of sfumato wrote it.
     """
     folder = Path(folder)
     if not (folder / "model.json").is_file():
         unfinished = (folder / "run.json").is_file()
-        hint = "its training has not finished: go on with --resume" if unfinished else "there is no model.json"
+        hint = "its training has not finished: continue it with --resume" if unfinished else "there is no model.json"
         raise UserError(f"no model in '{folder}': {hint}")
-    facts = read_json(folder / "model.json")
-    if facts.get("format") != FORMAT:
-        raise UserError(f"{folder}/model.json: format {facts.get('format')} is not known; update sfumato")
-    keys = ("modality", "shape", "mode", "label_names", "sample")
+    metadata = read_json(folder / "model.json")
+    check_format(metadata.get("format"), folder)
+    keys = ("modality", "shape", "spec", "label_names", "sample")
     configs = {name: read_json(folder / name / "config.json") for name in PARTS}
     try:
-        chosen: dict[str, Any] = {key: facts[key] for key in keys} | configs | {"shape": tuple(facts["shape"])}
-        chosen |= {"distilled": facts.get("distilled"), "guide": facts.get("guide")}
-        model = Model(Card(**chosen))
+        fields: dict[str, Any] = {key: metadata[key] for key in keys} | configs | {"shape": tuple(metadata["shape"])}
+        fields |= {"distilled": metadata.get("distilled"), "guide": metadata.get("guide")}
+        model = Model(ModelConfig(**fields))
     except (KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         raise UserError(f"{folder}: its JSON files do not describe a model ({error!r})", code=1) from None
     for name, module in model.parts.items():
@@ -382,13 +386,9 @@ def load(folder: str | Path, device: str | None = None) -> Model:
     return model.eval().to(device or default_device())
 
 
-def load_part(folder: Path, module: nn.Module) -> None:
-    """Read one part's weights; every name must be there, and no other."""
-    path = folder / "model.safetensors"
-    try:
-        module.load_state_dict(load_file(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing, so the model cannot be loaded", code=1) from None
-    except Exception as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: damaged or of another model ({why})", code=1) from None
+def check_format(number: object, folder: Path) -> None:
+    """Refuse a `model.json` of another format than `FORMAT`."""
+    if number == 1:
+        raise UserError(f"{folder}: this model was written by an older sfumato and must be trained again")
+    if number != FORMAT_VERSION:
+        raise UserError(f"{folder}/model.json: format {number} is unknown; update sfumato")

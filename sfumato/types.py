@@ -1,19 +1,20 @@
-"""The few things every layer hands to the next."""
+"""Types shared by all layers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-UNKNOWN = -1  # class number of an item whose label is not known
+Progress = Callable[[str, int, int], None]  # (stage, steps done, total steps)
+UNKNOWN = -1  # class number of an unlabelled item
 
 
 @dataclass
 class Batch:
-    """Items on their way into training: data (B, ...), their index in the data set (B,), and what is known of them.
+    """A batch of items: data (B, ...), index in the data set (B,), and labels and texts if there are any.
 
-    Labels are class numbers, `UNKNOWN` where an item has none.
+    Labels (B,) are class numbers, `UNKNOWN` for an unlabelled item.
     """
 
     data: Tensor
@@ -24,21 +25,21 @@ class Batch:
 
 @dataclass
 class Latent:
-    """Codes of zero mean and unit variance, (B, *latent_shape); `mask` (B, N) is true where a padded item has data."""
+    """Latents of zero mean and unit variance, (B, *latent_shape); `mask` (B, N), true where a padded item has data."""
 
     z: Tensor
     mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Corners:
-    """Positions of a latent (B, D) that are codes of categories: z = (e - p) / s, e a one among zeros in each group.
+class CategoricalLayout:
+    """Positions of a latent (B, D) that encode categories: z = (e - p) / s, with e one-hot in each group.
 
     Args:
-        start: The first such position; all that follow are.
-        widths: Positions of each group, one for each of its levels.
-        mean: p (D - start,), the share of each level.
-        std: s (D - start,), the same throughout a group.
+        start: First categorical position; all later ones are categorical too.
+        widths: Number of levels, and so of positions, of each group.
+        mean: p (D - start,), the frequency of each level.
+        std: s (D - start,), equal within a group.
     """
 
     start: int
@@ -49,7 +50,7 @@ class Corners:
 
 @dataclass
 class Cond:
-    """What the network is told: a vector (B, D), tokens (B, M, D) with their mask (B, M), channels to concatenate."""
+    """The network's condition: a vector (B, D), tokens (B, M, D) with their mask (B, M), channels to concatenate."""
 
     vector: Tensor | None = None
     tokens: Tensor | None = None
@@ -58,6 +59,6 @@ class Cond:
     extra: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
-def at_once(shape: Sequence[int], most: int, numbers: int = 2**24) -> int:
-    """How many items of this shape to handle at a time: `most`, or fewer where those hold more than so many numbers."""
-    return max(1, min(most, numbers // max(1, math.prod(shape))))
+def batch_limit(shape: Sequence[int], max_items: int, max_numbers: int = 2**24) -> int:
+    """Batch size for items of this shape: `max_items`, or fewer so that a batch has at most `max_numbers` elements."""
+    return max(1, min(max_items, max_numbers // max(1, math.prod(shape))))

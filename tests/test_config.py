@@ -7,7 +7,16 @@ from typing import get_args
 import pytest
 
 from sfumato import config
-from sfumato.config import Settings, apply_overrides, nearest, parse_budget, read_settings, setting_keys
+from sfumato.config import (
+    RENAMED,
+    Settings,
+    apply_overrides,
+    nearest_key,
+    parse_budget,
+    read_settings,
+    setting,
+    setting_keys,
+)
 from sfumato.errors import UserError
 
 
@@ -42,7 +51,7 @@ def test_overrides_leave_the_rest_and_the_original_alone():
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("train.denoisr.lr=1", "did you mean 'train.denoiser.lr'?"),
         ("codec.widht=64", "did you mean 'codec.width'?"),
@@ -58,10 +67,10 @@ def test_overrides_leave_the_rest_and_the_original_alone():
         ("seed=null", "seed=None"),
     ],
 )
-def test_a_bad_override_is_one_clear_line(override: str, said: str):
+def test_a_bad_override_is_one_clear_line(override: str, message: str):
     with pytest.raises(UserError) as caught:
         apply_overrides(Settings(), [override])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.code == 2
 
@@ -74,6 +83,35 @@ def test_settings_survive_json():
 def test_unknown_keys_of_a_file_are_named():
     with pytest.raises(UserError, match=r"unknown setting 'codec.widht': did you mean 'codec.width'"):
         read_settings({"codec": {"widht": 3}})
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_is_refused_with_the_new_one(old: str, new: str):
+    message = f"^setting '{old}' is now '{new}'$"
+    with pytest.raises(UserError, match=message):
+        apply_overrides(Settings(), [f"{old}=1"])
+    values: object = 1
+    for name in reversed(old.split(".")):
+        values = {name: values}
+    with pytest.raises(UserError, match=message):
+        read_settings(values)
+    assert old not in setting_keys() and setting(Settings(), new) is None
+
+
+def test_an_old_name_of_a_table_of_numbers_is_refused_with_the_new_one():
+    message = r"^setting 'denoiser\.times_settings\.std' is now 'denoiser\.time_sampling_settings\.std'$"
+    with pytest.raises(UserError, match=message):
+        apply_overrides(Settings(), ["denoiser.times_settings.std=1"])
+
+
+@pytest.mark.parametrize(("old", "new"), [("ends", "both_ends"), ("early", "noise"), ("late", "data")])
+def test_an_old_time_grid_is_refused_with_its_new_name(old: str, new: str):
+    message = f"^sample.grid={old} is now {new}$"
+    with pytest.raises(UserError, match=message):
+        apply_overrides(Settings(), [f"sample.grid={old}"])
+    with pytest.raises(UserError, match=message):
+        read_settings({"sample": {"grid": old}})
+    assert apply_overrides(Settings(), [f"sample.grid={new}"]).sample.grid == new
 
 
 def test_assigned_values_are_checked():
@@ -127,7 +165,7 @@ def test_bad_budgets(text: str):
 
 
 def test_nearest_weighs_the_last_part():
-    assert nearest("lr", list(setting_keys())).endswith(".lr")
+    assert nearest_key("lr", list(setting_keys())).endswith(".lr")
 
 
 def test_names_are_those_of_the_tables():

@@ -1,4 +1,4 @@
-"""The examples run: on handwritten digits, with few steps and small sizes."""
+"""The examples run, with few steps and small sizes."""
 
 import importlib.util
 from pathlib import Path
@@ -14,7 +14,7 @@ SMALL = (*TINY, "train.codec.batch=16", "codec.width=16", "codec.perceptual=none
 
 
 def example(name: str) -> ModuleType:
-    """An example as a module."""
+    """Load an example as a module."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -23,7 +23,7 @@ def example(name: str) -> ModuleType:
 
 
 def varies(path: Path) -> bool:
-    """Whether a picture shows anything at all."""
+    """Whether a picture is not uniform."""
     return float(np.asarray(Image.open(path).convert("L"), np.float32).std()) > 1
 
 
@@ -39,7 +39,7 @@ def test_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert wide["reverse.png"].width < wide["reverse.png"].height  # four steps of eight items
 
     before = (run / "denoiser" / "model.safetensors").stat().st_mtime_ns
-    module.main("digits", out=str(run), steps=20, overrides=SMALL)  # again: with the model that is there
+    module.main("digits", out=str(run), steps=20, overrides=SMALL)  # again: reuses the model
     assert (run / "denoiser" / "model.safetensors").stat().st_mtime_ns == before
 
 

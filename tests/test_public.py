@@ -1,7 +1,7 @@
-"""What the package shows to the world, and how quickly it shows it.
+"""The public names and help texts, and how fast they load.
 
-The texts of `--help` and the public names are kept in `public.txt`. After a change that is meant:
-`WRITE_SNAPSHOT=1 pytest tests/test_public.py`, and look at the difference.
+`public.txt` is their snapshot. After an intended change, rewrite it with
+`WRITE_SNAPSHOT=1 pytest tests/test_public.py -k snapshot` and read the difference.
 """
 
 import os
@@ -24,27 +24,27 @@ HEAVY = ("torch", "pandas", "numpy", "rich", "sklearn", "accelerate", "PIL")
 
 
 def seconds(*words: str) -> float:
-    """Processor time of a fresh interpreter, the median of five: as on a machine with nothing else to do."""
-    taken: list[float] = []
+    """CPU seconds of a fresh interpreter, the median of five, which do not depend on the machine's load."""
+    measured: list[float] = []
     for _ in range(5):
         before = os.times()
         subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
         after = os.times()
-        taken.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    return statistics.median(taken)
+        measured.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return statistics.median(measured)
 
 
-def test_import_is_quick():
+def test_import_is_fast():
     assert seconds("-c", "import sfumato") < 0.2
 
 
 @pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["generate", "--help"]])
-def test_help_is_quick(words: list[str]):
+def test_help_is_fast(words: list[str]):
     assert seconds("-m", "sfumato", *words) < 0.3
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["fit", "--help"], ["evaluate", "--help"]])
-def test_nothing_heavy_is_loaded_until_needed(words: list[str]):
+def test_nothing_heavy_is_loaded_before_use(words: list[str]):
     code = f"""
         import sys
         import sfumato
@@ -62,7 +62,7 @@ def test_nothing_heavy_is_loaded_until_needed(words: list[str]):
     assert done.stdout.splitlines()[-1].split() == ["LOADED"]
 
 
-def test_every_public_name_is_there():
+def test_every_public_name_exists():
     for name in sfumato.__all__:
         assert getattr(sfumato, name) is not None
     assert sorted(sfumato.__all__) == sfumato.__all__ == dir(sfumato)
@@ -80,29 +80,31 @@ def help_text(*words: str) -> str:
 
 
 def test_snapshot():
-    """Flags, defaults and names are promises: a change of one should be seen."""
+    """Flags, defaults and names are promises: a change must be visible."""
     parts = [help_text(), *(help_text(command) for command in COMMANDS), "\n".join(sfumato.__all__) + "\n"]
     now = "\n".join(parts)
     if os.environ.get("WRITE_SNAPSHOT"):
         SNAPSHOT.write_text(now, encoding="utf-8")
-    assert SNAPSHOT.is_file(), "write it: WRITE_SNAPSHOT=1 pytest tests/test_public.py"
+    assert SNAPSHOT.is_file(), "write it: WRITE_SNAPSHOT=1 pytest tests/test_public.py -k snapshot"
     assert now == SNAPSHOT.read_text(encoding="utf-8")
 
 
 def test_images_load_neither_pandas_nor_pyarrow(tmp_path: Path):
-    """They take half a second that a table alone is worth: not from importing, reading images or training on them."""
+    """They take half a second to load: not for importing the package, reading images or training on them."""
     code = f"""
         import sys
         import numpy as np
         import sfumato.data
+        import sfumato.modalities
+        from sfumato.config import DataSettings
         loaded = lambda: print("LOADED", *[name for name in ("pandas", "pyarrow") if name in sys.modules])
         loaded()
         pixels = np.random.default_rng(0).integers(0, 255, (40, 8, 8), dtype=np.uint8)
         np.savez("{tmp_path}/images.npz", images=pixels)
-        small = ["codec.width=16", "codec.perceptual_steps=1", "denoiser.width=32", "denoiser.depth=1"]
+        small = ["codec.width=16", "codec.feature_steps=1", "denoiser.width=32", "denoiser.depth=1"]
         sfumato.fit("{tmp_path}/images.npz", out="{tmp_path}/run", steps=2, overrides=small, device="cpu")
         loaded()
-        sfumato.data.read_table("{tmp_path}/table.csv")
+        sfumato.modalities.recognise("{tmp_path}/table.csv").read("{tmp_path}/table.csv", DataSettings())
         loaded()
     """
     (tmp_path / "table.csv").write_text("a,b\n" + "".join(f"{i % 7}.5,{i % 3}\n" for i in range(40)))

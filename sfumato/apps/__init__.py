@@ -1,1 +1,1 @@
-"""How people reach the tasks: the command line; later HTTP and the studio."""
+"""User interfaces of the tasks: the command line."""

@@ -1,4 +1,4 @@
-"""What this machine can do, and what would make it do more."""
+"""Measure this machine, and advise how to train faster on it."""
 
 import os
 import platform
@@ -7,60 +7,60 @@ from typing import Any
 
 from sfumato import __version__
 
-VERSIONS = ("torch", "numpy", "accelerate", "safetensors", "diffusers")
-FREE_DISK = 5e9  # bytes: a run with its checkpoint and a latent cache fits well
-LARGE_CACHE = 20e9  # bytes: what is kept between runs
-FREE_MEMORY = 2e9  # bytes: torch, a data set of some hundred MB and a run's tensors fit well
-SLOW = 100.0  # GFLOP/s: a fraction of what two cores of a server have
+PACKAGES = ("torch", "numpy", "accelerate", "safetensors", "diffusers")
+MIN_FREE_DISK = 5e9  # bytes, enough for a run with its checkpoint and a latent cache
+MAX_CACHE = 20e9  # bytes of cached data, beyond which the advice mentions the cache
+MIN_FREE_MEMORY = 2e9  # bytes, enough for torch, a data set of a few hundred MB and a run's tensors
+MIN_GFLOPS = 100.0  # GFLOP/s, a fraction of what two server cores reach
 
 
 def doctor() -> dict[str, Any]:
-    """Measure this machine: arithmetic, memory, disk, versions, and advice. Takes a few seconds."""
-    device, processor, speed = _device(), _processor(), _speed()
-    report = {"versions": _versions(), "cpu": processor, "device": device, "speed": speed, "disk": _disk()}
+    """Measure this machine (compute, memory, disk, versions) and give advice; takes a few seconds."""
+    device, cpu, speed = _device(), _cpu(), _speed()
+    report = {"versions": _versions(), "cpu": cpu, "device": device, "speed": speed, "disk": _disk()}
     return report | {"advice": advice(report)}
 
 
 def advice(report: dict[str, Any]) -> list[str]:
-    """What the numbers mean for training here, and what to change: a sentence each."""
-    return [*_on_speed(report["device"], report["speed"]), *_on_room(report["cpu"], report["disk"])]
+    """What the measurements mean for training, and what to change: a sentence each."""
+    return [*_speed_advice(report["device"], report["speed"]), *_resource_advice(report["cpu"], report["disk"])]
 
 
-def _on_speed(device: dict[str, Any], speed: dict[str, Any]) -> list[str]:
-    """Which precision runs use, and why; whether they will be slow."""
+def _speed_advice(device: dict[str, Any], speed: dict[str, Any]) -> list[str]:
+    """The precision of runs and its reason, and warnings about a slow machine."""
     best, name = speed["precision"], "this CPU" if device["name"] == "cpu" else device.get("gpu", device["name"])
-    gains = [speed[f"{kind}_bf16_gflops"] / speed[f"{kind}_fp32_gflops"] for kind in ("matrix", "convolution")]
-    compared = "bf16 makes matrix products {:.1f} and convolutions {:.1f} times as fast as fp32".format(*gains)
-    lines = [f"runs use {best} on {name}: {compared}"]
+    speedups = [speed[f"{op}_bf16_gflops"] / speed[f"{op}_fp32_gflops"] for op in ("matrix", "convolution")]
+    comparison = "bf16 makes matrix products {:.1f} and convolutions {:.1f} times as fast as fp32".format(*speedups)
+    lines = [f"runs use {best} on {name}: {comparison}"]
     if device["name"] == "cpu" and device["gpu_present"]:
-        lines.append("a GPU is there, but this torch was built without it: install torch from pytorch.org for it")
+        lines.append("there is a GPU, but this torch was built without GPU support: install torch from pytorch.org")
     peak = speed[f"matrix_{best}_gflops"]
-    if peak < SLOW:
-        lines.append(f"{peak:.0f} GFLOP/s are few: take smaller images or a larger --budget than the usual 10m")
+    if peak < MIN_GFLOPS:
+        lines.append(f"{peak:.0f} GFLOP/s is slow: use smaller images, or a larger --budget than the default 10m")
     return lines
 
 
-def _on_room(cpu: dict[str, Any], disk: dict[str, Any]) -> list[str]:
-    """What keeps runs from having all of the machine."""
+def _resource_advice(cpu: dict[str, Any], disk: dict[str, Any]) -> list[str]:
+    """Warnings about cores, memory and disk that runs cannot use."""
     threads, cores, lines = cpu["threads"], cpu["cores_allowed"], list[str]()
     if threads < int(cores):
         lines.append(f"torch uses {threads} of {cores:g} cores: unset OMP_NUM_THREADS, or set it to {int(cores)}")
     if threads > max(1, cores):
-        lines.append(f"torch uses {threads} threads on {cores:g} cores, which wait for each other: set OMP_NUM_THREADS")
+        lines.append(f"torch uses {threads} threads on {cores:g} cores, which slows it down: set OMP_NUM_THREADS")
     if cpu["load"] > 0.5 * cores:
-        lines.append(f"other programs keep the machine busy (load {cpu['load']:.1f}): budgets will buy less")
-    if 0 < cpu["memory_free_gb"] * 1e9 < FREE_MEMORY:
-        lines.append(f"{cpu['memory_free_gb']:.1f} GB of memory are free: close other programs before training")
-    if disk["free_gb"] * 1e9 < FREE_DISK:
-        lines.append(f"{disk['free_gb']:.1f} GB of disk are free here: large runs may not fit")
-    if disk["cache_gb"] * 1e9 > LARGE_CACHE:
-        lines.append(f"{disk['cache_gb']:.1f} GB are cached in {disk['cache']}: delete it when you like")
+        lines.append(f"other programs keep the machine busy (load {cpu['load']:.1f}): runs will train less")
+    if 0 < cpu["memory_free_gb"] * 1e9 < MIN_FREE_MEMORY:
+        lines.append(f"{cpu['memory_free_gb']:.1f} GB of memory is free: close other programs before training")
+    if disk["free_gb"] * 1e9 < MIN_FREE_DISK:
+        lines.append(f"{disk['free_gb']:.1f} GB of disk is free here: large runs may not fit")
+    if disk["cache_gb"] * 1e9 > MAX_CACHE:
+        lines.append(f"{disk['cache_gb']:.1f} GB are cached in {disk['cache']}: it is safe to delete")
     return lines
 
 
 def _versions() -> dict[str, str]:
-    known = {"sfumato": __version__, "python": platform.python_version()}
-    return known | {name: _version(name) for name in VERSIONS}
+    own = {"sfumato": __version__, "python": platform.python_version()}
+    return own | {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str:
@@ -72,10 +72,10 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _processor() -> dict[str, Any]:
+def _cpu() -> dict[str, Any]:
     import torch
 
-    from sfumato.machine import cores_allowed, cpu_flags, cpu_name, free_memory_bytes, memory_bytes
+    from sfumato.hardware import cores_allowed, cpu_flags, cpu_name, free_memory_bytes, memory_bytes
 
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return {
@@ -90,7 +90,7 @@ def _processor() -> dict[str, Any]:
 
 
 def _disk() -> dict[str, Any]:
-    """Room where the command was called, and what the cache takes."""
+    """Free disk space in the working directory, and the size of the cache."""
     from sfumato.data import cache_root
 
     cached = sum(_size(os.path.join(folder, name)) for folder, _, names in os.walk(cache_root()) for name in names)
@@ -101,14 +101,14 @@ def _disk() -> dict[str, Any]:
 def _size(path: str) -> int:
     try:
         return os.lstat(path).st_size
-    except OSError:  # a run beside this one took it away
+    except OSError:  # deleted by another process
         return 0
 
 
 def _device() -> dict[str, Any]:
     import torch
 
-    from sfumato.machine import default_device
+    from sfumato.hardware import default_device
 
     name = default_device()
     device: dict[str, Any] = {"name": name, "gpu_present": shutil.which("nvidia-smi") is not None}
@@ -120,12 +120,12 @@ def _device() -> dict[str, Any]:
 
 
 def _speed() -> dict[str, Any]:
-    """Measured in GFLOP/s and GB/s."""
-    from sfumato import machine
+    """Measured speed in GFLOP/s and GB/s."""
+    from sfumato import hardware
 
-    device = machine.default_device()
-    speed: dict[str, Any] = {"precision": machine.best_precision(device)}
-    for precision in machine.DTYPES:
-        speed[f"matrix_{precision}_gflops"] = machine.measure_peak(precision, device) / 1e9
-        speed[f"convolution_{precision}_gflops"] = machine.measure_convolution_peak(precision, device) / 1e9
-    return speed | {"memory_gb_s": machine.measure_bandwidth(device) / 1e9}
+    device = hardware.default_device()
+    speed: dict[str, Any] = {"precision": hardware.best_precision(device)}
+    for precision in hardware.DTYPES:
+        speed[f"matrix_{precision}_gflops"] = hardware.measure_peak(precision, device) / 1e9
+        speed[f"convolution_{precision}_gflops"] = hardware.measure_convolution_peak(precision, device) / 1e9
+    return speed | {"memory_gb_s": hardware.measure_bandwidth(device) / 1e9}

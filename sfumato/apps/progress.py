@@ -1,4 +1,4 @@
-"""A line that shows how far a task is: a moving bar on a terminal, a line now and then elsewhere."""
+"""Progress of a task: a bar on a terminal, occasional lines elsewhere."""
 
 import sys
 import time
@@ -16,16 +16,16 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def format_facts(facts: Mapping[str, float]) -> str:
+def format_values(values: Mapping[str, float]) -> str:
     """`{"eta": 75, "loss": 0.1234, "items/s": 1890}` as `eta 1:15  loss 0.1234  1890 items/s`.
 
-    Seconds are those called `eta` or `took`, shares those called `of ...`; whole numbers are written in full.
+    `eta` and `took` are seconds, names that start with `of` are shares; integers are written in full.
     """
-    return "  ".join(format_fact(name, value) for name, value in facts.items())
+    return "  ".join(format_value(name, value) for name, value in values.items())
 
 
-def format_fact(name: str, value: float) -> str:
-    """One of them."""
+def format_value(name: str, value: float) -> str:
+    """A value with its name or unit."""
     if name in ("eta", "took"):
         return f"{name} {format_seconds(value)}"
     if name.startswith("of "):
@@ -35,17 +35,19 @@ def format_fact(name: str, value: float) -> str:
 
 
 class ProgressLine:
-    """Called by a task as it goes on, and closed when it ends.
+    """The progress callback of the command line, a context manager.
 
-    Tasks call `progress(stage, done, total, facts)`: the name of what is being done, how much of it is done, how much
-    there is, and numbers to show beside it (`eta` in seconds, others by their names).
+    Tasks call `progress(stage, done, total, values)`; `values` are shown after the bar, such as `eta` in seconds.
+
+    Args:
+        quiet: Whether to show nothing.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.moving = sys.stderr.isatty()
+        self.interactive = sys.stderr.isatty()
         self.stage = ""
-        self.shown = 0.0
+        self.printed_at = 0.0
         self.bar: Any = None
 
     def __enter__(self) -> Self:
@@ -57,18 +59,18 @@ class ProgressLine:
         if self.bar is not None:
             self.bar.stop()
 
-    def __call__(self, stage: str, done: int, total: int, facts: Mapping[str, float] | None = None) -> None:
+    def __call__(self, stage: str, done: int, total: int, values: Mapping[str, float] | None = None) -> None:
         """Show that `done` of `total` is done in `stage`."""
         if self.quiet:
             return
-        text = format_facts(facts or {})
-        if self.moving:
-            self._move(stage, done, total, text)
+        text = format_values(values or {})
+        if self.interactive:
+            self._update_bar(stage, done, total, text)
         else:
-            self._print(stage, done, total, text)
+            self._print_line(stage, done, total, text)
         self.stage = stage
 
-    def _move(self, stage: str, done: int, total: int, text: str) -> None:
+    def _update_bar(self, stage: str, done: int, total: int, text: str) -> None:
         if self.bar is None:
             self.bar = make_bar()
             self.bar.start()
@@ -76,17 +78,17 @@ class ProgressLine:
             self.task = self.bar.add_task(stage, total=total, text=text)
         self.bar.update(self.task, completed=done, total=total, text=text)
 
-    def _print(self, stage: str, done: int, total: int, text: str) -> None:
+    def _print_line(self, stage: str, done: int, total: int, text: str) -> None:
         now = time.monotonic()
-        if stage == self.stage and done < total and now - self.shown < SECONDS_BETWEEN_LINES:
+        if stage == self.stage and done < total and now - self.printed_at < SECONDS_BETWEEN_LINES:
             return
-        self.shown = now
-        share = 100 * done // max(total, 1)
-        print(f"{stage:<12} {share:3d} %  {text}".rstrip(), file=sys.stderr, flush=True)
+        self.printed_at = now
+        percent = 100 * done // max(total, 1)
+        print(f"{stage:<12} {percent:3d} %  {text}".rstrip(), file=sys.stderr, flush=True)
 
 
 def make_bar() -> Any:
-    """Rich's bar, on the error stream, so that what the command prints can be piped."""
+    """A progress bar of rich on the error stream, so that the command's output can be piped."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 

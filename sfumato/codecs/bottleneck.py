@@ -1,7 +1,7 @@
-"""What stands between encoder and decoder: KL, VQ, FSQ or nothing, on a latent grid (B, C, H, W) or vector (B, C).
+"""Bottlenecks between encoder and decoder: KL, VQ, FSQ or none, on a latent grid (B, C, H, W) or vector (B, C).
 
-Every bottleneck works in float32 whatever autocast says, and gives its loss per item as a mean over latent numbers, so
-that one weight serves every size of latent. Its state (the codebook of VQ) lives in buffers: copy them, never average.
+Every bottleneck computes in float32, also under autocast. Its loss per item is a mean over latent elements, so one
+weight suits every latent size. Its state (the codebook of VQ) is in buffers, which an EMA must copy, not average.
 """
 
 import math
@@ -11,18 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
-from sfumato.choice import build
 from sfumato.errors import UserError
+from sfumato.registry import build
 
-Result = tuple[Tensor, Tensor, dict[str, Tensor]]
+BottleneckOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 def straight_through(h: Tensor, q: Tensor) -> Tensor:
-    r"""The value of q, bit for bit, with the gradient of h: $q + (h - \mathrm{sg}[h])$, sg stopping the gradient.
+    r"""Straight-through estimator $q + (h - \mathrm{sg}[h])$: exactly the value of q, with the gradient of h.
 
     Args:
-        h: What was rounded, (...).
-        q: What it was rounded to, same shape.
+        h: The value before quantization, (...).
+        q: The quantized value, same shape.
 
     References:
         Bengio et al. 2013, https://arxiv.org/abs/1308.3432
@@ -31,72 +31,69 @@ def straight_through(h: Tensor, q: Tensor) -> Tensor:
 
 
 def code_usage(index: Tensor, size: int) -> dict[str, Tensor]:
-    r"""How well a codebook is used: `perplexity` $\exp(-\sum_k p_k \log p_k)$ and the share of codes that occur.
+    r"""Codebook usage: `perplexity` $\exp(-\sum_k p_k \log p_k)$ and `used`, the fraction of codes that occur.
 
     Args:
-        index: Codes 0..size-1, any shape; of one batch, or of a whole data set.
-        size: Number of codes in the book.
+        index: Codes 0..size-1, any shape; from one batch or a whole data set.
+        size: Number of codes in the codebook.
     """
     count = torch.bincount(index.flatten(), minlength=size).float()
     p = count / count.sum().clamp(min=1)
     return {"perplexity": torch.special.entr(p).sum().exp(), "used": (count > 0).float().mean()}
 
 
-def k_means(x: Tensor, k: int, generator: Generator | None = None, steps: int = 10) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm from k rows drawn without replacement (rows repeat where there are fewer than k).
+def k_means(x: Tensor, k: int, generator: Generator | None = None, iterations: int = 10) -> tuple[Tensor, Tensor]:
+    """k-means by Lloyd's algorithm, initialised with k points drawn without replacement (repeated if there are fewer).
 
     Args:
-        x: Points, (N, D); at most 32 k of them are looked at.
+        x: Points, (N, D); at most 32 k of them are used.
         k: Number of centres.
-        generator: CPU generator of the draw.
-        steps: Rounds.
+        generator: CPU generator that draws the points.
+        iterations: Number of iterations.
 
     Returns:
-        Centres (k, D) and how many points each has (k,); without points a centre stays where it was drawn.
+        Centres (k, D) and the number of points of each (k,); a centre without points keeps its value.
     """
-    x = x[_draw(len(x), min(len(x), 32 * k), generator, x.device)]
+    x = x[_sample_indices(len(x), min(len(x), 32 * k), generator, x.device)]
     centres = x[torch.arange(k, device=x.device) % len(x)]
-    for _ in range(steps):
-        count, total = _gather(x, nearest(x, centres), k)
+    for _ in range(iterations):
+        count, total = _code_sums(x, nearest(x, centres), k)
         centres = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], centres)
-    return centres, _gather(x, nearest(x, centres), k)[0]
+    return centres, _code_sums(x, nearest(x, centres), k)[0]
 
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the code nearest in Euclidean distance: x (N, D), codebook (K, D) -> (N,); the first wins a tie."""
-    # not by x² - 2xe + e²: that rounds, and a code could be taken for its neighbour
+    """Index of the nearest code in Euclidean distance: x (N, D), codebook (K, D) -> (N,); ties go to the first."""
+    # not by x² - 2xe + e²: its rounding can confuse neighbouring codes
     exact = "donot_use_mm_for_euclid_dist"
     return torch.cat([torch.cdist(part, codebook, compute_mode=exact).argmin(1) for part in x.split(8192)])
 
 
-def _gather(x: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Number (k,) and sum (k, D) of the rows of x (N, D) that chose each code by index (N,)."""
+def _code_sums(x: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Number (k,) and sum (k, D) of the vectors x (N, D) assigned to each code by index (N,)."""
     count = torch.bincount(index, minlength=k).to(x.dtype)
     return count, x.new_zeros(k, x.shape[1]).index_add_(0, index, x)
 
 
-def _draw(n: int, k: int, generator: Generator | None, device: torch.device) -> Tensor:
-    """Draw k of the numbers 0..n-1, none twice before all were once."""
+def _sample_indices(n: int, k: int, generator: Generator | None, device: torch.device) -> Tensor:
+    """Draw k of the numbers 0..n-1 without replacement; for k > n the permutation repeats."""
     return torch.randperm(n, generator=generator)[torch.arange(k) % n].to(device)
 
 
 def _noise(like: Tensor, generator: Generator | None) -> Tensor:
-    """Standard normal numbers drawn on the CPU, so that every device sees the same."""
+    """Standard normal noise, drawn on the CPU so that it is equal on every device."""
     return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
 class Bottleneck(nn.Module):
-    """Base of all: takes h (B, in_channels, ...) from the encoder, gives z (B, out_channels, ...) to the decoder.
-
-    The encoder must put out `in_channels`; z has `out_channels`.
-    """
+    """Base class: maps h (B, in_channels, ...) of the encoder to z (B, out_channels, ...) for the decoder."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
 
-    def forward(self, h: Tensor, generator: Generator | None = None) -> Result:
-        """Encode for training: z (B, out_channels, ...), the loss of each item (B,), and scalars worth logging.
+    def forward(self, h: Tensor, generator: Generator | None = None) -> BottleneckOutput:
+        """The training path: z (B, out_channels, ...), the loss of each item (B,), and scalars to log.
 
         Args:
             h: (B, in_channels, *spatial) or (B, in_channels).
@@ -105,22 +102,22 @@ class Bottleneck(nn.Module):
         raise NotImplementedError
 
     def mode(self, h: Tensor) -> Tensor:
-        """The one z that stands for h: without noise, quantised, no state touched."""
+        """The deterministic z of h: without noise, quantized; changes no state."""
         raise NotImplementedError
 
-    def snap(self, z: Tensor) -> Tensor:
-        """Bring z, as diffusion left it, to the nearest latent there is: itself for continuous bottlenecks."""
+    def quantize(self, z: Tensor) -> Tensor:
+        """Quantize z from the diffusion model to the nearest valid latent; the identity for continuous bottlenecks."""
         return z
 
 
 class KL(Bottleneck):
-    r"""Gaussian posterior drawn towards the standard normal; h holds mean and log variance, one after the other.
+    r"""Gaussian posterior of a VAE, regularised to N(0, 1); h is the concatenation of mean and log variance.
 
-    $z = \mu + e^{\ell/2} \epsilon$, and the loss, in nats per latent number, is
-    $\tfrac12 (\mu^2 + e^\ell - 1 - \ell)$, the divergence from N(0, 1). The log variance is held in -30..20.
+    $z = \mu + e^{\ell/2} \epsilon$. The loss is the KL divergence to N(0, 1) in nats per latent element,
+    $\tfrac12 (\mu^2 + e^\ell - 1 - \ell)$. The log variance is clamped to -30..20.
 
     Args:
-        channels: Channels of z; the encoder gives twice as many.
+        channels: Channels of z; the encoder outputs twice as many.
 
     References:
         Kingma & Welling 2014, https://arxiv.org/abs/1312.6114, appendix B
@@ -129,7 +126,7 @@ class KL(Bottleneck):
     def __init__(self, channels: int) -> None:
         super().__init__(2 * channels, channels)
 
-    def forward(self, h: Tensor, generator: Generator | None = None) -> Result:
+    def forward(self, h: Tensor, generator: Generator | None = None) -> BottleneckOutput:
         mean, logvar = self.posterior(h)
         std = (logvar / 2).exp()
         nats = (mean.square() + logvar.exp() - 1 - logvar) / 2
@@ -145,8 +142,8 @@ class KL(Bottleneck):
         return self.posterior(h)[0]
 
 
-class Discrete(Bottleneck):
-    """Base of the quantisers: channels fall into groups, and each group of each position holds one of `size` codes.
+class Quantizer(Bottleneck):
+    """Base class of quantizers: channels are split into groups, each with one of `size` codes per position.
 
     Attributes:
         groups: Codes per position; a position carries groups * log2(size) bits.
@@ -157,7 +154,7 @@ class Discrete(Bottleneck):
         super().__init__(channels, channels)
         self.groups, self.size = groups, size
 
-    def codes(self, z: Tensor) -> Tensor:
+    def indices(self, z: Tensor) -> Tensor:
         """Index of the nearest codes: z (B, C, ...) -> int64 (B, groups, ...)."""
         raise NotImplementedError
 
@@ -165,32 +162,33 @@ class Discrete(Bottleneck):
         """Codes (B, groups, ...) -> z (B, C, ...)."""
         raise NotImplementedError
 
-    def snap(self, z: Tensor) -> Tensor:
-        return self.embed(self.codes(z))
+    def quantize(self, z: Tensor) -> Tensor:
+        return self.embed(self.indices(z))
 
     def split(self, z: Tensor) -> Tensor:
         """(B, C, ...) -> (B, groups, ..., C / groups), a view, in float32."""
         return z.float().unflatten(1, (self.groups, -1)).movedim(2, -1)
 
     def merge(self, parts: Tensor) -> Tensor:
-        """What `split` took apart."""
+        """The inverse of `split`."""
         return parts.movedim(-1, 2).flatten(1, 2)
 
 
-class VQ(Discrete):
-    r"""Nearest of K learned codes: $z = e_k,\ k = \arg\min_j \lVert h - e_j \rVert$, straight-through.
+class VQ(Quantizer):
+    r"""Vector quantization: $z = e_k,\ k = \arg\min_j \lVert h - e_j \rVert$, with a straight-through gradient.
 
-    The loss is the commitment $\beta \lVert h - \mathrm{sg}[e_k] \rVert^2$ (mean). The codes, no parameters, are moving
-    averages of the h that chose them, begun by k-means on the first training batch; neglected ones are set onto h anew.
+    The loss is the commitment loss $\beta \lVert h - \mathrm{sg}[e_k] \rVert^2$ (mean). The codes are no parameters but
+    moving averages of the h assigned to them, initialised by k-means on the first training batch; dead codes restart
+    at random h.
 
     Args:
         channels: Channels of h and z.
         size: Number of codes K.
-        groups: Codes per position, from one shared book in channels / groups dimensions.
-        commitment: Weight beta; it is part of the loss.
-        decay: Of the moving averages; 0.99 suits runs of many thousand steps, whose encoder moves slowly.
-        restart: A code below this share of the mean count is set anew; 0 never.
-        cosine: Compare directions: h and codes lie on the unit sphere.
+        groups: Codes per position, from one shared codebook with channels / groups dimensions.
+        commitment: Weight beta, included in the loss.
+        decay: Decay per step of the moving averages; 0.99 suits runs of many thousand steps, with a slow encoder.
+        restart: A code restarts if its count is below this fraction of the mean count; 0 disables restarts.
+        cosine: Use cosine similarity: h and codes are normalised to the unit sphere.
 
     References:
         van den Oord et al. 2017, https://arxiv.org/abs/1711.00937, eq. 3 and appendix A.1; Razavi et al. 2019,
@@ -216,82 +214,82 @@ class VQ(Discrete):
             raise UserError(f"vq: groups={groups} does not divide channels={channels}")
         super().__init__(channels, groups, size)
         self.commitment, self.decay, self.restart, self.cosine = commitment, decay, restart, cosine
-        self.register_buffer("codebook", self.place(torch.randn(size, channels // groups)))
+        self.register_buffer("codebook", self.project(torch.randn(size, channels // groups)))
         self.register_buffer("count", torch.zeros(size))
         self.register_buffer("total", torch.zeros_like(self.codebook))
         self.register_buffer("ready", torch.tensor(False))
 
-    def forward(self, h: Tensor, generator: Generator | None = None) -> Result:
-        h = self.merge(self.place(self.split(h)))
-        rows = self.split(h).detach().reshape(-1, self.codebook.shape[1])
+    def forward(self, h: Tensor, generator: Generator | None = None) -> BottleneckOutput:
+        h = self.merge(self.project(self.split(h)))
+        vectors = self.split(h).detach().reshape(-1, self.codebook.shape[1])
         if self.training and not self.ready:
-            self.begin(rows, generator)
-        index = self.codes(h)
+            self.init_codebook(vectors, generator)
+        index = self.indices(h)
         z = self.embed(index)
         if self.training:
-            self.update(rows, index.flatten(), generator)
+            self.update(vectors, index.flatten(), generator)
         loss = self.commitment * (h - z).square().flatten(1).mean(1)
         return straight_through(h, z), loss, code_usage(index, self.size)
 
-    def place(self, x: Tensor) -> Tensor:
-        """Onto the unit sphere of the last axis if directions are compared."""
+    def project(self, x: Tensor) -> Tensor:
+        """Normalise the last axis to the unit sphere if `cosine`."""
         return nn.functional.normalize(x, dim=-1) if self.cosine else x
 
     def mode(self, h: Tensor) -> Tensor:
-        return self.snap(h)
+        return self.quantize(h)
 
-    def codes(self, z: Tensor) -> Tensor:
-        parts = self.place(self.split(z))
+    def indices(self, z: Tensor) -> Tensor:
+        parts = self.project(self.split(z))
         return nearest(parts.reshape(-1, parts.shape[-1]), self.codebook).reshape(parts.shape[:-1])
 
     def embed(self, index: Tensor) -> Tensor:
         return self.merge(self.codebook[index])
 
     @torch.no_grad()
-    def begin(self, rows: Tensor, generator: Generator | None) -> None:
-        """Codes from k-means on the first batch; those left empty by a small batch are set anew by the next update."""
-        centres, count = k_means(rows, self.size, generator)
-        self.codebook.copy_(self.place(centres))
+    def init_codebook(self, vectors: Tensor, generator: Generator | None) -> None:
+        """Initialise the codes by k-means on the first batch; the next update restarts those without vectors."""
+        centres, count = k_means(vectors, self.size, generator)
+        self.codebook.copy_(self.project(centres))
         self.count.copy_(count)
         self.total.copy_(self.codebook * count[:, None])
         self.ready.fill_(True)
 
     @torch.no_grad()
-    def update(self, rows: Tensor, index: Tensor, generator: Generator | None) -> None:
-        """Move every code towards the mean of the rows (N, D) that chose it by index (N,), and revive dead codes."""
-        count, total = (_sum_over_processes(x) for x in _gather(rows, index, self.size))
+    def update(self, vectors: Tensor, index: Tensor, generator: Generator | None) -> None:
+        """Move every code toward the mean of the vectors (N, D) assigned to it by index (N,); restart dead codes."""
+        count, total = (_sum_over_processes(x) for x in _code_sums(vectors, index, self.size))
         self.count.lerp_(count, 1 - self.decay)
         self.total.lerp_(total, 1 - self.decay)
-        fair = count.sum() / self.size
-        # the draw has one size, whatever is dead: the generator moves on equally and nothing waits for the device
-        fresh = rows[_draw(len(rows), self.size, generator, rows.device)]
-        dead = self.count < self.restart * fair
-        self.count.copy_(torch.where(dead, fair, self.count))
-        self.total.copy_(torch.where(dead[:, None], fresh * fair, self.total))
-        self.codebook.copy_(self.place(self.total / self.count.clamp(min=1e-6)[:, None]))
+        mean_count = count.sum() / self.size
+        # one per code, dead or not: the generator advances by the same amount, and nothing waits for the device
+        replacements = vectors[_sample_indices(len(vectors), self.size, generator, vectors.device)]
+        dead = self.count < self.restart * mean_count
+        self.count.copy_(torch.where(dead, mean_count, self.count))
+        self.total.copy_(torch.where(dead[:, None], replacements * mean_count, self.total))
+        self.codebook.copy_(self.project(self.total / self.count.clamp(min=1e-6)[:, None]))
 
 
 def _sum_over_processes(x: Tensor) -> Tensor:
-    """Codes follow the global batch; rank 0's buffers reach the other ranks at DDP's next forward."""
+    """Sum over processes, so that codes follow the global batch; DDP's next forward broadcasts rank 0's buffers."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
-LEVELS = {2: (24, 24), 3: (8, 6, 5), 5: (8, 8, 8, 6, 5), 1: (8,)}
-"""Levels per channel where none are given: the first key that divides the channels. Pairs of fine levels hold a little
-more than codes of 512; the others are of Mentzer et al. 2023, table 1."""
+FSQ_LEVELS = {2: (24, 24), 3: (8, 6, 5), 5: (8, 8, 8, 6, 5), 1: (8,)}
+"""Default levels: those of the first key that divides the number of channels. (24, 24) has slightly more codes than a
+codebook of 512; the others are from Mentzer et al. 2023, table 1."""
 
 
-class FSQ(Discrete):
-    r"""Each channel rounded to one of a few levels, evenly spaced on [-1, 1], straight-through; no codebook, no loss.
+class FSQ(Quantizer):
+    r"""Finite scalar quantization: each channel is rounded to L levels, uniform on [-1, 1]; no codebook, no loss.
 
-    With L levels, $u = \tanh(h + s)(L - 1)/2 - o$ is rounded, where $o = 1/2$ for even L (else 0) and
-    $s = \tanh^{-1}(2o / (L - 1))$ keep h = 0 in the middle of a step.
+    $u = \tanh(h + s)(L - 1)/2 - o$ is rounded, with a straight-through gradient, where $o = 1/2$ for even L (else 0)
+    and $s = \tanh^{-1}(2o / (L - 1))$ keep h = 0 inside a rounding interval.
 
     Args:
         channels: Channels of h and z.
-        levels: Levels of each channel of one group; repeated over channels / len(levels) groups.
+        levels: Numbers of levels L of the channels of one group; repeated over channels / len(levels) groups.
 
     References:
         Mentzer et al. 2023, https://arxiv.org/abs/2309.15505, section 3.1 and appendix A.1
@@ -302,11 +300,11 @@ class FSQ(Discrete):
     basis: Tensor
 
     def __init__(self, channels: int, levels: Sequence[int] | None = None) -> None:
-        levels = tuple(levels or next(LEVELS[n] for n in LEVELS if channels % n == 0))
+        levels = tuple(levels or next(FSQ_LEVELS[n] for n in FSQ_LEVELS if channels % n == 0))
         if channels % len(levels):
-            raise UserError(f"fsq: {len(levels)} levels {levels} do not divide channels={channels}")
+            raise UserError(f"fsq: the length of levels={levels} does not divide channels={channels}")
         if min(levels) < 2:
-            raise UserError(f"fsq: every one of levels={levels} must be 2 or more")
+            raise UserError(f"fsq: all levels={levels} must be at least 2")
         basis = torch.tensor((1, *levels[:-1])).cumprod(0)
         super().__init__(channels, channels // len(levels), math.prod(levels))
         self.levels = levels
@@ -315,51 +313,51 @@ class FSQ(Discrete):
         self.register_buffer("offset", (1 - count % 2).float() / 2, persistent=False)
         self.register_buffer("basis", basis, persistent=False)
 
-    def forward(self, h: Tensor, generator: Generator | None = None) -> Result:
+    def forward(self, h: Tensor, generator: Generator | None = None) -> BottleneckOutput:
         u = self.bound(h)
-        digits = self.digits(u)
-        z = straight_through(2 * (u + self.offset) / self.width, self.grid(digits))
-        return self.merge(z), u.new_zeros(len(h)), code_usage((digits.long() * self.basis).sum(-1), self.size)
+        level_indices = self.level_indices(u)
+        z = straight_through(2 * (u + self.offset) / self.width, self.level_values(level_indices))
+        return self.merge(z), u.new_zeros(len(h)), code_usage((level_indices.long() * self.basis).sum(-1), self.size)
 
     def bound(self, h: Tensor) -> Tensor:
-        """Map h (B, C, ...) to u (B, groups, ..., len(levels)), which rounds to L integers from -(L // 2) on."""
+        """Map h (B, C, ...) to u (B, groups, ..., len(levels)), which rounds to L integers from -(L // 2) up."""
         half = self.width * (1 - 1e-3) / 2
-        # a channel of two levels needs no shift: half a step would be all there is
+        # the clamp is for two levels, whose shift would not be finite
         shift = torch.atanh((self.offset / half).clamp(max=0.5))
         return torch.tanh(self.split(h) + shift) * half - self.offset
 
-    def digits(self, u: Tensor) -> Tensor:
-        """Round u to level numbers 0..L-1, as floats."""
+    def level_indices(self, u: Tensor) -> Tensor:
+        """Round u to level indices 0..L-1, as floats."""
         return (u.round() + (self.width + 2 * self.offset) / 2).clamp(u.new_zeros(()), self.width)
 
-    def grid(self, digits: Tensor) -> Tensor:
-        """Level numbers 0..L-1 -> values in [-1, 1]."""
-        return 2 * digits / self.width - 1
+    def level_values(self, level_indices: Tensor) -> Tensor:
+        """Level indices 0..L-1 -> values in [-1, 1]."""
+        return 2 * level_indices / self.width - 1
 
     def mode(self, h: Tensor) -> Tensor:
-        return self.merge(self.grid(self.digits(self.bound(h))))
+        return self.merge(self.level_values(self.level_indices(self.bound(h))))
 
-    def codes(self, z: Tensor) -> Tensor:
-        digits = ((self.split(z) + 1) / 2 * self.width).round().clamp(z.new_zeros(()), self.width)
-        return (digits.long() * self.basis).sum(-1)
+    def indices(self, z: Tensor) -> Tensor:
+        level_indices = ((self.split(z) + 1) / 2 * self.width).round().clamp(z.new_zeros(()), self.width)
+        return (level_indices.long() * self.basis).sum(-1)
 
     def embed(self, index: Tensor) -> Tensor:
-        return self.merge(self.grid(index[..., None] // self.basis % (self.width.long() + 1)))
+        return self.merge(self.level_values(index[..., None] // self.basis % (self.width.long() + 1)))
 
 
-class Plain(Bottleneck):
-    """No bottleneck: z is h, in training with a little noise if asked for; the loss is zero.
+class Identity(Bottleneck):
+    """No bottleneck: z = h, optionally with noise during training; the loss is zero.
 
     Args:
         channels: Channels of h and z.
-        noise: Standard deviation of the noise as a share of the batch's own, so that growing h does not drown it.
+        noise: Standard deviation of the noise relative to that of the batch, so that a larger h does not hide it.
     """
 
     def __init__(self, channels: int, noise: float = 0.0) -> None:
         super().__init__(channels, channels)
         self.noise = noise
 
-    def forward(self, h: Tensor, generator: Generator | None = None) -> Result:
+    def forward(self, h: Tensor, generator: Generator | None = None) -> BottleneckOutput:
         z = h.float()
         if self.training and self.noise:
             z = z + self.noise * z.detach().std() * _noise(z, generator)
@@ -369,7 +367,7 @@ class Plain(Bottleneck):
         return h.float()
 
 
-BOTTLENECKS: dict[str, type[Bottleneck]] = {"kl": KL, "vq": VQ, "fsq": FSQ, "none": Plain}
+BOTTLENECKS: dict[str, type[Bottleneck]] = {"kl": KL, "vq": VQ, "fsq": FSQ, "none": Identity}
 
 Setting = int | float | bool | Sequence[int] | None
 
@@ -378,7 +376,7 @@ def make_bottleneck(name: str, channels: int, **settings: Setting) -> Bottleneck
     """Build a bottleneck by name.
 
     Args:
-        name: One of `BOTTLENECKS`.
+        name: A name in `BOTTLENECKS`.
         channels: Channels of z.
         settings: The other arguments of its constructor.
 

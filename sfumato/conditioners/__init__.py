@@ -1,5 +1,5 @@
-"""Conditioners: what is known of an item -> what the network is told. Null conditions and dropout live only here."""
+"""Conditioners: labels to the condition `Cond` of the network. Null conditions and dropout exist only here."""
 
-from sfumato.conditioners.base import CONDITIONERS, ClassLabels, Conditioner, Unconditional, make_conditioner
+from sfumato.conditioners.labels import CONDITIONERS, ClassLabels, Conditioner, Unconditional, make_conditioner
 
 __all__ = ["CONDITIONERS", "ClassLabels", "Conditioner", "Unconditional", "make_conditioner"]

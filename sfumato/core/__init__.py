@@ -1,60 +1,53 @@
-"""The mathematics: schedules, denoisers, objectives, noise, samplers, guidance, constraints. No I/O and no modality."""
+"""The mathematics: schedules, denoisers, objectives, samplers, guidance, inpainting, noise. No I/O, no modality."""
 
-from .align import Crossing, Spread, align, class_evidence, measure_spread, shortest
-from .bend import Bent, bend
-from .consistency import Jump, Trajectories, fly, joined, shaken
-from .constrain import Again, Known, consistent, strength_time
-from .denoiser import PREDICT, Denoiser, Weaker
-from .guidance import cfg, interval, rescale
-from .inversion import flow_grid, invert, regenerate, slerp
-from .noise import Noise, item_generator, item_noise, step_generator
-from .objective import TIMES, WEIGHTS, Objective, make_times, make_weight
-from .sampler import GRIDS, SAMPLERS, Step, denoiser_calls, prior, sample, time_grid
-from .schedule import SCHEDULES, Schedule, make_schedule
+from sfumato.core.consistency import ConsistencyStep, Trajectories, concat, integrate_trajectories, jitter
+from sfumato.core.denoiser import PREDICTIONS, Denoiser, GuideTerm
+from sfumato.core.grid import GRIDS, time_grid
+from sfumato.core.guidance import cfg, interval, rescale
+from sfumato.core.inpainting import Replace, Resample, reconstruction_guidance, strength_time
+from sfumato.core.inversion import integrate_to_data, inversion_grid, invert, slerp
+from sfumato.core.likelihood import class_log_likelihood_ratio
+from sfumato.core.objective import LOSS_WEIGHTS, TIME_SAMPLINGS, Objective, make_time_sampling, make_weight
+from sfumato.core.rng import Noise, item_generator, item_noise, step_generator
+from sfumato.core.sampler import SAMPLERS, Step, denoiser_evaluations, initial_noise, sample
+from sfumato.core.schedule import SCHEDULES, Schedule, make_schedule
 
 __all__ = [
     "GRIDS",
-    "PREDICT",
+    "LOSS_WEIGHTS",
+    "PREDICTIONS",
     "SAMPLERS",
     "SCHEDULES",
-    "TIMES",
-    "WEIGHTS",
-    "Again",
-    "Bent",
-    "Crossing",
+    "TIME_SAMPLINGS",
+    "ConsistencyStep",
     "Denoiser",
-    "Jump",
-    "Known",
+    "GuideTerm",
     "Noise",
     "Objective",
+    "Replace",
+    "Resample",
     "Schedule",
-    "Spread",
     "Step",
     "Trajectories",
-    "Weaker",
-    "align",
-    "bend",
     "cfg",
-    "class_evidence",
-    "consistent",
-    "denoiser_calls",
-    "flow_grid",
-    "fly",
+    "class_log_likelihood_ratio",
+    "concat",
+    "denoiser_evaluations",
+    "initial_noise",
+    "integrate_to_data",
+    "integrate_trajectories",
     "interval",
+    "inversion_grid",
     "invert",
     "item_generator",
     "item_noise",
-    "joined",
+    "jitter",
     "make_schedule",
-    "make_times",
+    "make_time_sampling",
     "make_weight",
-    "measure_spread",
-    "prior",
-    "regenerate",
+    "reconstruction_guidance",
     "rescale",
     "sample",
-    "shaken",
-    "shortest",
     "slerp",
     "step_generator",
     "strength_time",

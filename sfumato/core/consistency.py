@@ -1,8 +1,8 @@
-r"""Where the probability flow ends, in one call of the network; and the trajectories that this is learned from.
+r"""Consistency models: the end of the probability flow in one network evaluation, and trajectories to learn it from.
 
-A network that is told a second time s as well gives for s = 0 the end $f(z_t, t)$ of the flow that leads through z_t,
-and for s = t $E[z | z_t]$ as ever. Noised anew, an end is as good a place to jump from as one that was reached
-otherwise: what the jump before had missed is covered by the noise.
+A network with a second time input s returns for s = 0 the consistency function $f(z_t, t)$, the end of the flow
+through z_t, and for s = t the posterior mean $E[z | z_t]$. Multistep sampling adds noise to f and evaluates it again;
+the noise covers the error of the step before.
 
 References:
     Song et al., Consistency Models, https://arxiv.org/abs/2303.01469 (definition 1 and algorithm 1); Kim et al.,
@@ -15,45 +15,47 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .denoiser import aligned, trail
-from .sampler import SAMPLERS, Ask, Denoise, Draw, Knot, Rule, State, Stepped
-from .schedule import Schedule, time
+from sfumato.core.denoiser import append_dims, append_dims_as
+from sfumato.core.sampler import SAMPLERS, Denoise, Evaluate, NoiseFn, NoiseLevel, Sampler, State, StepResult
+from sfumato.core.schedule import Schedule, as_time
 
 
 @dataclass(frozen=True)
-class Jump(Rule):
-    r"""To the flow's end and, unless it is there, back to time s with new noise: $z_s = \alpha_s f(z, t) + \sigma_s w$.
+class ConsistencyStep(Sampler):
+    r"""Evaluate f, then add new noise up to time s: $z_s = \alpha_s f(z, t) + \sigma_s w$; at s = 0 return f.
 
     Args:
-        end: (z, t) -> f(z, t); it is asked in place of the denoiser.
+        consistency: (z, t) -> f(z, t); replaces the denoiser.
     """
 
-    end: Denoise
+    consistency: Denoise
 
     @property
     def stochastic(self) -> bool:
         return True
 
-    def advance(self, ask: Ask, z: Tensor, now: Knot, then: Knot, noise: Draw | None, state: State) -> Stepped:
+    def advance(
+        self, evaluate: Evaluate, z: Tensor, at_t: NoiseLevel, at_s: NoiseLevel, noise: NoiseFn | None, state: State
+    ) -> StepResult:
         if noise is None:
-            raise ValueError("jumps need `noise`")
-        z_hat = ask(z, now)
-        return trail(then.alpha, z) * z_hat + trail(then.sigma, z) * noise().to(z), None, z_hat
+            raise ValueError("consistency steps need `noise`")
+        z_hat = evaluate(z, at_t)
+        return append_dims_as(at_s.alpha, z) * z_hat + append_dims_as(at_s.sigma, z) * noise().to(z), None, z_hat
 
     def __call__(
-        self, denoise: Denoise, schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, noise: Draw | None, state: State
-    ) -> Stepped:
-        return super().__call__(self.end, schedule, z, t, s, noise, state)
+        self, denoise: Denoise, schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, noise: NoiseFn | None, state: State
+    ) -> StepResult:
+        return super().__call__(self.consistency, schedule, z, t, s, noise, state)
 
 
 @dataclass
 class Trajectories:
-    """Solutions of the probability flow of N items, at K + 1 times of each item's own.
+    """Solutions of the probability flow of N items, each at its own K + 1 times.
 
     Args:
-        grid: Falling times (K + 1, N), float64.
-        z: States (K + 1, N, ...).
-        z_hat: What the denoiser said at the first K of them (K, N, ...).
+        grid: Decreasing times (K + 1, N), float64.
+        z: Noisy latents (K + 1, N, ...).
+        z_hat: The denoiser's output at the first K of them (K, N, ...).
     """
 
     grid: Tensor
@@ -64,55 +66,55 @@ class Trajectories:
         return self.z.shape[1]
 
     @property
-    def knots(self) -> int:
+    def steps(self) -> int:
         """The number K of steps."""
         return len(self.z_hat)
 
-    def at(self, item: Tensor, knot: Tensor, still: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """States of some trajectories and where they lead, or, of those that are `still`, what the denoiser said there.
+    def training_pairs(self, item: Tensor, step: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Training pairs: a latent on a trajectory and its end, or, for an anchor, the denoiser's output there.
 
         Args:
-            item: Whose (B,).
-            knot: The number of the time (B,), below K.
-            still: Which are still (B,).
+            item: Number of the trajectory (B,).
+            step: Number of the time (B,), below K.
+            anchor: Whether the target is the denoiser's output, at s = t (B,), bool.
 
         Returns:
-            z (B, ...), its time t and the time s (B,) of the target: 0, or t; and the target (B, ...).
+            z (B, ...), its time t (B,), the time s (B,) of the target (0, or t for an anchor), the target (B, ...).
         """
-        t, end = self.grid[knot, item], self.grid[-1, item]
-        target = torch.where(aligned(still, self.z[0]), self.z_hat[knot, item], self.z[-1, item])
-        return self.z[knot, item], t, torch.where(still, t, end), target
+        t, end = self.grid[step, item], self.grid[-1, item]
+        target = torch.where(append_dims(anchor, self.z[0]), self.z_hat[step, item], self.z[-1, item])
+        return self.z[step, item], t, torch.where(anchor, t, end), target
 
 
-def joined(parts: list[Trajectories]) -> Trajectories:
-    """All trajectories of several sets."""
-    along = zip(*((part.grid, part.z, part.z_hat) for part in parts), strict=True)
-    return Trajectories(*(torch.cat(tensors, 1) for tensors in along))
+def concat(parts: list[Trajectories]) -> Trajectories:
+    """Join several sets of trajectories."""
+    fields = zip(*((part.grid, part.z, part.z_hat) for part in parts), strict=True)
+    return Trajectories(*(torch.cat(tensors, 1) for tensors in fields))
 
 
-def shaken(grid: Tensor, shift: Tensor) -> Tensor:
-    """Times (K + 1, N) between those of a grid (K + 1,): all but the ends are moved by `shift` (N,) of a step.
+def jitter(grid: Tensor, shift: Tensor) -> Tensor:
+    """Shift all times of a grid (K + 1,) but its ends by the fraction `shift` (N,) of a step, giving (K + 1, N).
 
-    Over items whose shifts are spread over [-1/2, 1/2], every time but those near the ends comes up alike.
+    With shifts uniform over [-1/2, 1/2], all times are equally likely, except near the ends.
     """
     inner = torch.arange(1, len(grid) - 1)[:, None] + shift.double()  # (K - 1, N)
     below = inner.floor().long()
-    moved = torch.lerp(grid[below], grid[below + 1], inner - below)
+    shifted = torch.lerp(grid[below], grid[below + 1], inner - below)
     ends = grid[[0, -1], None].expand(-1, len(shift))
-    return torch.cat([ends[:1], moved, ends[1:]])
+    return torch.cat([ends[:1], shifted, ends[1:]])
 
 
-def fly(denoise: Denoise, schedule: Schedule, z: Tensor, grid: Tensor) -> Trajectories:
-    """Follow the flow from z (N, ...) along falling times (K + 1, N), by UniPC: one call of the denoiser a step.
+def integrate_trajectories(denoise: Denoise, schedule: Schedule, z: Tensor, grid: Tensor) -> Trajectories:
+    """Solve the probability flow from z (N, ...) along decreasing times (K + 1, N) by UniPC: one evaluation per step.
 
-    Its states are stored as corrected by the call after them, all but the last one but one.
+    Stored latents include the corrector of the next evaluation, except the last one before the end.
     """
     step, state = SAMPLERS["unipc"], None
-    states: list[Tensor] = []
+    latents: list[Tensor] = []
     z_hats: list[Tensor] = []
-    for t, s in pairwise(time(grid)):
-        end, state, z_hat = step(denoise, schedule, z, t, s, None, state)
-        states.append(z if state is None else state.z)
+    for t, s in pairwise(as_time(grid)):
+        z_s, state, z_hat = step(denoise, schedule, z, t, s, None, state)
+        latents.append(z if state is None else state.z)
         z_hats.append(z_hat)
-        z = end
-    return Trajectories(time(grid), torch.stack([*states, z]), torch.stack(z_hats))
+        z = z_s
+    return Trajectories(as_time(grid), torch.stack([*latents, z]), torch.stack(z_hats))

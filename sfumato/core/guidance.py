@@ -8,20 +8,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .denoiser import trail
+from sfumato.core.denoiser import append_dims_as
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-Weight = Callable[[Tensor], Tensor]
+GuidanceWeight = Callable[[Tensor], Tensor]
 Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def lerp(reference: Tensor, conditional: Tensor, w: Tensor) -> Tensor:
-    """Give reference + w (conditional - reference), with w over leading axes."""
-    return torch.lerp(reference, conditional, trail(w, conditional))
+    """Return reference + w (conditional - reference), with w over the leading axes."""
+    return torch.lerp(reference, conditional, append_dims_as(w, conditional))
 
 
 def rescale(phi: float, combine: Combine = lerp) -> Combine:
-    r"""Give the guided z_hat back the deviation of the conditional one, by a share phi.
+    r"""Rescale the guided z_hat toward the standard deviation of the conditional one; phi = 1 restores it fully.
 
     References:
         Lin et al., Common Diffusion Noise Schedules and Sample Steps Are Flawed, https://arxiv.org/abs/2305.08891
@@ -37,7 +37,7 @@ def rescale(phi: float, combine: Combine = lerp) -> Combine:
     return rescaled
 
 
-def interval(w: float, lo: float = 0.0, hi: float = 1.0) -> Weight:
+def interval(w: float, lo: float = 0.0, hi: float = 1.0) -> GuidanceWeight:
     """The weight w at times lo <= t <= hi, and 1 (off) outside.
 
     References:
@@ -46,13 +46,15 @@ def interval(w: float, lo: float = 0.0, hi: float = 1.0) -> Weight:
     return lambda t: torch.where((t >= lo) & (t <= hi), w, 1.0)
 
 
-def cfg(conditional: Denoise, reference: Denoise, w: float | Tensor | Weight, combine: Combine = lerp) -> Denoise:
-    """Guide a denoiser away from a reference, such as the null condition.
+def cfg(
+    conditional: Denoise, reference: Denoise, w: float | Tensor | GuidanceWeight, combine: Combine = lerp
+) -> Denoise:
+    """Classifier-free guidance: extrapolate a denoiser away from a reference, such as the null condition.
 
     Args:
         conditional: The denoiser to guide.
-        reference: What to move away from; not called at times where every weight is 1.
-        w: Weight: a number, a tensor (B,), or a function of t such as `interval`.
+        reference: The denoiser to move away from; not called where every weight is 1.
+        w: Guidance weight: a number, a tensor (B,), or a function of t such as `interval`.
         combine: (reference, conditional, w) -> z_hat; `lerp`, or `rescale(phi)`.
 
     References:

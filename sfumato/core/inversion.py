@@ -1,8 +1,8 @@
-r"""Inversion: from data to the noise they come from, and back, along the probability flow.
+r"""Inversion: from data to its noise, and back, along the probability flow, by fixed-point iteration per step.
 
-The flow is followed between t = 1 and a time where $\sigma / \alpha$ is small but not zero: the last step of a sampler
-returns $\hat z$, and that cannot be undone. A solver's step is undone by solving for where it came from, so that
-inversion and regeneration are inverses of each other at any number of steps, not only in the limit of many.
+The flow runs between t = 1 and a time where $\sigma / \alpha$ is small but not zero, because a sampler's last step
+returns $\hat z$ and is not invertible. Each solver step is inverted by solving for its start, so inversion and
+reconstruction are inverse to each other at any number of steps, not only in the limit of many.
 """
 
 import math
@@ -13,127 +13,133 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .denoiser import trail
-from .sampler import SAMPLERS, Denoise, Draw, State, Step, Stepped, sample, time_grid
-from .schedule import Schedule
+from sfumato.core.denoiser import append_dims_as
+from sfumato.core.grid import time_grid
+from sfumato.core.sampler import SAMPLERS, Denoise, NoiseFn, State, Step, StepResult, sample
+from sfumato.core.schedule import Schedule
 
-NEAR = 0.01  # sigma / alpha where inversion starts: noise that is not seen
-ROUNDS = 24  # of the fixed point, at most
-CLOSE = 2e-6  # relative residual at which it has converged; float32 cannot do much better
-WINDOW = 4  # differences that Anderson's acceleration looks at
-_RIDGE = 1e-10
+MIN_NOISE_RATIO = 0.01  # sigma / alpha where inversion starts: invisible noise
+MAX_FIXED_POINT_ITERATIONS = 24  # per solver step
+FIXED_POINT_TOLERANCE = 2e-6  # relative residual at convergence; float32 cannot do much better
+ANDERSON_WINDOW = 4  # differences of past iterates that Anderson acceleration uses
+ANDERSON_RIDGE = 1e-10  # ridge of its least squares, relative to the trace of the Gram matrix
 
 
-def flow_grid(schedule: Schedule, steps: int, t_max: float = 1.0, near: float = NEAR) -> Tensor:
-    r"""Falling times (steps + 1,) from t_max to where $\sigma / \alpha$ is `near`, even in its logarithm.
+def inversion_grid(schedule: Schedule, steps: int, t_max: float = 1.0, noise_ratio: float = MIN_NOISE_RATIO) -> Tensor:
+    r"""Decreasing times (steps + 1,), uniform in log-SNR, from t_max to where $\sigma / \alpha$ is `noise_ratio`.
 
-    Neighbouring times differ little in sigma, which is what makes a step easy to undo.
+    Neighbouring times have similar sigma, which makes a step easy to invert.
     """
-    return time_grid(schedule, steps, "logsnr", t_max, float(schedule.inverse(-2 * math.log(near))))
+    return time_grid(schedule, steps, "logsnr", t_max, float(schedule.inverse_logsnr(-2 * math.log(noise_ratio))))
 
 
-def relative(gap: Tensor, z: Tensor) -> Tensor:
-    """|gap| / |z| of each item: (B, ...) -> (B,)."""
-    over, under = (x.reshape(len(x), -1).square().sum(1) for x in (gap, z))
-    return (over / under.clamp_min(1e-30)).sqrt()
+def relative_error(residual: Tensor, z: Tensor) -> Tensor:
+    """|residual| / |z| of each item: (B, ...) -> (B,)."""
+    numerator, denominator = (x.reshape(len(x), -1).square().sum(1) for x in (residual, z))
+    return (numerator / denominator.clamp_min(1e-30)).sqrt()
 
 
-def fixed_point(g: Callable[[Tensor], Tensor], z: Tensor, rounds: int = ROUNDS, close: float = CLOSE) -> Tensor:
-    """Solve z = g(z) by Anderson's acceleration, each item (B, ...) with its own history.
+def fixed_point(
+    g: Callable[[Tensor], Tensor],
+    z: Tensor,
+    max_iterations: int = MAX_FIXED_POINT_ITERATIONS,
+    tolerance: float = FIXED_POINT_TOLERANCE,
+) -> Tensor:
+    """Solve z = g(z) by fixed-point iteration with Anderson acceleration, separately for each item (B, ...).
 
     Args:
-        g: The map, (B, ...) to the same.
-        z: Where to start (B, ...).
-        rounds: Calls of g, at most.
-        close: Stops when |g(z) - z| <= close |z| for every item.
+        g: The map, (B, ...) -> (B, ...).
+        z: Initial value (B, ...).
+        max_iterations: Largest number of calls of g.
+        tolerance: Stop when |g(z) - z| <= tolerance |z| for every item.
 
     References:
         Walker and Ni, Anderson Acceleration for Fixed-Point Iterations, SIAM J. Numer. Anal. 49 (2011), eq. 2.1.
     """
-    states: list[Tensor] = []
-    gaps: list[Tensor] = []
-    for _ in range(rounds):
-        states.append(z.reshape(len(z), -1))
-        gaps.append(g(z).reshape(len(z), -1) - states[-1])
-        if not len(z) or float(relative(gaps[-1], states[-1]).max()) <= close:
+    iterates: list[Tensor] = []
+    residuals: list[Tensor] = []
+    for _ in range(max_iterations):
+        iterates.append(z.reshape(len(z), -1))
+        residuals.append(g(z).reshape(len(z), -1) - iterates[-1])
+        if not len(z) or float(relative_error(residuals[-1], iterates[-1]).max()) <= tolerance:
             break
-        z = _mixed(states[-WINDOW - 1 :], gaps[-WINDOW - 1 :]).reshape(z.shape)
+        z = _anderson_step(iterates[-ANDERSON_WINDOW - 1 :], residuals[-ANDERSON_WINDOW - 1 :]).reshape(z.shape)
     return z
 
 
-def _mixed(states: list[Tensor], gaps: list[Tensor]) -> Tensor:
-    """The next state (B, n): where the gaps, continued linearly, are smallest."""
-    step = states[-1] + gaps[-1]
-    if len(states) == 1:
-        return step
-    d_gap = torch.stack(gaps, -1).diff(dim=-1).double()  # (B, n, m)
-    d_state = torch.stack(states, -1).diff(dim=-1).double()
-    gram = d_gap.mT @ d_gap
-    ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-30)
+def _anderson_step(iterates: list[Tensor], residuals: list[Tensor]) -> Tensor:
+    """The next iterate (B, n): past ones combined for the smallest extrapolated residual, plus that residual."""
+    plain = iterates[-1] + residuals[-1]
+    if len(iterates) == 1:
+        return plain
+    d_residual = torch.stack(residuals, -1).diff(dim=-1).double()  # (B, n, m)
+    d_iterate = torch.stack(iterates, -1).diff(dim=-1).double()
+    gram = d_residual.mT @ d_residual
+    ridge = ANDERSON_RIDGE * gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-30)
     gram = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    pulled = d_gap.mT @ gaps[-1].double()[..., None]
-    weights = cast("Tensor", torch.linalg.solve(gram, pulled))  # pyright: ignore[reportUnknownMemberType]
-    return step - ((d_state + d_gap) @ weights)[..., 0].to(step.dtype)
+    rhs = d_residual.mT @ residuals[-1].double()[..., None]
+    weights = cast("Tensor", torch.linalg.solve(gram, rhs))  # pyright: ignore[reportUnknownMemberType]
+    return plain - ((d_iterate + d_residual) @ weights)[..., 0].to(plain.dtype)
 
 
 @dataclass(frozen=True)
-class Undo:
-    r"""A `Step` towards noise, t -> s > t: finds the $z_s$ from which `step` arrives at $z_t$.
+class InverseStep:
+    r"""A `Step` toward noise, t -> s > t: finds the $z_s$ that `step` takes to $z_t$.
 
-    $z_s = z_s + z_t - \mathrm{step}(z_s; s \to t)$, begun with the step taken the other way round.
+    $z_s = z_s + z_t - \mathrm{step}(z_s; s \to t)$, initialised with the step in the opposite direction.
 
     Args:
-        step: A deterministic rule without memory: `ddim` or `heun`.
+        step: A deterministic one-step method: `ddim` or `heun`.
     """
 
     step: Step
 
     def __call__(
-        self, denoise: Denoise, schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, noise: Draw | None, state: State
-    ) -> Stepped:
-        guess, _, z_hat = self.step(denoise, schedule, z, t, s, noise, None)
+        self, denoise: Denoise, schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, noise: NoiseFn | None, state: State
+    ) -> StepResult:
+        initial, _, z_hat = self.step(denoise, schedule, z, t, s, noise, None)
 
-        def corrected(z_s: Tensor) -> Tensor:
+        def correct(z_s: Tensor) -> Tensor:
             return z_s + z - self.step(denoise, schedule, z_s, s, t, noise, None)[0]
 
-        return fixed_point(corrected, guess), None, z_hat
+        return fixed_point(correct, initial), None, z_hat
 
 
 def invert(denoise: Denoise, schedule: Schedule, z: Tensor, grid: Tensor) -> Tensor:
-    """The state at time grid[0] from which Heun's rule, along the same grid, arrives at z.
+    """The noisy latents at time grid[0] that Heun's method takes to z along the same grid.
 
     Args:
         denoise: (z, t) -> z_hat, under the condition of z.
-        schedule: The path.
-        z: Data (B, ...); they are taken for the flow's state at grid[-1], up to the factor alpha.
-        grid: Falling times that end above 0, as from `flow_grid`.
+        schedule: The noise schedule.
+        z: Clean latents (B, ...); alpha z is taken as the flow's value at grid[-1].
+        grid: Decreasing times that end above 0, as from `inversion_grid`.
 
     Returns:
-        (B, ...), with the variance alpha^2 + sigma^2 of noise where grid[0] is 1.
+        (B, ...), with the variance alpha^2 + sigma^2 of `initial_noise` if grid[0] is 1.
 
     References:
         Song et al., DDIM, https://arxiv.org/abs/2010.02502 (section 4.3); Pan et al., Effective Real Image Editing with
         Accelerated Iterative Diffusion Inversion, https://arxiv.org/abs/2309.04907 (fixed points, Anderson).
     """
-    alpha = trail(schedule.alpha(grid[-1:]), z)
-    return sample(denoise, schedule, alpha * z, grid.flip(0), Undo(SAMPLERS["heun"]))
+    alpha = append_dims_as(schedule.alpha(grid[-1:]), z)
+    return sample(denoise, schedule, alpha * z, grid.flip(0), InverseStep(SAMPLERS["heun"]))
 
 
-def regenerate(denoise: Denoise, schedule: Schedule, z: Tensor, grid: Tensor, sampler: str = "heun") -> Tensor:
-    """Data (B, ...) from a state z at time grid[0]: what undoes `invert` on the same grid, under the same condition."""
-    alpha = trail(schedule.alpha(grid[-1:]), z)
+def integrate_to_data(denoise: Denoise, schedule: Schedule, z: Tensor, grid: Tensor, sampler: str = "heun") -> Tensor:
+    """Clean latents (B, ...) from z at time grid[0]; the inverse of `invert` on the same grid and condition."""
+    alpha = append_dims_as(schedule.alpha(grid[-1:]), z)
     return sample(denoise, schedule, z, grid, sampler) / alpha
 
 
 def slerp(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
-    r"""Points on the great circle from a to b: $\frac{\sin((1 - w) \theta) a + \sin(w \theta) b}{\sin \theta}$.
+    r"""Spherical linear interpolation, $\frac{\sin((1 - w) \theta) a + \sin(w \theta) b}{\sin \theta}$.
 
-    Noise has its norm nearly fixed, and a straight line between two draws leaves that shell.
+    The norm of Gaussian noise is nearly constant; a straight line between two samples leaves that sphere.
 
     Args:
-        a: One item (...); theta is its angle to b. Where both point the same way the line is straight.
-        b: The other (...).
-        w: Shares of b (F,), from 0 to 1.
+        a: First item (...); theta is its angle to b. If they are parallel, the interpolation is linear.
+        b: Second item (...).
+        w: Weights of b (F,), from 0 to 1.
 
     Returns:
         (F, ...); exactly a at w = 0 and exactly b at w = 1.
@@ -145,8 +151,8 @@ def slerp(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
     cosine: Tensor = x @ y / ((x @ x) * (y @ y)).sqrt().clamp_min(1e-30)
     theta = torch.acos(cosine.clamp(-1, 1))
     w = w.to(x)[:, None]
-    share_a, share_b = torch.sin((1 - w) * theta), torch.sin(w * theta)
+    weight_a, weight_b = torch.sin((1 - w) * theta), torch.sin(w * theta)
     scale = torch.sin(theta)
-    points = (share_a * x + share_b * y) / scale if scale > 1e-4 else torch.lerp(x, y, w)
+    points = (weight_a * x + weight_b * y) / scale if scale > 1e-4 else torch.lerp(x, y, w)
     points = torch.where(w <= 0, x, torch.where(w >= 1, y, points))
     return points.to(a.dtype).reshape(-1, *a.shape)

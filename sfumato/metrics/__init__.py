@@ -1,6 +1,5 @@
-"""Numbers about samples, each beside what real held-out data scores."""
+"""Metrics of samples that any modality can use: feature distances, near-duplicates, cached features."""
 
-from sfumato.metrics.copies import Copies
 from sfumato.metrics.distances import (
     Moments,
     density_coverage,
@@ -8,62 +7,39 @@ from sfumato.metrics.distances import (
     kernel_distance,
     memorisation,
     moments,
-    nearest,
+    nearest_distances,
     precision_recall,
-    psnr,
-    ssim,
 )
+from sfumato.metrics.duplicates import NearDuplicates
 from sfumato.metrics.features import (
     Extractor,
-    Images,
+    ItemSet,
     NamedExtractor,
     Reference,
     cached_network,
     classifier_extractor,
     extract,
-    find_inception,
-    inception_extractor,
-    pick,
+    random_indices,
     reference,
 )
-from sfumato.metrics.images import Report, Samples, image_report, label_accuracy, reconstruction_report
-from sfumato.metrics.plausible import plausible
-from sfumato.metrics.points import measured_space
-from sfumato.metrics.table import c2st, downstream, table_report
-from sfumato.metrics.trees import find_trees
 
 __all__ = [
-    "Copies",
     "Extractor",
-    "Images",
+    "ItemSet",
     "Moments",
     "NamedExtractor",
+    "NearDuplicates",
     "Reference",
-    "Report",
-    "Samples",
-    "c2st",
     "cached_network",
     "classifier_extractor",
     "density_coverage",
-    "downstream",
     "extract",
-    "find_inception",
-    "find_trees",
     "frechet",
-    "image_report",
-    "inception_extractor",
     "kernel_distance",
-    "label_accuracy",
-    "measured_space",
     "memorisation",
     "moments",
-    "nearest",
-    "pick",
-    "plausible",
+    "nearest_distances",
     "precision_recall",
-    "psnr",
-    "reconstruction_report",
+    "random_indices",
     "reference",
-    "ssim",
-    "table_report",
 ]

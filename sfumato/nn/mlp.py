@@ -1,4 +1,4 @@
-"""A residual perceptron on the flattened latent: for few latent numbers the fastest network on a CPU."""
+"""A residual MLP on the flattened latent: for small latents the fastest network on a CPU."""
 
 import math
 from collections.abc import Sequence
@@ -7,38 +7,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.nn.blocks import Embedding, add_concat, channel_count, modulate, norm, spatial_shape, zero_init
+from sfumato.nn.layers import Embedding, add_concat, channel_count, modulate, norm, spatial_shape, zero_init
 from sfumato.types import Cond
 
 
 class MLPBlock(nn.Module):
-    """x + gate * W_2 silu(W_1 h), h = norm(x) (1 + scale) + shift; or, gated, x + gate * W_2 (silu(W_1 h) * W_3 h).
+    """x + gate * W_2 silu(W_1 h), h = norm(x) (1 + scale) + shift; with SwiGLU x + gate * W_2 (silu(W_1 h) * W_3 h).
 
-    Products find combinations, as of a day and a month, which sums find slowly. A gated block has as many weights: its
-    hidden width is two thirds.
+    Products learn interactions, such as that of day and month, faster than sums. A SwiGLU block has about as many
+    parameters, because its hidden width is two thirds.
 
     Args:
         width: Channels W.
         expansion: Hidden width as a multiple of W.
-        gated: Whether its hidden layer is a product.
+        swiglu: Use SwiGLU.
 
     References:
         Shazeer, GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202 (eq. 6, SwiGLU).
     """
 
-    def __init__(self, width: int, expansion: float = 1.0, gated: bool = False) -> None:
+    def __init__(self, width: int, expansion: float = 1.0, swiglu: bool = False) -> None:
         super().__init__()
         hidden = int(width * expansion)
-        if gated:
-            hidden = max(16, 2 * hidden // 3 // 16 * 16)  # a multiple that vector units are full with
-        self.gated = gated
-        self.up = nn.Linear(width, (1 + gated) * hidden)
+        if swiglu:
+            hidden = max(16, 2 * hidden // 3 // 16 * 16)  # a multiple of 16 fills vector registers
+        self.swiglu = swiglu
+        self.up = nn.Linear(width, (1 + swiglu) * hidden)
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        """Map x (B, W), steered by shift, scale and gate (B, W)."""
+        """Map x (B, W), modulated by shift, scale and gate (B, W)."""
         h = self.up(modulate(norm(x), shift, scale))
-        if self.gated:
+        if self.swiglu:
             h, factor = h.chunk(2, -1)
             h = F.silu(h) * factor
         else:
@@ -47,10 +47,10 @@ class MLPBlock(nn.Module):
 
 
 class ResMLP(nn.Module):
-    """Residual perceptron with adaLN-zero, on latents of any shape taken as one vector.
+    """Residual MLP with adaLN-zero, on latents of any shape flattened to one vector.
 
-    The modulation of all blocks is a single linear map of a small embedding: one matrix product in place of
-    `depth` small ones. Its share of the operations is 3 embed / (3 embed + 2 expansion width), hence a small `embed`.
+    The modulation of all blocks is a single linear map of a small embedding: one matrix product instead of `depth`
+    small ones. It takes 3 E / (3 E + 2 expansion W) of the operations, so the embedding dimension E is small.
 
     Args:
         latent_shape: Shape of a latent, (C, *grid) or (D,).
@@ -58,10 +58,10 @@ class ResMLP(nn.Module):
         width: Channels W of the residual stream.
         depth: Number of blocks.
         expansion: Hidden width of a block as a multiple of W.
-        embed: Length of the embedding of clocks and condition.
-        gated: Whether the hidden layers of blocks are products.
-        clocks: Number K of clocks.
-        segments: Number N of places with clocks of their own, for clocks (B, N, K); clocks (B, K) serve all of them.
+        embedding_dim: Length E of the embedding of clocks and condition.
+        swiglu: Use SwiGLU blocks.
+        clocks: Number K of clocks (time inputs).
+        segments: Number N of segments with their own clocks (B, N, K); clocks (B, K) apply to all segments.
         concat: Channels of `Cond.concat`.
     """
 
@@ -73,20 +73,20 @@ class ResMLP(nn.Module):
         width: int = 1024,
         depth: int = 6,
         expansion: float = 1.0,
-        embed: int = 128,
-        gated: bool = False,
+        embedding_dim: int = 128,
+        swiglu: bool = False,
         clocks: int = 1,
         segments: int = 1,
         concat: int = 0,
     ) -> None:
         super().__init__()
         self.depth, self.segments, self.concat = depth, segments, concat
-        size, places = math.prod(latent_shape), math.prod(spatial_shape(latent_shape))
+        size, positions = math.prod(latent_shape), math.prod(spatial_shape(latent_shape))
         self.channels = channel_count(latent_shape)
-        self.embedding = Embedding(embed, clocks * segments, cond_dim)
-        self.modulation = zero_init(nn.Linear(embed, (3 * depth + 2) * width))
-        self.z_in = nn.Linear(size + concat * places, width)
-        self.blocks = nn.ModuleList(MLPBlock(width, expansion, gated) for _ in range(depth))
+        self.embedding = Embedding(embedding_dim, clocks * segments, cond_dim)
+        self.modulation = zero_init(nn.Linear(embedding_dim, (3 * depth + 2) * width))
+        self.z_in = nn.Linear(size + concat * positions, width)
+        self.blocks = nn.ModuleList(MLPBlock(width, expansion, swiglu) for _ in range(depth))
         self.z_out = zero_init(nn.Linear(width, size))
 
     def forward(self, z: Tensor, clocks: Tensor, cond: Cond | None = None, mask: Tensor | None = None) -> Tensor:
@@ -95,22 +95,22 @@ class ResMLP(nn.Module):
         Args:
             z: Latents (B, *latent_shape).
             clocks: Clocks (B, K), or (B, N, K) with N = `segments`.
-            cond: The condition: `vector` (B, cond_dim) and `concat` (B, concat, *grid); it takes no tokens.
-            mask: True where a place (B, N) of the grid has data; other places are read as zeros.
+            cond: The condition: `vector` (B, cond_dim) and `concat` (B, concat, *grid); tokens are not supported.
+            mask: (B, N), true where a grid position has data; other positions are read as zeros.
         """
         cond = cond or Cond()
-        assert cond.tokens is None, "this network takes no condition tokens"
+        assert cond.tokens is None, "ResMLP does not support condition tokens"
         e = self.embedding(self._flat_clocks(clocks), cond.vector)  # (B, E)
-        *steer, shift, scale = self.modulation(e).chunk(3 * self.depth + 2, dim=-1)  # (B, W) each
+        *modulations, shift, scale = self.modulation(e).chunk(3 * self.depth + 2, dim=-1)  # (B, W) each
         x = self.z_in(self._flat_input(z, cond.concat, mask))  # (B, W)
         for i, block in enumerate(self.blocks):
-            x = block(x, *steer[3 * i : 3 * i + 3])
+            x = block(x, *modulations[3 * i : 3 * i + 3])
         return self.z_out(modulate(norm(x), shift, scale)).reshape(z.shape)
 
     def _flat_clocks(self, clocks: Tensor) -> Tensor:
         if clocks.ndim == 2:
             clocks = clocks[:, None].expand(-1, self.segments, -1)
-        assert clocks.shape[1] == self.segments, f"clocks for {clocks.shape[1]} segments, built for {self.segments}"
+        assert clocks.shape[1] == self.segments, f"got clocks for {clocks.shape[1]} segments, not {self.segments}"
         return clocks.flatten(1)  # (B, N K)
 
     def _flat_input(self, z: Tensor, concat: Tensor | None, mask: Tensor | None) -> Tensor:

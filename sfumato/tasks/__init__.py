@@ -1,1 +1,1 @@
-"""What people do with a model: one typed function a task."""
+"""What people do with a model: one typed function per task."""

@@ -1,21 +1,22 @@
-"""Real items made anew under another condition."""
+"""Edit real items under another condition."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sfumato.tasks.generate import Result, sampling
+from sfumato.tasks.outputs import Result
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.core.guidance import Denoise
-    from sfumato.model import Model, Sampling
-    from sfumato.tasks.common import Progress
+    from sfumato.model import Model
+    from sfumato.sampling import Sampling
+    from sfumato.types import Progress
 
-STRENGTH = {"noise": 0.6, "invert": 1.0}
-INVERT_STEPS = 50
+DEFAULT_STRENGTH = {"noise": 0.6, "invert": 1.0}  # strength by method, from 0 (data) to 1 (noise)
+INVERSION_STEPS = 50  # solver steps in each direction
 
 
 def edit(
@@ -25,7 +26,7 @@ def edit(
     out: Path | None = None,
     sheet: Path | None = None,
     label: str | None = None,
-    own_label: str | None = None,
+    source_label: str | None = None,
     method: Literal["noise", "invert"] = "noise",
     strength: float | None = None,
     steps: int | None = None,
@@ -39,38 +40,39 @@ def edit(
     device: str | None = None,
     progress: "Progress | None" = None,
 ) -> Result:
-    """Change given items: part of the way back to noise, then forward under a label.
+    """Edit items: add noise up to --strength, then denoise under the new label (SDEdit).
 
-    By noise (SDEdit) every seed gives another variant. By inversion the item's own noise is found, along the
-    deterministic flow under its own label: under that label it comes back, under another one it keeps what both share.
+    With --method noise, every seed gives another variant. With --method invert, items are inverted to their noise along
+    the deterministic flow under their source labels: the same label reproduces an item, another label keeps what both
+    classes share.
 
     Args:
         model: Folder of the model.
-        source: A built-in set, a folder, a file or hf://owner/name.
-        out: Folder to write them to: the items, and metadata.jsonl.
-        sheet: Picture file that shows some originals, each beside what became of it (default: OUT-sheet.png).
-        label: Class to make of all items (default: their own).
-        own_label: Class that all items are of (default: as the source says; none where it does not).
-        method: How to go back: add noise, or invert the flow.
-        strength: How far back: the share of noise, from 0 (only the codec) to 1 (default: 0.6, for invert 1).
-        steps: Steps of the sampler (default: what fit chose, for invert 50).
-        guidance: Weight of the condition; 1 is off (default: what fit chose).
-        sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc, abm2 or sde (default: what fit chose; invert takes heun).
-        skip_bad: Leave out files that cannot be read.
-        overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
-        seed: Seed of the noise.
-        batch: Items computed at once.
-        overwrite: Replace what is in the output folder, and the sheet.
-        device: Where to compute, such as cpu or cuda.
-        progress: Called with the stage, how much of it is done, and how much there is.
+        source: Built-in data set, folder, file or hf://owner/name.
+        out: Output folder for the items and metadata.jsonl; for tables, the output file.
+        sheet: Contact sheet of originals and results (default: OUT-sheet.png).
+        label: New class of all items (default: unchanged).
+        source_label: Current class of all items (default: the labels of the source, if any).
+        method: Add noise, or invert the deterministic flow.
+        strength: Share of noise, from 0 (codec only) to 1 (default: 0.6; 1 for invert).
+        steps: Sampler steps (default: chosen by fit; 50 for invert).
+        guidance: Guidance weight; 1 disables it (default: chosen by fit).
+        sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc, abm2 or sde (default: chosen by fit; invert uses heun).
+        skip_bad: Skip unreadable files instead of stopping.
+        overrides: Override how the source is read, such as data.resolution=64 (default: as in training).
+        seed: Random seed.
+        batch: Items per batch.
+        overwrite: Replace existing output.
+        device: Where to compute, such as cpu or cuda (default: the best available device).
+        progress: Called with the stage, the amount done, and the total.
 
     Returns:
-        The items and a row for each: its `source`, `label` (the new one), `source_label`, the settings; for invert also
-        `inversion_error`, the relative distance in latent space between the item and itself inverted and regenerated.
+        The items and a row for each: `source`, `label` (the new one), `source_label`, settings; for invert also
+        `inversion_error`, the relative distance in latent space between an item and its inverted and regenerated copy.
 
     Raises:
-        UserError: No such model, source or label; the source has other items than the model's; a strength outside 0..1;
-            the folder is not empty or cannot be written.
+        UserError: The model, source or label does not exist; the items do not fit the model; the strength is outside
+            0..1; or the output folder is not empty or cannot be written.
 
     References:
         Meng et al., SDEdit, https://arxiv.org/abs/2108.01073 (algorithm 1); Song et al., DDIM,
@@ -79,117 +81,126 @@ def edit(
     import time
 
     from sfumato.core import strength_time
-    from sfumato.tasks.common import check_counts, open_model
-    from sfumato.tasks.inputs import changed, changed_rows, check_whole, class_numbers, deliver, read_inputs
-    from sfumato.tasks.places import check_places
+    from sfumato.tasks.inputs import (
+        check_complete,
+        check_counts,
+        class_numbers,
+        map_items,
+        open_model,
+        output_metadata,
+        read_items,
+    )
+    from sfumato.tasks.outputs import check_outputs, write_result
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     check_counts(steps=steps, batch=batch)
     loaded = open_model(model, device)
-    how = _sampling(loaded, method, steps, guidance, sampler)
-    strength = STRENGTH[method] if strength is None else strength
-    start = strength_time(loaded.denoiser.schedule, strength)
-    sheet = check_places(loaded, out, sheet, overwrite, sources=[source])
-    inputs = read_inputs(model, loaded, source, overrides, skip_bad)
+    sampling = _sampling(loaded, method, steps, guidance, sampler)
+    strength = DEFAULT_STRENGTH[method] if strength is None else strength
+    t_start = strength_time(loaded.denoiser.schedule, strength)
+    sheet = check_outputs(loaded, out, sheet, overwrite, sources=[source])
+    originals = read_items(model, loaded, source, overrides, skip_bad)
     if method == "invert":
-        check_whole(loaded, inputs)
-    asked = method == "invert" or label is None  # else it does not matter what they are
-    own = class_numbers(loaded, own_label, inputs) if asked else None
-    new = own if label is None else class_numbers(loaded, label, inputs)
-    change = (_Inversion if method == "invert" else _Noise)(loaded, own, new, start, how, seed)
-    items = changed(loaded, inputs, change, batch, "edit", progress)
-    facts: dict[str, Any] = {"method": method, "strength": strength, "seed": seed}
-    facts |= {"sampler": how.sampler, "steps": how.steps, "guidance": how.guidance}
-    rows = changed_rows(loaded, inputs, new, facts)
-    facts |= change.told(rows) | inputs.told()
-    deliver(loaded, inputs, items, rows, out, sheet, overwrite)
-    return Result(items, rows, time.perf_counter() - begun, facts)
+        check_complete(loaded, originals)
+    needed = method == "invert" or label is None  # else the source labels play no part
+    source_labels = class_numbers(loaded, source_label, originals) if needed else None
+    labels = source_labels if label is None else class_numbers(loaded, label, originals)
+    editor = (_InversionEdit if method == "invert" else _NoiseEdit)(
+        loaded, source_labels, labels, t_start, sampling, seed
+    )
+    items = map_items(loaded, originals, editor, batch, "edit", progress)
+    settings: dict[str, Any] = {"method": method, "strength": strength, "seed": seed}
+    settings |= {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.guidance}
+    metadata = output_metadata(loaded, originals, labels, settings)
+    statistics = settings | editor.record(metadata) | originals.notes()
+    write_result(loaded, originals, items, metadata, out, sheet, overwrite)
+    return Result(items, metadata, time.perf_counter() - start, statistics)
 
 
 def _sampling(
     model: "Model", method: str, steps: int | None, guidance: float | None, sampler: str | None
 ) -> "Sampling":
-    """The sampling that the method takes, checked."""
-    from sfumato.choice import choose
+    """The sampling of the method, checked."""
     from sfumato.errors import UserError
+    from sfumato.registry import choose
 
-    choose(STRENGTH, "method", method)
+    choose(DEFAULT_STRENGTH, "method", method)
     if method == "invert" and sampler is not None:
-        raise UserError("--sampler is for --method noise; inversion goes by heun")
+        raise UserError("--sampler applies only to --method noise; inversion uses heun")
     if method == "invert":
-        return sampling(model, steps or INVERT_STEPS, guidance, "heun")
-    return sampling(model, steps, guidance, sampler)
+        return model.choose_sampling(steps or INVERSION_STEPS, guidance, "heun")
+    return model.choose_sampling(steps, guidance, sampler)
 
 
 @dataclass
-class _Noise:
-    """Items to what they become by adding noise: z_t = alpha_t z + sigma_t eps, then sampled from t on."""
+class _NoiseEdit:
+    """Adds noise, z_t = alpha_t z + sigma_t eps, and samples from time t on."""
 
     model: "Model"
-    own: "Tensor | None"
-    new: "Tensor | None"
-    start: float
-    how: "Sampling"
+    source_labels: "Tensor | None"
+    labels: "Tensor | None"
+    t_start: float
+    sampling: "Sampling"
     seed: int
 
     def __call__(self, items: list[int], x: "Tensor") -> "Tensor":
         z = self.model.encode(x).to(self.model.device)
-        return self.model.decode(self.latents(items, z))
+        return self.model.decode(self.edit_latents(items, z))
 
-    def latents(self, items: list[int], z: "Tensor") -> "Tensor":
-        """New latents (B, ...) of the items' own."""
+    def edit_latents(self, items: list[int], z: "Tensor") -> "Tensor":
+        """New latents (B, ...) from the items' latents z (B, ...)."""
         import torch
 
         from sfumato.core import sample, time_grid
-        from sfumato.tasks.inputs import picked
+        from sfumato.tasks.inputs import select
 
-        # not the noise that generate makes items of: given again what it was made of, an item would only come back
-        denoiser, draw = self.model.denoiser, self.model.noise(items, self.seed, "edit")
-        denoise = self.denoise(self.new, items)
-        z_t = denoiser.noised(z, draw(), torch.full((len(z),), self.start))
-        grid = time_grid(denoiser.schedule, self.how.steps, self.how.grid, self.start)
-        rule = self.model.rule(picked(self.new, items), len(items), self.how)
+        # not the noise stream of `generate`: a generated item that got its own noise again would only come back
+        denoiser, noise = self.model.denoiser, self.model.noise(items, self.seed, "edit")
+        denoise = self.denoise(self.labels, items)
+        z_t = denoiser.add_noise(z, noise(), torch.full((len(z),), self.t_start))
+        grid = time_grid(denoiser.schedule, self.sampling.steps, self.sampling.grid, self.t_start)
+        step = self.model.step_rule(select(self.labels, items), len(items), self.sampling)
         with self.model.autocast():
-            return sample(denoise, denoiser.schedule, z_t, grid, rule, draw)
+            return sample(denoise, denoiser.schedule, z_t, grid, step, noise)
 
     def denoise(self, labels: "Tensor | None", items: list[int]) -> "Denoise":
-        """The denoiser of some items under their labels."""
-        from sfumato.tasks.inputs import picked
+        """The denoiser with the labels of these items."""
+        from sfumato.tasks.inputs import select
 
-        return self.model.denoise(picked(labels, items), len(items), self.how)
+        return self.model.denoise(select(labels, items), len(items), self.sampling)
 
-    def told(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """What else there is to say of the whole, and into each item's row."""
+    def record(self, metadata: list[dict[str, Any]]) -> dict[str, Any]:
+        """Add measurements to each item's metadata; return statistics of all."""
         return {}
 
 
 @dataclass
-class _Inversion(_Noise):
-    """Items to what they become from their own noise, found by inversion under their own labels."""
+class _InversionEdit(_NoiseEdit):
+    """Inverts items to their noise under the source labels, and regenerates them under the new ones."""
 
     errors: "list[Tensor]" = field(default_factory=list["Tensor"])
 
-    def latents(self, items: list[int], z: "Tensor") -> "Tensor":
+    def edit_latents(self, items: list[int], z: "Tensor") -> "Tensor":
         import torch
 
-        from sfumato.core import flow_grid, invert, regenerate
-        from sfumato.core.inversion import relative
+        from sfumato.core import integrate_to_data, inversion_grid, invert
+        from sfumato.core.inversion import relative_error
 
-        schedule, own = self.model.denoiser.schedule, self.denoise(self.own, items)
-        grid = flow_grid(schedule, self.how.steps, self.start)
-        if self.start <= float(grid[-1]):  # no noise that is seen: there is nothing to invert
+        schedule, denoise = self.model.denoiser.schedule, self.denoise(self.source_labels, items)
+        grid = inversion_grid(schedule, self.sampling.steps, self.t_start)
+        if self.t_start <= float(grid[-1]):  # the noise is invisible: nothing to invert
             self.errors.append(torch.zeros(len(z)))
             return z
-        noise = invert(own, schedule, z, grid)
-        self.errors.append(relative(regenerate(own, schedule, noise, grid) - z, z).cpu())
-        return regenerate(self.denoise(self.new, items), schedule, noise, grid)
+        noise = invert(denoise, schedule, z, grid)
+        self.errors.append(relative_error(integrate_to_data(denoise, schedule, noise, grid) - z, z).cpu())
+        return integrate_to_data(self.denoise(self.labels, items), schedule, noise, grid)
 
-    def told(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def record(self, metadata: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
-        from sfumato.tasks.common import gathered
+        from sfumato.distributed import gather
 
-        errors = gathered(torch.cat([torch.empty(0), *self.errors]), len(rows))
-        for row, error in zip(rows, errors, strict=True):
+        errors = gather(torch.cat([torch.empty(0), *self.errors]), len(metadata))
+        for row, error in zip(metadata, errors, strict=True):
             row["inversion_error"] = float(f"{float(error):.3g}")
         return {"inversion_error": float(errors.max())}

@@ -1,32 +1,19 @@
-"""New items from a model."""
+"""Generate new items."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sfumato.tasks.outputs import ITEMS_PER_SHEET, Result
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfumato.model import Model, Sampling
-    from sfumato.tasks.common import Progress
-
-
-SHOWN = 100  # items on a sheet
-
-
-@dataclass
-class Result:
-    """Items (N, ...) in the range of the data, and for each a row of facts: label, seed, item number, settings."""
-
-    items: "Tensor"
-    rows: list[dict[str, Any]]
-    seconds: float = 0.0
-    facts: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    def summary(self) -> dict[str, Any]:
-        """What was made, in a few numbers."""
-        return {"items": len(self.items), "seconds": round(self.seconds, 2), **self.facts}
+    from sfumato.modalities.base import Strata
+    from sfumato.model import Model
+    from sfumato.sampling import Sampling
+    from sfumato.types import Progress
 
 
 def generate(
@@ -50,142 +37,117 @@ def generate(
 ) -> Result:
     """Generate new items.
 
-    Without a label, a model with classes goes evenly through them, shuffled. Item i is the same whatever n and batch.
+    Without --label, the classes are balanced and shuffled. Item i does not depend on -n or --batch.
 
     Args:
         model: Folder of the model.
-        n: How many items.
-        out: Folder to write them to: the items, and metadata.jsonl.
-        sheet: Picture file that shows the first 100 of them side by side, of a table how 2,000 rows are distributed.
-        label: Class of all items (default: every class in turn).
-        where: What each row must fulfil, such as income=>50K or age>=30; rows are drawn until enough do. If hardly any
-            does, they are made around the cells that = says.
-        balance: Column of a table of whose categories there should be as many rows each.
-        steps: Steps of the sampler (default: what fit chose).
-        guidance: Weight of the condition; 1 is off (default: what fit chose).
-        autoguidance: Weight by which the model's weaker self is left behind; 1 is off, with half the calls of a network
-            (default: what fit chose).
-        sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc, abm2 or sde; jump for few-step models (default: what fit
-            chose).
-        seed: Seed of the noise.
-        batch: Items computed at once.
-        overwrite: Replace what is in the output folder, and the sheet.
-        device: Where to compute, such as cpu or cuda.
-        progress: Called with the stage, how much of it is done, and how much there is.
+        n: Number of items.
+        out: Output folder for the items and metadata.jsonl; for tables, the output file.
+        sheet: Contact sheet of the first 100 items; for tables, distributions of 2,000 rows.
+        label: Class of all items (default: all classes in equal shares).
+        where: Keep only rows that match, such as income=>50K or age>=30. Rare conditions: the = cells are fixed and the
+            rest is inpainted.
+        balance: Table column whose categories get equal numbers of rows.
+        steps: Sampler steps (default: chosen by fit).
+        guidance: Guidance weight; 1 disables it (default: chosen by fit).
+        autoguidance: Autoguidance weight; 1 disables it and halves the network evaluations (default: chosen by fit).
+        sampler: ddpm, ddim, euler, heun, dpmpp_2m, unipc, abm2 or sde; jump for few-step models (default: chosen by
+            fit).
+        seed: Random seed.
+        batch: Items per batch.
+        overwrite: Replace existing output.
+        device: Where to compute, such as cpu or cuda (default: the best available device).
+        progress: Called with the stage, the amount done, and the total.
 
     Returns:
-        The items and their facts.
+        The items and their metadata.
 
     Raises:
-        UserError: No such model, label, sampler or column; a condition that hardly any row fulfils; the folder is not
-            empty or cannot be written.
+        UserError: The model, label, sampler or column does not exist; hardly any row matches; or the output folder is
+            not empty or cannot be written.
     """
     import time
 
-    from sfumato.data import save_picture
-    from sfumato.tasks.common import check_counts, is_main, open_model
-    from sfumato.tasks.kinds import of_kinds
-    from sfumato.tasks.places import check_places
+    from sfumato.tasks.inputs import check_counts, open_model
+    from sfumato.tasks.outputs import check_outputs, write_items
+    from sfumato.tasks.rejection import fill_strata
 
     start = time.perf_counter()
     check_counts(n=n, steps=steps, batch=batch)
     loaded = open_model(model, device)
-    how = sampling(loaded, steps, guidance, sampler, autoguidance)
-    check_places(loaded, out, sheet, overwrite, beside=False)
-    fixed = None if label is None else loaded.class_number(label)
-    kinds = loaded.modality.kinds(where, balance, loaded.card.mode) if where or balance is not None else None
+    sampling = loaded.choose_sampling(steps, guidance, sampler, autoguidance)
+    check_outputs(loaded, out, sheet, overwrite, default_sheet=False)
+    class_number = None if label is None else loaded.class_number(label)
+    strata = _strata(loaded, where, balance)
 
-    draw = _Maker(loaded, fixed, how, seed, batch, progress)
-    numbers, items = (range(n), draw(range(n))) if kinds is None else of_kinds(n, kinds, draw)
-    rows = _rows(loaded, numbers, seed, fixed, how)
-    if out is not None and is_main():
-        loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)
-    if sheet is not None and is_main():
-        save_picture(loaded.modality.sheet(items[: max(SHOWN, loaded.modality.shown)], loaded.card.mode, None), sheet)
-    return Result(items, rows, time.perf_counter() - start, vars(how).copy())
+    generator = _Generator(loaded, class_number, sampling, seed, batch, progress)
+    numbers, items = (range(n), generator(range(n))) if strata is None else fill_strata(n, strata, generator)
+    metadata = _metadata(loaded, numbers, seed, class_number, sampling)
+    shown = items[: max(ITEMS_PER_SHEET, loaded.modality.preview_items)]
+    write_items(loaded, items, metadata, out, sheet, overwrite, shown)
+    return Result(items, metadata, time.perf_counter() - start, vars(sampling).copy())
+
+
+def _strata(model: "Model", where: Sequence[str], balance: str | None) -> "Strata | None":
+    """The groups of items that the conditions request; None without conditions."""
+    from sfumato.errors import UserError
+    from sfumato.modalities.base import Conditional
+
+    if not where and balance is None:
+        return None
+    if not isinstance(model.modality, Conditional):
+        flag = f"--where {where[0]}" if where else "--balance"
+        raise UserError(f"{flag}: applies only to tables; use --label to request a class")
+    return model.modality.strata(where, balance, model.config.spec)
 
 
 @dataclass
-class _Maker:
-    """Makes items by their numbers, all of one class (`fixed`) or of each class in turn."""
+class _Generator:
+    """Generates items by number, all of one class (`label`) or with balanced classes."""
 
     model: "Model"
-    fixed: int | None
-    how: "Sampling"
+    label: int | None
+    sampling: "Sampling"
     seed: int
     batch: int
     progress: "Progress | None"
 
-    def __call__(self, numbers: Sequence[int], known: "Tensor | None" = None) -> "Tensor":
-        """The items (N, ...), shared out between processes; with the cells that are known, if any are."""
+    def __call__(self, numbers: Sequence[int], fixed: "Tensor | None" = None) -> "Tensor":
+        """The items (N, ...), split between processes; `fixed` holds the values of fixed cells, NaN elsewhere."""
+        from sfumato.distributed import gather, shard
+        from sfumato.tasks.inputs import ItemBuffer, report_progress
+
+        local = [numbers[i] for i in shard(len(numbers))]
+        buffer = ItemBuffer(len(local), self.model.config.shape)
+        for part in self._batches(local, fixed):
+            buffer.append(part)
+            report_progress(self.progress, "generate", buffer.done, len(local))
+        return gather(buffer.items, len(numbers))
+
+    def _batches(self, numbers: Sequence[int], fixed: "Tensor | None") -> "Iterator[Tensor]":
+        """The items of this process, batch by batch."""
         import torch
 
-        from sfumato.tasks.common import Collected, batches, drawn, gathered, shard, tell
-        from sfumato.tasks.inpaint import around
+        from sfumato.tasks.inpaint import inpaint_fixed
+        from sfumato.tasks.inputs import batches, sample_latents
 
-        model, how, mine = self.model, self.how, [numbers[i] for i in shard(len(numbers))]
-        if known is None:
-            labels = model.labels_for(mine, self.seed) if self.fixed is None else torch.full((len(mine),), self.fixed)
-            made = (model.decode(z) for z in drawn(model, mine, labels, how, self.seed, self.batch))
-        else:
-            made = (around(model, some, known, how, self.seed) for some in batches(mine, self.batch))
-        parts = Collected(len(mine), model.card.shape)
-        for part in made:
-            parts.append(part)
-            tell(self.progress, "generate", parts.done, len(mine))
-        return gathered(parts.items, len(numbers))
+        model, seed = self.model, self.seed
+        if fixed is not None:
+            return (inpaint_fixed(model, part, fixed, self.sampling, seed) for part in batches(numbers, self.batch))
+        one_class = None if self.label is None else torch.full((len(numbers),), self.label)
+        labels = model.balanced_labels(numbers, seed) if one_class is None else one_class
+        return (model.decode(z) for z in sample_latents(model, numbers, labels, self.sampling, seed, self.batch))
 
 
-def sampling(
-    model: "Model",
-    steps: int | None,
-    guidance: float | None,
-    sampler: str | None,
-    autoguidance: float | None = 1.0,
-) -> "Sampling":
-    """The model's own sampling defaults with what the user fixed, checked.
-
-    Autoguidance is for new items (None: as `fit` chose); what is made of given ones should stay as likely as it was.
-
-    Of a few-step model `steps` means jumps; any other sampler takes the steps that it took of the teacher.
-    """
-    from dataclasses import replace
-
-    from sfumato.choice import choose
-    from sfumato.core.sampler import SAMPLERS
-    from sfumato.errors import UserError
-    from sfumato.model import JUMP
-
-    taught, grid = model.card.distilled, None
-    if sampler == JUMP and taught is None:
-        raise UserError(f"--sampler {JUMP} is for few-step models; make one with: sfumato distill MODEL --out RUN")
-    if sampler not in (None, JUMP):
-        choose(SAMPLERS, "sampler", sampler)
-        steps = steps if taught is None else steps or taught["steps"]
-        grid = None if taught is None else taught.get("grid")  # folders of before have none
-    if taught is not None and guidance not in (None, 1):
-        built_in = f"the weight {taught['guidance']} is built into this few-step model"
-        raise UserError(f"--guidance {guidance}: {built_in}; take its teacher, or distill it with another --guidance")
-    if taught is not None and autoguidance not in (None, 1):
-        raise UserError(f"--autoguidance {autoguidance:g}: what the teacher had is built into this few-step model")
-    if model.guide is None and autoguidance not in (None, 1):
-        remedy = "train one with --set sample.autoguidance=2"
-        raise UserError(f"--autoguidance {autoguidance:g}: this model has no weaker self; {remedy}")
-    given = {"steps": steps, "guidance": guidance, "sampler": sampler, "autoguidance": autoguidance, "grid": grid}
-    return replace(model.sampling, **{key: value for key, value in given.items() if value is not None})
-
-
-def _rows(
-    model: "Model", numbers: Sequence[int], seed: int, fixed: int | None, how: "Sampling"
+def _metadata(
+    model: "Model", numbers: Sequence[int], seed: int, label: int | None, sampling: "Sampling"
 ) -> list[dict[str, Any]]:
-    """A row of facts per item."""
-    from sfumato.tasks.common import label_values
-
-    labels = model.labels_for(numbers, seed) if fixed is None else [fixed] * len(numbers)
-    facts = {"seed": seed, "sampler": how.sampler, "steps": how.steps, "guidance": how.guidance}
+    """A row per item: label, item number, settings."""
+    labels = model.balanced_labels(numbers, seed) if label is None else [label] * len(numbers)
+    settings = {"seed": seed, "sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.guidance}
     if model.guide is not None:
-        facts["autoguidance"] = how.autoguidance
+        settings["autoguidance"] = sampling.autoguidance
     if labels is None:
-        return [{"item": i, **facts} for i in numbers]
-    values = label_values(model.card.label_names)
-    return [{"label": values[int(k)], "item": i, **facts} for i, k in zip(numbers, labels, strict=True)]
+        return [{"item": i, **settings} for i in numbers]
+    values = model.modality.label_values(model.config.label_names)
+    return [{"label": values[int(k)], "item": i, **settings} for i, k in zip(numbers, labels, strict=True)]

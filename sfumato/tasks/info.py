@@ -1,4 +1,4 @@
-"""What a model is, read from its folder's JSON files and the headers of its weights; nothing is built or run."""
+"""Describe a model from the JSON files in its folder and the headers of its weights; nothing is built or loaded."""
 
 import json
 import math
@@ -7,48 +7,48 @@ from typing import Any, cast
 
 from sfumato.errors import UserError
 
-PARTS = ("codec", "conditioner", "denoiser", "guide")
+PART_NAMES = ("codec", "conditioner", "denoiser", "guide")
 
 
 def info(model: Path | str) -> dict[str, Any]:
-    """Say what a model is: its data, sizes, plan and metrics.
+    """Describe a model: data, sizes, plan and metrics.
 
     Args:
         model: Folder of the model.
 
     Returns:
-        A dictionary that JSON can hold: `path`, `modality`, `latent_shape`, `parameters` and `bytes` per part, and
-        what the run recorded of its data, plan, metrics and versions.
+        A JSON object: `path`, `modality`, `latent_shape`, `labels`, `parameters` and `bytes` per part, and what the run
+        recorded of its data, plan, metrics and versions.
 
     Raises:
-        UserError: If there is no model in that folder, or its files cannot be read.
+        UserError: There is no model in the folder, or its files cannot be read.
     """
     folder = Path(model)
     if not (folder / "model.json").is_file():
         raise UserError(f"no model in '{model}': there is no model.json (train one with: sfumato fit SOURCE --out RUN)")
-    card, run = _read_json(folder / "model.json"), _read_json(folder / "run.json")
-    weights = {part: folder / part / "model.safetensors" for part in PARTS}
+    config, run = _read_json(folder / "model.json"), _read_json(folder / "run.json")
+    weights = {part: folder / part / "model.safetensors" for part in PART_NAMES}
     present = {part: path for part, path in weights.items() if path.is_file()}
-    facts = {
+    described = {
         "path": str(folder),
-        "modality": card.get("modality"),
-        "latent_shape": _latent_shape(card, folder),
-        "labels": card.get("label_names"),
-        "parameters": {part: count_numbers(path) for part, path in present.items()},
+        "modality": config.get("modality"),
+        "latent_shape": _latent_shape(config, folder),
+        "labels": config.get("label_names"),
+        "parameters": {part: count_parameters(path) for part, path in present.items()},
         "bytes": {part: path.stat().st_size for part, path in present.items()},
     }
     recorded = {key: run[key] for key in ("distilled", "data", "plan", "metrics", "seed", "versions") if key in run}
-    return {key: value for key, value in facts.items() if value} | recorded
+    return {key: value for key, value in described.items() if value} | recorded
 
 
-def count_numbers(path: Path) -> int:
-    """How many numbers a safetensors file holds, from its header alone.
+def count_parameters(path: Path) -> int:
+    """Number of values in a safetensors file, from its header alone.
 
-    The file starts with the header's length (8 bytes, little endian) and the header, JSON of name to
+    The file starts with the header's length (8 bytes, little endian) and the header, a JSON object of name to
     `{"dtype", "shape", "data_offsets"}`.
 
     Raises:
-        UserError: If the file is damaged.
+        UserError: The file is damaged.
     """
     try:
         with path.open("rb") as file:
@@ -58,8 +58,9 @@ def count_numbers(path: Path) -> int:
         raise UserError(f"'{path}' is damaged: its header cannot be read", code=1) from None
 
 
-def _latent_shape(card: dict[str, Any], folder: Path) -> list[int] | None:
-    return card.get("latent_shape") or _read_json(folder / "codec" / "config.json").get("latent_shape")
+def _latent_shape(config: dict[str, Any], folder: Path) -> list[int] | None:
+    """The latent shape in model.json, else in the codec's configuration."""
+    return config.get("latent_shape") or _read_json(folder / "codec" / "config.json").get("latent_shape")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Parts of real items made anew, the rest kept as it is."""
+"""Inpaint: regenerate a part of real items and keep the rest."""
 # scipy's own annotations are incomplete:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportMissingTypeStubs=false
 
@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sfumato.tasks.generate import Result, sampling
+from sfumato.tasks.outputs import Result
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.core.guidance import Denoise
     from sfumato.core.sampler import Step
-    from sfumato.model import Model, Sampling
-    from sfumato.tasks.common import Progress
+    from sfumato.model import Model
+    from sfumato.sampling import Sampling
+    from sfumato.types import Progress
 
-RESAMPLE = 3
+DEFAULT_RESAMPLE = 3  # repetitions of each sampler step (RePaint)
 Method = Literal["gradient", "repaint"]
-STD_MIN = 0.02  # no codec is trusted to be closer to the data than that, in the range [-1, 1]
+STD_MIN = 0.02  # lower bound of the codec's assumed error, in the range [-1, 1]
 
 
 def inpaint(
@@ -33,7 +34,7 @@ def inpaint(
     label: str | None = None,
     method: Method | None = None,
     steps: int = 25,
-    resample: int = RESAMPLE,
+    resample: int = DEFAULT_RESAMPLE,
     guidance: float | None = None,
     skip_bad: bool = False,
     overrides: Sequence[str] = (),
@@ -43,173 +44,194 @@ def inpaint(
     device: str | None = None,
     progress: "Progress | None" = None,
 ) -> Result:
-    """Repaint the white part of a mask, or fill in the empty cells of a table; all else comes back as it was.
+    """Inpaint the white part of a mask, or the empty cells of a table; everything else stays unchanged.
 
-    A mask may reach the border or leave only a middle part: then the surroundings are painted.
+    The white part may touch the border or surround the kept part.
 
     Args:
         model: Folder of the model.
-        source: A built-in set, a folder, a file or hf://owner/name.
-        mask: A picture of the images' size, white where to repaint; or a folder of such, called like the images. A
-            table has none.
-        invert_mask: Repaint the black part instead.
-        out: Folder to write them to: the items, and metadata.jsonl; of a table a file.
-        sheet: Picture file that shows some originals, each beside what became of it (default: OUT-sheet.png).
-        label: Class of all items (default: as the source says; none where it does not).
-        method: How the kept part is heeded: by the gradient through the decoder (every kept pixel counts), or by
-            putting back the latent positions of which no pixel is repainted (default: gradient, of tables repaint).
-        steps: Steps of the sampler.
-        resample: How often each step is taken, with noise put back in between: more fits new and old together.
-        guidance: Weight of the condition; 1 is off (default: what fit chose).
-        skip_bad: Leave out files that cannot be read.
-        overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
-        seed: Seed of the noise.
-        batch: Items computed at once (default: 32, of tables 1000).
-        overwrite: Replace what is in the output folder, and the sheet.
-        device: Where to compute, such as cpu or cuda.
-        progress: Called with the stage, how much of it is done, and how much there is.
+        source: Built-in data set, folder, file or hf://owner/name.
+        mask: Mask image, white where to inpaint, in the size of the images; or a folder of masks named like the images.
+            Not for tables.
+        invert_mask: Inpaint the black part instead.
+        out: Output folder for the items and metadata.jsonl; for tables, the output file.
+        sheet: Contact sheet of originals and results (default: OUT-sheet.png).
+        label: Class of all items (default: the labels of the source, if any).
+        method: Constrain the kept part by the gradient through the decoder (uses every kept pixel), or replace the
+            latent positions that contain no masked pixel (default: gradient; repaint for tables).
+        steps: Sampler steps.
+        resample: Repetitions of each step with noise added back in between (RePaint); more makes old and new parts fit
+            better.
+        guidance: Guidance weight; 1 disables it (default: chosen by fit).
+        skip_bad: Skip unreadable files instead of stopping.
+        overrides: Override how the source is read, such as data.resolution=64 (default: as in training).
+        seed: Random seed.
+        batch: Items per batch (default: 32; 1000 for tables).
+        overwrite: Replace existing output.
+        device: Where to compute, such as cpu or cuda (default: the best available device).
+        progress: Called with the stage, the amount done, and the total.
 
     Returns:
-        The items and a row for each: its `source`, `label` and `text` where known, the settings.
+        The items and a row for each: its `source`, `label` and `text` where known, settings.
 
     Raises:
-        UserError: No such model, source, label or mask; the source has other items than the model's, or a mask another
-            size; the folder is not empty or cannot be written.
+        UserError: The model, source, label or mask does not exist; the items do not fit the model, or the mask has
+            another size; or the output folder is not empty or cannot be written.
 
     References:
-        Lugmayr et al., RePaint, https://arxiv.org/abs/2201.09865; for the gradient see `sfumato.core.consistent`.
+        Lugmayr et al., RePaint, https://arxiv.org/abs/2201.09865; for the gradient see
+        `sfumato.core.reconstruction_guidance`.
     """
     import time
 
     from sfumato.errors import UserError
-    from sfumato.tasks.common import check_counts, open_model
-    from sfumato.tasks.inputs import changed, changed_rows, class_numbers, deliver, offered, read_inputs
-    from sfumato.tasks.places import check_places
+    from sfumato.modalities.base import Maskable
+    from sfumato.tasks.inputs import (
+        check_counts,
+        class_numbers,
+        map_items,
+        open_model,
+        output_metadata,
+        read_items,
+        require,
+    )
+    from sfumato.tasks.outputs import check_outputs, write_result
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     check_counts(steps=steps, resample=resample, batch=batch)
     if mask is None and invert_mask:
         raise UserError("--invert-mask needs --mask")
     loaded = open_model(model, device)
-    method, how = repainting(loaded, method, steps, guidance)
-    sheet = check_places(loaded, out, sheet, overwrite, sources=[source, mask])
-    write = None
-    if out is not None and loaded.modality.fill is not None:
-        write = loaded.modality.fill(Path(out), str(source), loaded.card.mode, overwrite)
-    read_masks = offered(loaded, loaded.modality.masks, "inpaint")
-    inputs = read_inputs(model, loaded, source, overrides, skip_bad)
-    masks = read_masks(None if mask is None else Path(mask), inputs.source, inputs.parts, inputs.settings)
-    masks = ~masks if invert_mask else masks
-    labels = class_numbers(loaded, label, inputs)
-    change = METHODS[method](loaded, masks, labels, how, resample, seed)
-    items = changed(loaded, inputs, change, batch or (32 if loaded.codec.graded else 1000), "inpaint", progress)
-    facts: dict[str, Any] = {"method": method, "steps": steps, "resample": resample}
-    facts |= {"guidance": how.guidance, "seed": seed}
-    rows = changed_rows(loaded, inputs, None if label is None else labels, facts)
-    deliver(loaded, inputs, items, rows, out, sheet, overwrite, write)
-    facts |= {"repainted": float(masks.float().mean())} | inputs.told()
-    return Result(items, rows, time.perf_counter() - begun, facts)
+    method, sampling = choose_method(loaded, method, steps, guidance)
+    sheet = check_outputs(loaded, out, sheet, overwrite, sources=[source, mask])
+    maskable = require(loaded, Maskable[Any], "inpaint")
+    write = None if out is None else maskable.fill_writer(Path(out), str(source), loaded.config.spec, overwrite)
+    originals = read_items(model, loaded, source, overrides, skip_bad)
+    mask = None if mask is None else Path(mask)
+    masks = maskable.read_masks(mask, originals.source, originals.parts, originals.settings) ^ invert_mask
+    labels = class_numbers(loaded, label, originals)
+    inpainter = METHODS[method](loaded, masks, labels, sampling, resample, seed)
+    batch = batch or (32 if loaded.codec.differentiable else 1000)
+    items = map_items(loaded, originals, inpainter, batch, "inpaint", progress)
+    settings: dict[str, Any] = {"method": method, "steps": steps, "resample": resample}
+    settings |= {"guidance": sampling.guidance, "seed": seed}
+    metadata = output_metadata(loaded, originals, None if label is None else labels, settings)
+    write_result(loaded, originals, items, metadata, out, sheet, overwrite, write)
+    statistics = settings | {"repainted": float(masks.float().mean())} | originals.notes()
+    return Result(items, metadata, time.perf_counter() - start, statistics)
 
 
-def repainting(model: "Model", method: Method | None, steps: int, guidance: float | None) -> "tuple[Method, Sampling]":
-    """The method that the model allows, and how it samples, checked."""
-    from sfumato.choice import choose
+def choose_method(
+    model: "Model", method: Method | None, steps: int, guidance: float | None
+) -> "tuple[Method, Sampling]":
+    """The method, by default the best that the model's codec allows, and its sampling."""
     from sfumato.errors import UserError
+    from sfumato.registry import choose
 
-    method = method or ("gradient" if model.codec.graded else "repaint")
+    method = method or ("gradient" if model.codec.differentiable else "repaint")
     choose(METHODS, "method", method)
-    if method == "gradient" and not model.codec.graded:
-        raise UserError("--method gradient: not for a model whose items are no smooth function; leave it out")
-    return method, sampling(model, steps, guidance, "ddpm")
+    if method == "gradient" and not model.codec.differentiable:
+        raise UserError("--method gradient needs a differentiable decoder; use --method repaint")
+    return method, model.choose_sampling(steps, guidance, "ddpm")
 
 
 @dataclass
 class _Gradient:
-    """Items to what they become when the decoded estimate is held to their kept part at every step."""
+    """Constrains the decoded estimate to the kept part at every step, by the posterior mean.
+
+    Args:
+        model: The model.
+        masks: True where an item is regenerated, (N, *axes).
+        labels: Class numbers (N,).
+        sampling: Steps and guidance.
+        resample: Repetitions of each step.
+        seed: Seed of the noise.
+    """
 
     model: "Model"
     masks: "Tensor"
     labels: "Tensor | None"
-    how: "Sampling"
+    sampling: "Sampling"
     resample: int
     seed: int
 
     def __call__(self, items: list[int], x: "Tensor") -> "Tensor":
         import torch
 
-        from sfumato.core import Again, prior, sample, time_grid
+        from sfumato.core import Resample, initial_noise, sample, time_grid
+        from sfumato.tasks.inputs import select
 
-        schedule, draw = self.model.denoiser.schedule, self.model.noise(items, self.seed, "inpaint")
+        schedule, noise = self.model.denoiser.schedule, self.model.noise(items, self.seed, "inpaint")
         mask = self.masks[items]  # (B, *axes), without the channels
-        free = self.model.denoise(None if self.labels is None else self.labels[items], len(items), self.how)
-        denoise, step = self.constrained(free, covered(x, mask), mask)
-        grid = time_grid(schedule, self.how.steps)  # the grid fit chose is for another sampler
-        z = sample(denoise, schedule, prior(schedule, draw), grid, Again(step, self.resample), draw)
-        return torch.where(covering(mask, x), self.model.decode(z), x)
+        unconstrained = self.model.denoise(select(self.labels, items), len(items), self.sampling)
+        denoise, step = self.constrain(unconstrained, fill_masked(x, mask), mask)
+        grid = time_grid(schedule, self.sampling.steps)  # the grid that fit chose is for another sampler
+        z = sample(denoise, schedule, initial_noise(schedule, noise), grid, Resample(step, self.resample), noise)
+        return torch.where(expand_mask(mask, x), self.model.decode(z), x)
 
-    def constrained(self, denoise: "Denoise", x: "Tensor", mask: "Tensor") -> "tuple[Denoise, Step]":
-        """The denoiser and the step that heed x (B, ...), `covered`, where the mask (B, *axes) is false."""
-        from sfumato.core import SAMPLERS, consistent
+    def constrain(self, denoise: "Denoise", x: "Tensor", mask: "Tensor") -> "tuple[Denoise, Step]":
+        """Denoiser and step that keep x (B, ...) where the mask (B, *axes) is false."""
+        from sfumato.core import SAMPLERS, reconstruction_guidance
 
-        place, kept = self.model.device, ~covering(mask, x)
-        missed = ((self.model.autoencode(x) - x) * kept).flatten(1).square().sum(1)
-        std = (missed / kept.expand_as(x).flatten(1).sum(1).clamp_min(1)).sqrt().clamp_min(STD_MIN)
-        schedule, draft = self.model.denoiser.schedule, self.model.codec.draft
-        held = consistent(denoise, schedule, draft, x.to(place), kept.to(place), std.to(place))
-        return held, SAMPLERS[self.how.sampler]
+        device, kept = self.model.device, ~expand_mask(mask, x)
+        squared_error = ((self.model.autoencode(x) - x) * kept).flatten(1).square().sum(1)
+        std = (squared_error / kept.expand_as(x).flatten(1).sum(1).clamp_min(1)).sqrt().clamp_min(STD_MIN)
+        schedule, decode = self.model.denoiser.schedule, self.model.codec.decode_unquantized
+        constrained = reconstruction_guidance(denoise, schedule, decode, x.to(device), kept.to(device), std.to(device))
+        return constrained, SAMPLERS[self.sampling.sampler]
 
 
 class _Repaint(_Gradient):
-    """Items to what they become when latent positions outside the mask are put back, noised, after every step."""
+    """Replaces the latent positions outside the mask, with noise, after every step."""
 
-    present = True  # a hole that is filled in is no hole
+    present = True  # regenerated values are never missing ones
 
-    def constrained(self, denoise: "Denoise", x: "Tensor", mask: "Tensor") -> "tuple[Denoise, Step]":
-        from sfumato.core import SAMPLERS, Known
+    def constrain(self, denoise: "Denoise", x: "Tensor", mask: "Tensor") -> "tuple[Denoise, Step]":
+        from sfumato.core import SAMPLERS, Replace
 
-        known = self.model.codec.untouched(mask, self.present).to(self.model.device)
-        return denoise, Known(SAMPLERS[self.how.sampler], self.model.encode(x).to(self.model.device), known)
+        kept = self.model.codec.unmasked(mask, self.present).to(self.model.device)
+        return denoise, Replace(SAMPLERS[self.sampling.sampler], self.model.encode(x).to(self.model.device), kept)
 
 
-class _Around(_Repaint):
-    """New items, of which a part is known; the rest is as the model makes it, missing at times."""
+class _FixedValues(_Repaint):
+    """Generates items with fixed values; the other values may be missing ones."""
 
     present = False
 
 
-def around(model: "Model", items: "Sequence[int]", known: "Tensor", how: "Sampling", seed: int) -> "Tensor":
-    """New items (B, ...) of these numbers that all agree with what is known (NaN where nothing is)."""
+def inpaint_fixed(model: "Model", items: "Sequence[int]", fixed: "Tensor", sampling: "Sampling", seed: int) -> "Tensor":
+    """New items (B, ...) that all have the values `fixed` (NaN where free)."""
     from dataclasses import replace
 
-    from sfumato.model import JUMP
-    from sfumato.tasks.generate import sampling
+    from sfumato.sampling import JUMP
 
-    free = known.isnan()[None].expand(max(items) + 1, *known.shape)
-    # a jump leads to new items only; the steps are those that its teacher takes
-    how = sampling(model, None, None, "ddpm") if how.sampler == JUMP else replace(how, sampler="ddpm")
-    change = _Around(model, free, None, how, RESAMPLE, seed)
-    return change(list(items), known[None].expand(len(items), *known.shape))
+    mask = fixed.isnan()[None].expand(max(items) + 1, *fixed.shape)
+    # jumps cannot be constrained: few-step models take their teacher's steps
+    jumps = sampling.sampler == JUMP
+    ddpm = model.choose_sampling(None, None, "ddpm") if jumps else replace(sampling, sampler="ddpm")
+    inpainter = _FixedValues(model, mask, None, ddpm, DEFAULT_RESAMPLE, seed)
+    return inpainter(list(items), fixed[None].expand(len(items), *fixed.shape))
 
 
-def covered(x: "Tensor", mask: "Tensor") -> "Tensor":
-    """Items x (B, ...) without what a mask (B, *axes) hides, so that nothing of it gets into latents beside it.
+def fill_masked(x: "Tensor", mask: "Tensor") -> "Tensor":
+    """Replace masked values of x (B, ...), so that they do not leak into the latents of their neighbours.
 
-    A hidden pixel takes the value of the nearest kept one; a cell, or a pixel where none is kept, becomes 0.
+    A masked pixel takes the value of the nearest kept pixel; table cells, and pixels of fully masked items, become 0.
     """
     import torch
     from scipy.ndimage import distance_transform_edt
 
-    filled = x.masked_fill(covering(mask, x), 0.0)
+    filled = x.masked_fill(expand_mask(mask, x), 0.0)
     if mask.ndim < x.ndim:  # cells have no neighbours
-        for item, hidden in zip(filled, mask, strict=True):
-            if not hidden.all():
-                nearest = distance_transform_edt(hidden.numpy(), return_distances=False, return_indices=True)
+        for item, masked in zip(filled, mask, strict=True):
+            if not masked.all():
+                nearest = distance_transform_edt(masked.numpy(), return_distances=False, return_indices=True)
                 item.copy_(item[:, *torch.from_numpy(nearest).long()])
     return filled
 
 
-def covering(mask: "Tensor", x: "Tensor") -> "Tensor":
-    """A mask (B, *axes) as it covers items x (B, C, *axes), or x (B, *axes)."""
+def expand_mask(mask: "Tensor", x: "Tensor") -> "Tensor":
+    """A mask (B, *axes) that broadcasts to items x (B, C, *axes) or (B, *axes)."""
     return mask if mask.ndim == x.ndim else mask.unsqueeze(1)
 
 

@@ -1,4 +1,4 @@
-"""Images continued beyond their borders."""
+"""Outpaint: extend images beyond their borders."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,14 +6,15 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.tasks.generate import Result
-from sfumato.tasks.inpaint import METHODS, RESAMPLE, Method, repainting
+from sfumato.tasks.inpaint import DEFAULT_RESAMPLE, METHODS, Method, choose_method
+from sfumato.tasks.outputs import PAIRS_PER_SHEET, Result
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfumato.model import Model, Sampling
-    from sfumato.tasks.common import Progress
+    from sfumato.model import Model
+    from sfumato.sampling import Sampling
+    from sfumato.types import Progress
 
 
 def outpaint(
@@ -29,7 +30,7 @@ def outpaint(
     label: str | None = None,
     method: Method | None = None,
     steps: int = 25,
-    resample: int = RESAMPLE,
+    resample: int = DEFAULT_RESAMPLE,
     guidance: float | None = None,
     skip_bad: bool = False,
     overrides: Sequence[str] = (),
@@ -39,82 +40,97 @@ def outpaint(
     device: str | None = None,
     progress: "Progress | None" = None,
 ) -> Result:
-    """Continue images beyond their borders; what is given comes back as it was, in the middle of more.
+    """Outpaint: extend images beyond their borders; the original pixels stay unchanged.
 
-    The model sees one window of its own size after another, each at most half beyond what is there already. To paint
-    the surroundings within the images' own size, use inpaint.
+    The model inpaints one window of its own size after another; each overlaps existing pixels by at least half. To
+    regenerate the surroundings without changing the size, use inpaint.
 
     Args:
         model: Folder of the model.
-        source: A built-in set, a folder, a file or hf://owner/name.
-        left: Pixels to add at the left.
-        right: Pixels to add at the right.
+        source: Built-in data set, folder, file or hf://owner/name.
+        left: Pixels to add on the left.
+        right: Pixels to add on the right.
         top: Pixels to add at the top.
         bottom: Pixels to add at the bottom.
-        out: Folder to write them to: the items, and metadata.jsonl.
-        sheet: Picture file that shows some of them (default: OUT-sheet.png).
-        label: Class of all items (default: as the source says; none where it does not).
-        method: How what is there is heeded, as of inpaint.
-        steps: Steps of the sampler, for each window.
-        resample: How often each step is taken, with noise put back in between: more fits new and old together.
-        guidance: Weight of the condition; 1 is off (default: what fit chose).
-        skip_bad: Leave out files that cannot be read.
-        overrides: Fix how the source is read, such as data.resolution=64 (default: as for the training).
-        seed: Seed of the noise.
-        batch: Items computed at once.
-        overwrite: Replace what is in the output folder, and the sheet.
-        device: Where to compute, such as cpu or cuda.
-        progress: Called with the stage, how much of it is done, and how much there is.
+        out: Output folder for the items and metadata.jsonl.
+        sheet: Contact sheet of the results (default: OUT-sheet.png).
+        label: Class of all items (default: the labels of the source, if any).
+        method: How the existing pixels are constrained, as in inpaint.
+        steps: Sampler steps per window.
+        resample: Repetitions of each step with noise added back in between (RePaint); more makes old and new parts fit
+            better.
+        guidance: Guidance weight; 1 disables it (default: chosen by fit).
+        skip_bad: Skip unreadable files instead of stopping.
+        overrides: Override how the source is read, such as data.resolution=64 (default: as in training).
+        seed: Random seed.
+        batch: Items per batch.
+        overwrite: Replace existing output.
+        device: Where to compute, such as cpu or cuda (default: the best available device).
+        progress: Called with the stage, the amount done, and the total.
 
     Returns:
-        The larger items and a row for each: its `source`, `label` and `text` where known, the settings.
+        The larger items and a row for each: its `source`, `label` and `text` where known, settings.
 
     Raises:
-        UserError: No such model, source or label; nothing to add; the source has other items than the model's; the
-            folder is not empty or cannot be written.
+        UserError: The model, source or label does not exist; there is nothing to add; the items do not fit the model;
+            or the output folder is not empty or cannot be written.
     """
     import time
 
-    from sfumato.data import save_picture
     from sfumato.errors import UserError
-    from sfumato.tasks.common import check_counts, is_main, open_model
-    from sfumato.tasks.inputs import SHOWN, changed, changed_rows, class_numbers, offered, read_inputs
-    from sfumato.tasks.places import check_places
+    from sfumato.modalities.base import Maskable
+    from sfumato.tasks.inputs import (
+        check_counts,
+        class_numbers,
+        map_items,
+        open_model,
+        output_metadata,
+        read_items,
+        require,
+    )
+    from sfumato.tasks.outputs import check_outputs, write_items
 
-    begun = time.perf_counter()
-    check_counts(least=0, left=left, right=right, top=top, bottom=bottom)
+    start = time.perf_counter()
+    _check_borders(left=left, right=right, top=top, bottom=bottom)
     check_counts(steps=steps, resample=resample, batch=batch)
-    if not left + right + top + bottom:
-        raise UserError("nothing to add: say how many pixels with --left, --right, --top or --bottom")
     loaded = open_model(model, device)
-    offered(loaded, loaded.modality.masks if len(loaded.card.shape) == 3 else None, "outpaint")
-    method, how = repainting(loaded, method, steps, guidance)
-    sheet = check_places(loaded, out, sheet, overwrite, sources=[source])
-    inputs = read_inputs(model, loaded, source, overrides, skip_bad)
-    labels = class_numbers(loaded, label, inputs)
-    change = _Windows(loaded, (top, bottom), (left, right), labels, method, how, resample, seed)
-    items = changed(loaded, inputs, change, batch, "outpaint", progress)
-    facts: dict[str, Any] = {"method": method, "steps": steps, "resample": resample}
-    facts |= {"guidance": how.guidance, "seed": seed}
-    rows = changed_rows(loaded, inputs, None if label is None else labels, facts)
-    facts |= {"size": f"{items.shape[-1]}x{items.shape[-2]}"} | inputs.told()
-    if out is not None and is_main():
-        loaded.modality.write(out, items, rows, loaded.card.mode, overwrite)
-    if sheet is not None and is_main():
-        save_picture(loaded.modality.sheet(items[:SHOWN], loaded.card.mode, None), sheet)
-    return Result(items, rows, time.perf_counter() - begun, facts)
+    require(loaded, Maskable, "outpaint")
+    if len(loaded.config.shape) != 3:
+        raise UserError(f"outpaint: not supported for models of modality {loaded.modality.name}")
+    method, sampling = choose_method(loaded, method, steps, guidance)
+    sheet = check_outputs(loaded, out, sheet, overwrite, sources=[source])
+    originals = read_items(model, loaded, source, overrides, skip_bad)
+    labels = class_numbers(loaded, label, originals)
+    outpainter = _Outpainter(loaded, (top, bottom), (left, right), labels, method, sampling, resample, seed)
+    items = map_items(loaded, originals, outpainter, batch, "outpaint", progress)
+    settings: dict[str, Any] = {"method": method, "steps": steps, "resample": resample}
+    settings |= {"guidance": sampling.guidance, "seed": seed}
+    metadata = output_metadata(loaded, originals, None if label is None else labels, settings)
+    statistics = settings | {"size": f"{items.shape[-1]}x{items.shape[-2]}"} | originals.notes()
+    write_items(loaded, items, metadata, out, sheet, overwrite, items[:PAIRS_PER_SHEET])
+    return Result(items, metadata, time.perf_counter() - start, statistics)
+
+
+def _check_borders(**pixels: int) -> None:
+    """Refuse negative numbers of pixels, and none at all."""
+    from sfumato.errors import UserError
+    from sfumato.tasks.inputs import check_counts
+
+    check_counts(minimum=0, **pixels)
+    if not any(pixels.values()):
+        raise UserError("nothing to add: give a number of pixels with --left, --right, --top or --bottom")
 
 
 @dataclass
-class _Windows:
-    """Images (B, C, H, W) to larger ones, window by window."""
+class _Outpainter:
+    """Extends images (B, C, H, W) window by window."""
 
     model: "Model"
-    rows: tuple[int, int]
-    columns: tuple[int, int]
+    vertical: tuple[int, int]
+    horizontal: tuple[int, int]
     labels: "Tensor | None"
     method: str
-    how: "Sampling"
+    sampling: "Sampling"
     resample: int
     seed: int
 
@@ -122,25 +138,29 @@ class _Windows:
         import torch
 
         height, width = x.shape[-2:]
-        canvas = x.new_zeros(*x.shape[:2], height + sum(self.rows), width + sum(self.columns))
+        canvas = x.new_zeros(*x.shape[:2], height + sum(self.vertical), width + sum(self.horizontal))
         missing = torch.ones(canvas.shape[-2:], dtype=torch.bool)
-        places = product(offsets(height, *self.rows), offsets(width, *self.columns))
-        for number, (first, left) in enumerate(places):
-            window = (..., slice(first, first + height), slice(left, left + width))
+        offsets = product(window_offsets(height, *self.vertical), window_offsets(width, *self.horizontal))
+        for number, (top, left) in enumerate(offsets):
+            window = (..., slice(top, top + height), slice(left, left + width))
             if number == 0:
                 canvas[window] = x
             else:
                 mask = missing[window].expand(max(items) + 1, height, width)
-                fill = METHODS[self.method](self.model, mask, self.labels, self.how, self.resample, self.seed + number)
-                canvas[window] = fill(items, canvas[window])
+                seed = self.seed + number
+                inpainter = METHODS[self.method](self.model, mask, self.labels, self.sampling, self.resample, seed)
+                canvas[window] = inpainter(items, canvas[window])
             missing[window] = False
         return canvas
 
 
-def offsets(size: int, before: int, after: int) -> Iterator[int]:
-    """Where windows of a size begin along an axis that goes on so far before and after: the given one first, outwards.
+def window_offsets(size: int, before: int, after: int) -> Iterator[int]:
+    """Offsets of windows along an axis: the original's first, then outwards, each overlapping its neighbour by half.
 
-    Each overlaps the one it continues by half at least.
+    Args:
+        size: Size of a window, and of the original.
+        before: Pixels added before the original.
+        after: Pixels added after it.
     """
     step = max(1, size // 2)
     yield before

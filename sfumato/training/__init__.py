@@ -1,4 +1,4 @@
-"""Training: the plan, the loop, `fit`, which runs both stages, and `distill`, which makes few-step models."""
+"""Training: `fit` trains both stages of a model, `distill` turns it into a few-step model."""
 
 from sfumato.training.distill import distill
 from sfumato.training.fit import fit

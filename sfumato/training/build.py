@@ -1,51 +1,49 @@
-"""From settings to the things that are trained."""
+"""Build models, training steps and batches from settings."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
-from sfumato.codecs.losses import Perceptual, load_vgg
 from sfumato.config import Settings
-from sfumato.core import Objective, make_times, make_weight, step_generator
-from sfumato.data import Data
+from sfumato.core import Objective, make_time_sampling, make_weight, step_generator
+from sfumato.data.dataset import Dataset, partly_labelled
 from sfumato.errors import UserError
-from sfumato.modality import Modality
-from sfumato.model import Card, Model
-from sfumato.nn.classifier import SMALLEST, Classifier, fresh
-from sfumato.nn.semi import fit_semi, partly_labelled
-from sfumato.training.feeds import DataFeed, LatentFeed
-from sfumato.training.horizon import Horizon
-from sfumato.training.job import Job
-from sfumato.training.loop import Feed
+from sfumato.modalities.base import FeatureLearner, FeatureNetwork, Modality
+from sfumato.model import Model, ModelConfig
+from sfumato.storage import write_tensors
+from sfumato.training.batches import DataBatches, LatentBatches
+from sfumato.training.budget import StepBudget
 from sfumato.training.plan import ADVERSARIAL_START, PERCEPTUAL_START
+from sfumato.training.run import Run
 from sfumato.training.steps import CodecStep, DiffusionStep
-from sfumato.types import UNKNOWN, at_once
+from sfumato.training.trainer import BatchSource
+from sfumato.types import UNKNOWN, batch_limit
 
-USUAL_GUIDANCE = 1.25  # until it is chosen by measurement
-FEATURE_WIDTH = 16  # channels of the feature network's stem
-SURE = 0.5  # how sure the network must be of a label that it guesses
-LOOKED_AT = 1_000  # images at once
+DEFAULT_GUIDANCE = 1.25  # guidance weight until the search at the end of training sets it
+PSEUDO_LABEL_THRESHOLD = 0.5  # predicted probability from which a pseudo-label is used
+CLASSIFY_BATCH = 1_000  # items per call of the feature network
 
 
-def build_card(settings: Settings, data: Data, modality: Modality[Any], classes: int) -> Card:
-    """The model that a complete plan describes."""
+def build_config(settings: Settings, data: Dataset, modality: Modality[Any], classes: int) -> ModelConfig:
+    """The model configuration of a complete plan."""
     denoiser, sample = settings.denoiser, settings.sample
     net: dict[str, Any] = {"name": denoiser.net, "width": denoiser.width, "depth": denoiser.depth}
     if denoiser.net == "mlp":
-        net |= {"embed": denoiser.embed, "gated": denoiser.gated}
+        net |= {"embedding_dim": denoiser.embedding_dim, "swiglu": denoiser.swiglu}
     else:
         net["heads"] = denoiser.heads
     if denoiser.net == "dit":
         net["patch"] = denoiser.patch
     dropout = denoiser.class_dropout
-    return Card(
+    return ModelConfig(
         modality=modality.name,
         shape=data.shape,
-        mode=data.mode,
+        spec=data.spec,
         label_names=list(data.label_names) if classes else [],
-        codec=modality.codec_options(settings.codec, data.shape, data.mode),
+        codec=modality.codec_config(settings.codec, data.shape, data.spec),
         conditioner={"name": "label", "classes": classes, "dropout": dropout} if classes else {"name": "none"},
         denoiser={
             "net": net,
@@ -56,7 +54,7 @@ def build_card(settings: Settings, data: Data, modality: Modality[Any], classes:
             "sampler": sample.sampler,
             "steps": sample.steps,
             "grid": sample.grid,
-            "guidance": (USUAL_GUIDANCE if classes else 1.0) if sample.guidance is None else sample.guidance,
+            "guidance": (DEFAULT_GUIDANCE if classes else 1.0) if sample.guidance is None else sample.guidance,
             "autoguidance": sample.autoguidance,
             "interval": None if sample.interval is None else list(sample.interval),
             "precision": sample.precision,
@@ -64,140 +62,142 @@ def build_card(settings: Settings, data: Data, modality: Modality[Any], classes:
     )
 
 
-def new_model(job: Job) -> Model:
-    """The model of a job, untrained; its codec knows what can be known of the data before training."""
-    model = Model(build_card(job.settings, job.train, job.modality, job.classes))
-    if model.codec.prepares:
-        count = min(len(job.train), model.codec.prepares)
-        some = torch.randperm(len(job.train), generator=step_generator(job.settings.seed, "prepare", 0))[:count]
-        model.codec.prepare(job.train.batch(some).data)
-    return model.to(job.device)
+def new_model(run: Run) -> Model:
+    """The untrained model of a run; its codec is prepared on a sample of the data, if it supports that."""
+    model = Model(build_config(run.settings, run.train, run.modality, run.classes))
+    if model.codec.prepare_items:
+        count = min(len(run.train), model.codec.prepare_items)
+        index = torch.randperm(len(run.train), generator=step_generator(run.settings.seed, "prepare", 0))[:count]
+        model.codec.prepare(run.train.batch(index).data)
+    return model.to(run.device)
 
 
-def uses_features(settings: Settings) -> bool:
-    """Whether the perceptual term compares features of a network trained on the data at hand."""
-    kind, weight = settings.codec.perceptual, settings.codec.perceptual_weight
-    return bool(weight) and (kind == "features" or (kind == "auto" and load_vgg() is None))
+def feature_learner(run: Run) -> FeatureLearner[Any] | None:
+    """The modality, if it can train a feature network, else None."""
+    return run.modality if isinstance(run.modality, FeatureLearner) else None
 
 
-def needs_network(job: Job) -> bool:
-    """Whether a small network of the training data is needed: for its features, or to guess labels left open."""
-    return uses_features(job.settings) or guesses_labels(job)
+def uses_features(run: Run) -> bool:
+    """Whether the perceptual loss uses features of a network trained on the data."""
+    learner = feature_learner(run)
+    return learner is not None and learner.uses_features(run.settings.codec)
 
 
-def guesses_labels(job: Job) -> bool:
-    """Whether some training items have a label and others, that a network can look at, have none."""
-    return bool(job.classes) and partly_labelled(job.train.labels) and min(job.train.shape[1:]) >= SMALLEST
+def needs_features(run: Run) -> bool:
+    """Whether a feature network is needed, for the perceptual loss or for pseudo-labels."""
+    return uses_features(run) or uses_pseudo_labels(run)
 
 
-def feature_network(job: Job, steps: int, most: int | None = None) -> Classifier:
-    """A small classifier of the training data (of its orientation where there are no labels); `most` as in `fit_semi`.
+def uses_pseudo_labels(run: Run) -> bool:
+    """Whether only some training items are labelled, so that the others get pseudo-labels."""
+    learner = feature_learner(run)
+    partly = bool(run.classes) and partly_labelled(run.train.labels)
+    return partly and learner is not None and learner.supports_features(run.train.shape)
+
+
+def train_feature_network(run: Run, steps: int, max_unlabelled: int | None = None) -> FeatureNetwork:
+    """Train the feature network: a classifier, self-supervised if there are no labels.
+
+    Args:
+        run: The run.
+        steps: Optimizer steps.
+        max_unlabelled: Maximum number of unlabelled items to learn from.
 
     Raises:
-        UserError: The images are too small for one.
+        UserError: The network cannot be trained on these items.
     """
-    check_sides(job)
-    kit: dict[str, Any] = {"width": FEATURE_WIDTH, "seed": job.settings.seed, "device": job.device, "most": most}
-    return fit_semi(job.train, job.classes, steps=steps, bf16=job.precision == "bf16", **kit)
+    learner = feature_learner(run)
+    assert learner is not None
+    learner.check_features(run.settings.codec, run.train.shape)
+    options: dict[str, Any] = {"seed": run.settings.seed, "device": run.device, "bf16": run.precision == "bf16"}
+    return learner.fit_features(run.train, run.classes, steps=steps, max_unlabelled=max_unlabelled, **options)
 
 
-def check_sides(job: Job) -> None:
-    """Refuse images that are too small for the network."""
-    if min(job.train.shape[1:]) < SMALLEST:
-        kind = job.settings.codec.perceptual
-        raise UserError(f"codec.perceptual={kind} needs images of {SMALLEST} pixels; set it to none")
-
-
-def untrained_features(job: Job) -> Classifier:
-    """A network as `feature_network` makes, to see what it costs, or whether it can be; raises as that does."""
-    check_sides(job)
-    seed, device = job.settings.seed, torch.device(job.device)
-    return fresh(job.train.shape, max(2, job.classes), FEATURE_WIDTH, seed, device).eval().requires_grad_(False)
+def untrained_features(run: Run) -> FeatureNetwork:
+    """The feature network with random weights, to measure its cost; raises as `train_feature_network` does."""
+    learner = feature_learner(run)
+    assert learner is not None
+    learner.check_features(run.settings.codec, run.train.shape)
+    return learner.build_features(run.train.shape, run.classes, run.settings.seed, torch.device(run.device))
 
 
 @torch.no_grad()
-def training_labels(job: Job, network: Classifier | None, data: Data) -> Tensor | None:
-    """Class numbers (N,) of training items under which the denoiser learns: those left open are what the network sees.
+def training_labels(run: Run, network: FeatureNetwork | None, data: Dataset) -> Tensor | None:
+    """Class numbers (N,) of the items for the denoiser, with pseudo-labels for unlabelled items.
 
-    Where it is less than `SURE`, they stay `UNKNOWN`: such items teach the model what all classes share.
+    Predictions below `PSEUDO_LABEL_THRESHOLD` stay `UNKNOWN`: such items train the unconditional part of the model.
     """
-    if not job.classes or data.labels is None:
+    if not run.classes or data.labels is None:
         return None
     label = torch.from_numpy(data.labels).clone()
-    if network is None or not guesses_labels(job):
+    if network is None or not uses_pseudo_labels(run):
         return label
-    for index in (label == UNKNOWN).nonzero().flatten().split(at_once(data.shape, LOOKED_AT)):
-        chance = network(data.batch(index).data.to(job.device)).softmax(1).cpu()
-        sure, seen = chance.max(1)
-        label[index] = torch.where(sure >= SURE, seen, UNKNOWN)
+    for index in (label == UNKNOWN).nonzero().flatten().split(batch_limit(data.shape, CLASSIFY_BATCH)):
+        probability, predicted = network(data.batch(index).data.to(run.device)).softmax(1).cpu().max(1)
+        label[index] = torch.where(probability >= PSEUDO_LABEL_THRESHOLD, predicted, UNKNOWN)
     return label
 
 
-def perceptual_term(settings: Settings, network: Classifier | None) -> nn.Module | None:
-    """The perceptual distance: LPIPS or VGG where its weights are at hand, the feature network, or none."""
-    if network is not None and uses_features(settings):
-        return Perceptual(network.folded().pyramid)
-    if not settings.codec.perceptual_weight or settings.codec.perceptual == "none":
-        return None
-    weights = load_vgg()
-    if weights is None and settings.codec.perceptual == "lpips":
-        raise UserError("codec.perceptual=lpips needs the weights of VGG: name their file in $SFUMATO_VGG")
-    return weights
+def codec_step(model: Model, settings: Settings, network: FeatureNetwork | None, step_budget: StepBudget) -> CodecStep:
+    """The training step of the first stage.
 
+    Args:
+        model: The model.
+        settings: All settings.
+        network: The feature network of the perceptual loss, or None.
+        step_budget: Number of steps of the stage.
 
-def codec_step(model: Model, settings: Settings, network: Classifier | None, horizon: Horizon) -> CodecStep:
-    """The first stage of a model, as long as `horizon` says."""
-    codec, steps = settings.codec, horizon.steps
-    start = round(ADVERSARIAL_START * steps)
+    Raises:
+        UserError: The modality has no perceptual or adversarial loss.
+    """
+    codec, steps = settings.codec, step_budget.steps
+    learner = model.modality if isinstance(model.modality, FeatureLearner) else None
+    if learner is None and (codec.adversarial_weight or codec.perceptual not in (None, "none")):
+        raise UserError(
+            f"a {model.modality.name} codec has no perceptual or adversarial loss; leave these settings out"
+        )
+    adversarial_start = round(ADVERSARIAL_START * steps)
     return CodecStep(
         model.codec,
-        perceptual_term(settings, network),
-        kind=codec.reconstruction or "l1",
+        None if learner is None else learner.perceptual_loss(codec, network),
+        learner.discriminator(model.config.shape) if learner is not None and codec.adversarial_weight else None,
+        reconstruction=codec.reconstruction or "l1",
         perceptual_weight=codec.perceptual_weight or 0.0,
         perceptual_start=round(PERCEPTUAL_START * steps),
         bottleneck_weight=(codec.kl_weight or 0.0) if codec.bottleneck == "kl" else 1.0,
         adversarial_weight=codec.adversarial_weight or 0.0,
-        start=start,
-        lead=max(1, start // 10),
-        channels=model.card.shape[0],
-        horizon=horizon,
+        adversarial_start=adversarial_start,
+        discriminator_lead=max(1, adversarial_start // 10),
+        step_budget=step_budget,
     )
 
 
 def denoiser_step(model: Model, settings: Settings) -> DiffusionStep:
-    """The second stage of a model."""
+    """The training step of the second stage."""
     denoiser = settings.denoiser
     weight = make_weight(denoiser.weight or "uniform", **(denoiser.weight_settings or {}))
-    times = make_times(denoiser.times or "uniform", **(denoiser.times_settings or {}))
-    draw = model.codec.draw if model.codec.draws else None
-    return DiffusionStep(model.denoiser, model.conditioner, Objective(weight, times), draw)
+    times = make_time_sampling(denoiser.time_sampling or "uniform", **(denoiser.time_sampling_settings or {}))
+    sample_latent = model.codec.sample_latent if model.codec.stochastic else None
+    return DiffusionStep(model.denoiser, model.conditioner, Objective(weight, times), sample_latent)
 
 
-def latent_feed(job: Job, model: Model, z: Tensor, label: Tensor | None) -> Feed:
-    """What the denoiser is trained on: latents z (N, *latent_shape) at hand, or data to draw them from."""
-    settings = job.settings.train.denoiser
-    if model.codec.draws:
-        return DataFeed(job.train, settings, job.settings.seed, "denoiser", job.device)
-    return LatentFeed(z, label, settings, job.settings.seed, job.device)
+def denoiser_batches(run: Run, model: Model, z: Tensor, label: Tensor | None) -> BatchSource:
+    """Training batches of the denoiser: stored latents z (N, *latent_shape), or data whose latents are sampled."""
+    settings = run.settings.train.denoiser
+    if model.codec.stochastic:
+        return DataBatches(run.train, settings, run.settings.seed, "denoiser", run.device)
+    return LatentBatches(z, label, settings, run.settings.seed, run.device)
 
 
-def keep_network(path: Path, network: Classifier) -> None:
-    """Keep the feature network beside the checkpoint."""
-    from sfumato.model import write_tensors
-
+def save_features(path: Path, network: FeatureNetwork) -> None:
+    """Save the feature network beside the checkpoint."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, network.state_dict())
 
 
-def kept_network(path: Path, job: Job) -> Classifier | None:
-    """The feature network kept by an earlier session; None if there is none."""
-    from safetensors.torch import load_file
-
-    if not path.is_file():
+def load_features(path: Path, run: Run) -> FeatureNetwork | None:
+    """Load the feature network saved by an earlier session; None without one."""
+    learner = feature_learner(run)
+    if not path.is_file() or learner is None:
         return None
-    state = load_file(path)
-    with torch.random.fork_rng(devices=[]):  # whether it was trained or loaded, what is drawn next is the same
-        network = Classifier(job.train.shape, state["head.weight"].shape[0], FEATURE_WIDTH)
-    network.load_state_dict(state)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network.to(job.device).eval().requires_grad_(False)
+    return learner.restore_features(run.train.shape, load_file(path), run.device)

@@ -1,10 +1,10 @@
-"""`distill`: from a model to one that needs few calls of its network."""
+"""`distill`: turn a model into a few-step model."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.training.clock import begin
+from sfumato.training.budget import start_clock
 
 if TYPE_CHECKING:
     from sfumato.model import Model
@@ -22,38 +22,38 @@ def distill(
     device: str | None = None,
     progress: Callable[[str, int, int, Mapping[str, float]], None] | None = None,
 ) -> "Model":
-    """Turn a model into one that makes new items in one to four calls of its network.
+    """Distill a model into a few-step model, which samples with one to four network evaluations.
 
-    The few-step model learns to jump to the ends of the trajectories that the model itself takes from noise to data,
-    its guidance built in; no data are needed. Interrupted, it leaves nothing behind.
+    The student learns to jump to the endpoints of the teacher's sampling trajectories, guidance included; no training
+    data are needed. An interrupted distillation leaves no files behind.
 
     Args:
-        model: Folder of the model.
-        out: Folder of the few-step model.
-        budget: Wall clock for everything, such as 30s or 2m (default: a fifth of what the model's training took).
-        steps: Optimizer steps, in place of a budget.
-        guidance: Weight of the condition that is built in (default: what the model uses).
-        overwrite: Replace the model in the output folder.
-        seed: Seed of everything that is drawn.
-        device: Where to compute, such as cpu or cuda.
-        progress: Called with the stage, how much of it is done, how much there is, and numbers to show.
+        model: Model folder of the teacher.
+        out: Folder of the few-step model to write.
+        budget: Wall-clock budget for everything, such as 30s or 2m (default: a fifth of the teacher's training time).
+        steps: Optimizer steps, instead of a budget.
+        guidance: Classifier-free guidance weight of the teacher (default: the model's own).
+        overwrite: Replace an existing model in the output folder.
+        seed: Random seed.
+        device: Where to compute, such as cpu or cuda (default: the best available device).
+        progress: Called with the stage, the amount done, the total, and metrics to show.
 
     Returns:
-        The few-step model. It is sampled by `jump`; every other sampler works on it too, one call a step fewer where
-        the model took guidance.
+        The few-step model. Its sampler is `jump`; every other sampler works too, without a second network evaluation
+        for guidance, which is built in.
 
     Raises:
-        UserError: No such model, or it cannot be distilled; too small a budget; the folder cannot be written.
+        UserError: The model cannot be distilled, the budget is too small, or the folder cannot be written.
 
     References:
-        Song et al., Consistency Models, https://arxiv.org/abs/2303.01469 (jumps with new noise between them); Luhman
-        and Luhman, Knowledge Distillation in Iterative Generative Models, https://arxiv.org/abs/2101.02388 (learning
-        from whole trajectories of the teacher).
+        Song et al., Consistency Models, https://arxiv.org/abs/2303.01469 (multistep sampling); Luhman and Luhman,
+        Knowledge Distillation in Iterative Generative Models, https://arxiv.org/abs/2101.02388 (learning from the
+        teacher's trajectories).
     """
-    started = begin()
+    started = start_clock()
     from sfumato.config import parse_budget
     from sfumato.errors import UserError
-    from sfumato.training.distilling import SMALLEST, Wish, run
+    from sfumato.training.distillation import MIN_DISTILL_BUDGET, DistillConfig, distill_model
 
     if budget is not None and steps is not None:
         raise UserError("give --budget or --steps, not both")
@@ -61,5 +61,7 @@ def distill(
         raise UserError(f"--steps must be at least 2, not {steps}")
     if guidance is not None and guidance < 0:
         raise UserError(f"--guidance must be at least 0, not {guidance}")
-    seconds = None if budget is None else parse_budget(budget, SMALLEST)
-    return run(model, Wish(Path(out), seconds, steps, guidance, overwrite, seed, device), started, progress)
+    seconds = None if budget is None else parse_budget(budget, MIN_DISTILL_BUDGET)
+    return distill_model(
+        model, DistillConfig(Path(out), seconds, steps, guidance, overwrite, seed, device), started, progress
+    )

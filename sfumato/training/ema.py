@@ -1,14 +1,14 @@
-"""Averages of the weights over training."""
+"""Exponential moving averages of the weights over training, with a power-function profile."""
 
 import torch
 from torch import Tensor, nn
 
-EVERY = 4  # steps between two looks at the weights
-DENSE = 100  # steps, a multiple of it, after each of which they are looked at
+UPDATE_EVERY = 4  # steps between updates; the weights hardly differ from one step to the next
+UPDATE_ALWAYS_UNTIL = 100  # steps with an update after each one; a multiple of `UPDATE_EVERY`
 
 
 def ema_exponent(width: float) -> float:
-    r"""γ of the power-function average whose standard deviation is `width` of the training so far.
+    r"""Exponent γ of the power-function average of relative standard deviation `width`.
 
     $\sigma_{rel} = \sqrt{(γ+1) / ((γ+2)^2 (γ+3))}$ has one positive solution, a root of
     $γ^3 + 7γ^2 + (16 − σ^{−2})γ + (12 − σ^{−2})$.
@@ -30,13 +30,12 @@ def ema_exponent(width: float) -> float:
 class EMA:
     r"""Power-function average $\hat\theta_n = β_n \hat\theta_{n−k} + (1 − β_n) θ_n$ with $β_n = (1 − k/n)^{γ+1}$.
 
-    β_k = 0, so the average is right from the first step on, and its width grows with training; the same setting serves
-    a hundred steps and a million. In the beginning k = 1, later the weights are looked at every few steps: they hardly
-    differ, and going through all of them takes time.
+    β_k = 0, so the average is valid from the first step on, and its width grows with training: the same setting suits a
+    hundred steps and a million. The update interval k is 1 at first and `UPDATE_EVERY` later, to save time.
 
     Args:
-        module: What is averaged: floating-point parameters; other state is copied.
-        width: σ_rel, the average's standard deviation relative to the training's length; 0 keeps the last weights.
+        module: Module whose parameters are averaged.
+        width: σ_rel, standard deviation of the average relative to the length of training; 0 keeps the last weights.
     """
 
     def __init__(self, module: nn.Module, width: float) -> None:
@@ -46,25 +45,25 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimizer step `step`, counted from 1."""
-        k = 1 if step <= DENSE or self.exponent == float("inf") else EVERY
+        """Update the average with the weights after step `step`, counted from 1."""
+        k = 1 if step <= UPDATE_ALWAYS_UNTIL or self.exponent == float("inf") else UPDATE_EVERY
         if step % k:
             return
         beta = 0.0 if step <= 1 or self.exponent == float("inf") else (1 - k / step) ** (self.exponent + 1)
         torch._foreach_lerp_(list(self.weights.values()), [v.detach() for v in self.source.values()], 1 - beta)
 
     def copy(self) -> dict[str, Tensor]:
-        """The average as it is now."""
+        """A copy of the current average."""
         return {name: value.clone() for name, value in self.weights.items()}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from saved weights."""
+        """Restore saved averages."""
         for name, value in self.weights.items():
             value.copy_(state[name])
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Put the averaged parameters into the module."""
+        """Copy the averages into the module."""
         for name, value in self.source.items():
             value.copy_(self.weights[name])

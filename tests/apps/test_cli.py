@@ -1,4 +1,4 @@
-"""The command line: flags from signatures, errors in one line, exit codes."""
+"""The command line: flags from signatures, one-line errors, exit codes."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from sfumato import __version__
 from sfumato.apps import cli
 from sfumato.errors import UserError
-from sfumato.modality.table import TABLE
+from sfumato.modalities.table.modality import TableModality
 
 seen: dict[str, Any] = {}
 
@@ -49,7 +49,7 @@ ERRORS = {
     "user": UserError("label 'z' is unknown:\nit knows a, b"),
     "data": UserError("3 files cannot be read", code=1),
     "stop": KeyboardInterrupt(),
-    "stop early": KeyboardInterrupt("all is as it was"),
+    "stop early": KeyboardInterrupt("nothing was changed"),
     "full": OSError(28, "No space left on device", "/runs/x"),
     "rust": RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
     "memory": RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
@@ -68,7 +68,7 @@ def invoke(app: click.Command, *words: str) -> Any:
     return CliRunner().invoke(app, list(words))
 
 
-def test_flags_are_the_signature(app: click.Command):
+def test_flags_come_from_the_signature(app: click.Command):
     words = "m digits --out o -n 3 --sampler ddim --guidance 1.5 --skip-bad --set a.b=1 --set c=d".split()
     assert invoke(app, *words).exit_code == 0
     progress = seen.pop("progress")
@@ -86,7 +86,7 @@ def test_flags_are_the_signature(app: click.Command):
     }
 
 
-def test_defaults_are_those_of_the_signature(app: click.Command):
+def test_defaults_come_from_the_signature(app: click.Command):
     assert invoke(app, "m", "digits", "--out", "o").exit_code == 0
     assert (seen["n"], seen["sampler"], seen["guidance"], seen["overrides"]) == (64, None, None, ())
 
@@ -103,44 +103,44 @@ def test_json(app: click.Command):
 
 
 @pytest.mark.parametrize("words", ["m", "m d", "m d --out o --oot p", "m d --out o -n many", "m d --out o --sampler x"])
-def test_wrong_usage_is_2(app: click.Command, words: str):
+def test_wrong_usage_exits_with_2(app: click.Command, words: str):
     assert invoke(app, *words.split()).exit_code == 2
 
 
 @pytest.mark.parametrize(
-    ("source", "code", "said"),
+    ("source", "code", "message"),
     [
         ("user", 2, "sfumato: label 'z' is unknown: it knows a, b"),
         ("data", 1, "sfumato: 3 files cannot be read"),
-        ("stop", 130, "sfumato: interrupted; go on with: sfumato fit d --out r --resume"),
-        ("stop early", 130, "sfumato: interrupted; all is as it was"),
+        ("stop", 130, "sfumato: interrupted; continue with: sfumato fit d --out r --resume"),
+        ("stop early", 130, "sfumato: interrupted; nothing was changed"),
         ("full", 1, "sfumato: No space left on device: /runs/x"),
         ("rust", 1, "sfumato: No space left on device"),
         ("memory", 1, "sfumato: out of memory"),
         ("bug", 1, "sfumato: internal error: ZeroDivisionError: float division by zero; rerun with SFUMATO_DEBUG=1"),
     ],
 )
-def test_errors_are_one_line(app: click.Command, monkeypatch: pytest.MonkeyPatch, source: str, code: int, said: str):
+def test_errors_are_one_line(app: click.Command, monkeypatch: pytest.MonkeyPatch, source: str, code: int, message: str):
     monkeypatch.setattr("sys.argv", ["sfumato", "fit", "d", "--out", "r", "--overwrite"])
     monkeypatch.delenv("SFUMATO_DEBUG", raising=False)
     result = invoke(app, "m", source, "--out", "o")
     assert result.exit_code == code
     assert result.stdout == ""
-    assert result.stderr.startswith(said)
+    assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("way", ["flag", "variable"])
-def test_debug_shows_where(app: click.Command, monkeypatch: pytest.MonkeyPatch, way: str):
-    if way == "variable":
+@pytest.mark.parametrize("channel", ["flag", "variable"])
+def test_debug_shows_the_traceback(app: click.Command, monkeypatch: pytest.MonkeyPatch, channel: str):
+    if channel == "variable":
         monkeypatch.setenv("SFUMATO_DEBUG", "1")
-    result = invoke(app, "m", "bug", "--out", "o", *(["--debug"] if way == "flag" else []))
+    result = invoke(app, "m", "bug", "--out", "o", *(["--debug"] if channel == "flag" else []))
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
     assert "raise error" in result.stderr
 
 
-def test_other_processes_say_nothing(app: click.Command, monkeypatch: pytest.MonkeyPatch):
+def test_other_processes_print_nothing(app: click.Command, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "1")
     result = invoke(app, "m", "digits", "--out", "o")
     assert (result.exit_code, result.output) == (0, "")
@@ -152,8 +152,8 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return cli.run()
 
 
-def test_a_file_cut_off_in_the_middle_is_an_error_and_no_crash(tmp_path: Path):
-    """Its reader's threads may still be at work when the program ends."""
+def test_a_truncated_file_is_an_error_and_no_crash(tmp_path: Path):
+    """The reader's threads may still be running when the program exits."""
     lines = ["a,b,c", *(f"{i},{i % 7},{i % 3}" for i in range(300)), "1,2"]
     (tmp_path / "ragged.csv").write_text("\n".join(lines))
     for _ in range(3):
@@ -162,7 +162,7 @@ def test_a_file_cut_off_in_the_middle_is_an_error_and_no_crash(tmp_path: Path):
         assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "line 302 has 2 cells" in done.stderr
 
 
-def test_wrong_words_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_usage_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     for words in (["fitt"], ["fit"], ["fit", "digits"], ["generate", "m", "--oot", "x"], ["--nonsense"]):
         assert run_main(monkeypatch, *words) == 2
         captured = capsys.readouterr()
@@ -171,15 +171,17 @@ def test_wrong_words_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert captured.err.count("\n") == 1
 
 
-def test_fit_ends_with_the_next_command(tmp_path: Path):
+def test_fit_prints_the_next_command(tmp_path: Path):
     (tmp_path / "model.json").write_text('{"modality": "image"}')
     (tmp_path / "run.json").write_text('{"metrics": {"psnr": {"value": 25.0, "floor": 30.0}}}')
-    told = cli._fitted(SimpleNamespace(modality=TABLE), {"out": tmp_path})
-    assert told["next"] == f"sfumato generate {tmp_path} --out samples.csv"
-    assert told["metrics"]["psnr"]["value"] == 25.0
+    report = cli._model_report(SimpleNamespace(modality=TableModality()), {"out": tmp_path})
+    assert report["next"] == f"sfumato generate {tmp_path} --out samples.csv"
+    assert report["metrics"]["psnr"]["value"] == 25.0
 
 
-def test_codes_reach_the_shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_exit_codes_reach_the_shell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
     assert run_main(monkeypatch, "info", str(tmp_path)) == 2
     assert capsys.readouterr().err.startswith("sfumato: no model in")
     assert run_main(monkeypatch, "--version") == 0

@@ -1,4 +1,4 @@
-"""Data whose exact denoiser, score, marginals and probability flow are known: mixtures of Gaussians on the line."""
+"""Gaussian mixtures in one dimension, with exact denoiser, marginals and probability flow."""
 
 import math
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ class Mixture:
     stds: tuple[float, ...]
 
     def _parts(self, schedule, t):
-        """alpha, and per component: weight, mean, data variance, variance at t (K, 1)."""
+        """alpha, and for each component its weight, mean, data variance and variance at t (K, 1)."""
         alpha, sigma = schedule(t)
         column = lambda x: torch.tensor(x, dtype=torch.float64)[:, None]
         data = column(self.stds) ** 2
         return alpha, column(self.weights), column(self.means), data, alpha**2 * data + sigma**2
 
     def denoise(self, schedule: Schedule):
-        """(z, t) -> E[z_0 | z_t], exactly."""
+        """(z, t) -> the exact E[z_0 | z_t]."""
 
         def denoise(z, t):
             t = t.reshape(t.shape + (1,) * (z.ndim - t.ndim)).expand_as(z)
@@ -39,7 +39,7 @@ class Mixture:
         return (weight * torch.special.ndtr((z[None] - alpha * mean) / variance.sqrt())).sum(0)
 
     def flow(self, schedule, t, s, z):
-        """Where the probability flow takes z from t to s: on the line it keeps quantiles."""
+        """The probability flow from z at time t to time s: in one dimension it preserves quantiles."""
         target = self.cdf(schedule, t, z)
         low, high = torch.full_like(z, -400.0), torch.full_like(z, 400.0)
         for _ in range(90):
@@ -54,25 +54,25 @@ class Mixture:
         centre = float((weight * alpha * mean).sum())
         return centre, float((weight * (variance + (alpha * mean - centre) ** 2)).sum())
 
-    def given(self, schedule, t, s, z):
-        """Mean and variance of z_s given z_t = z: where the reverse process, run exactly, takes one point."""
+    def conditional_moments(self, schedule, t, s, z):
+        """Mean and variance of z_s given z_t = z, the exact result of the reverse process."""
         alpha, weight, mean, _, variance = self._parts(schedule, torch.as_tensor(t, dtype=torch.float64))
         alpha_s, _, _, _, variance_s = self._parts(schedule, torch.as_tensor(s, dtype=torch.float64))
         shared = alpha / alpha_s * variance_s  # covariance of z_t and z_s
         gap = z - alpha * mean
         posterior = torch.softmax(weight.log() - variance.log() / 2 - gap**2 / (2 * variance), 0)
-        means, left = alpha_s * mean + shared / variance * gap, variance_s - shared**2 / variance
+        means, rest = alpha_s * mean + shared / variance * gap, variance_s - shared**2 / variance
         centre = float((posterior * means).sum())
-        return centre, float((posterior * (left + (means - centre) ** 2)).sum())
+        return centre, float((posterior * (rest + (means - centre) ** 2)).sum())
 
-    def draw(self, n, generator):
-        which = torch.multinomial(torch.tensor(self.weights), n, replacement=True, generator=generator)
+    def sample(self, n, generator):
+        component = torch.multinomial(torch.tensor(self.weights), n, replacement=True, generator=generator)
         noise = torch.randn(n, generator=generator, dtype=torch.float64)
-        return torch.tensor(self.means, dtype=torch.float64)[which] + torch.tensor(self.stds)[which] * noise
+        return torch.tensor(self.means, dtype=torch.float64)[component] + torch.tensor(self.stds)[component] * noise
 
 
 GAUSSIAN = Mixture((1.0,), (0.4,), (0.7,))
-TWO_MODES = Mixture((0.35, 0.65), (-1.2, 0.7), (0.3, 0.4))  # lopsided, and curved enough to show a slip
+TWO_MODES = Mixture((0.35, 0.65), (-1.2, 0.7), (0.3, 0.4))  # asymmetric and nonlinear enough to expose errors
 
 
 def order(steps, errors):

@@ -1,12 +1,23 @@
-"""Consistency: jumps to where the flow ends draw from the data, and states of trajectories lead to their ends."""
+"""Consistency steps sample the data, and trajectories of the probability flow lead to its end."""
 
 import pytest
 import torch
 from torch import nn
 
-from sfumato.core import SCHEDULES, Denoiser, Jump, fly, joined, make_schedule, prior, sample, shaken, time_grid
+from sfumato.core import (
+    SCHEDULES,
+    ConsistencyStep,
+    Denoiser,
+    concat,
+    initial_noise,
+    integrate_trajectories,
+    jitter,
+    make_schedule,
+    sample,
+    time_grid,
+)
 from sfumato.nn import make_net
-from sfumato.nn.blocks import with_clocks
+from sfumato.nn.layers import pad_clock_weights
 from sfumato.types import Cond
 from tests.core.exact import TWO_MODES, Mixture
 
@@ -19,80 +30,84 @@ def noise(count: int = 200, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def end_of(mixture: Mixture, schedule):
-    """(z, t) -> where the flow of a mixture ends, exactly, for one time t."""
+def consistency_function(mixture: Mixture, schedule):
+    """(z, t) -> the exact end of a mixture's flow, for one time t."""
     return lambda z, t: mixture.flow(schedule, float(t[0]), 1e-3, z[:, 0])[:, None]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_jump_ends_or_is_noised_anew(name: str):
+def test_consistency_step_returns_f_or_adds_noise_to_it(name: str):
     schedule, (z, w), end = make_schedule(name), (noise(6), noise(6, 1)), noise(6, 2)
     t = torch.tensor([1.0, 1.0, 0.9, 0.5, 0.3, 0.1], dtype=torch.float64)
     s = torch.tensor([0.0, 0.5, 0.2, 0.4, 0.0, 0.05], dtype=torch.float64)
-    there, _, z_hat = Jump(lambda z, t: end)(lambda z, t: z, schedule, z, t, s, lambda: w, None)
+    z_s, _, z_hat = ConsistencyStep(lambda z, t: end)(lambda z, t: z, schedule, z, t, s, lambda: w, None)
     alpha, sigma = schedule(s)
-    assert torch.equal(z_hat, end) and torch.equal(there[s == 0], end[s == 0])
-    wanted = alpha[:, None] * end + sigma[:, None] * w
-    assert torch.allclose(there[s > 0], wanted[s > 0], atol=1e-8)
+    assert torch.equal(z_hat, end) and torch.equal(z_s[s == 0], end[s == 0])
+    expected = alpha[:, None] * end + sigma[:, None] * w
+    assert torch.allclose(z_s[s > 0], expected[s > 0], atol=1e-8)
 
 
-def test_jumps_want_noise_unless_they_end():
-    schedule, jump = make_schedule("flow"), Jump(lambda z, t: z)
-    assert jump.stochastic
-    ask = (lambda z, t: z, schedule, noise(3), torch.tensor(1.0))
-    assert torch.equal(jump(*ask, torch.tensor(0.0), None, None)[0], noise(3))
-    with pytest.raises(ValueError, match="jumps need `noise`"):
-        jump(*ask, torch.tensor(0.5), None, None)
+def test_consistency_steps_need_noise_except_the_last():
+    schedule, step = make_schedule("flow"), ConsistencyStep(lambda z, t: z)
+    assert step.stochastic
+    arguments = (lambda z, t: z, schedule, noise(3), torch.tensor(1.0))
+    assert torch.equal(step(*arguments, torch.tensor(0.0), None, None)[0], noise(3))
+    with pytest.raises(ValueError, match="consistency steps need `noise`"):
+        step(*arguments, torch.tensor(0.5), None, None)
 
 
 @pytest.mark.parametrize("name", ["flow", "cosine", "linear"])
-@pytest.mark.parametrize("jumps", [1, 2, 4])
-def test_any_number_of_jumps_draws_from_the_data(name: str, jumps: int):
-    schedule, generator = make_schedule(name), torch.Generator().manual_seed(jumps)
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_any_number_of_consistency_steps_samples_the_data(name: str, steps: int):
+    schedule, generator = make_schedule(name), torch.Generator().manual_seed(steps)
     draw = lambda: torch.randn(400, 1, generator=generator, dtype=torch.float64)
-    grid, step = time_grid(schedule, jumps, "late"), Jump(end_of(TWO_MODES, schedule))
-    made = sample(TWO_MODES.denoise(schedule), schedule, prior(schedule, draw), grid, step, draw)[:, 0]
-    data = TWO_MODES.draw(400, torch.Generator().manual_seed(9))
+    grid, step = time_grid(schedule, steps, "data"), ConsistencyStep(consistency_function(TWO_MODES, schedule))
+    samples = sample(TWO_MODES.denoise(schedule), schedule, initial_noise(schedule, draw), grid, step, draw)[:, 0]
+    data = TWO_MODES.sample(400, torch.Generator().manual_seed(9))
     levels = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
-    gap = (made.quantile(levels) - data.quantile(levels)).abs()
+    gap = (samples.quantile(levels) - data.quantile(levels)).abs()
     assert float(gap.mean()) < 0.12, gap
-    plain = sample(TWO_MODES.denoise(schedule), schedule, prior(schedule, draw), time_grid(schedule, 1), "ddim")
-    assert float(plain.std()) < 0.1  # one step of a plain sampler: the mean, whatever the noise
+    one_step = sample(
+        TWO_MODES.denoise(schedule), schedule, initial_noise(schedule, draw), time_grid(schedule, 1), "ddim"
+    )
+    assert float(one_step.std()) < 0.1  # one step of a plain sampler gives the mean for any noise
 
 
 def test_trajectories_follow_the_flow():
     schedule, z = make_schedule("flow"), noise(100)
     errors = []
-    for knots in (8, 16, 32):
-        grid = shaken(time_grid(schedule, knots), torch.linspace(-0.5, 0.5, len(z)))
-        flights = fly(TWO_MODES.denoise(schedule), schedule, z, grid)
-        assert flights.z.shape == (knots + 1, len(z), 1) and flights.z_hat.shape == (knots, len(z), 1)
-        assert torch.equal(flights.z[0], z) and (len(flights), flights.knots) == (len(z), knots)
-        middle = knots // 2
+    for steps in (8, 16, 32):
+        grid = jitter(time_grid(schedule, steps), torch.linspace(-0.5, 0.5, len(z)))
+        trajectories = integrate_trajectories(TWO_MODES.denoise(schedule), schedule, z, grid)
+        assert trajectories.z.shape == (steps + 1, len(z), 1) and trajectories.z_hat.shape == (steps, len(z), 1)
+        assert torch.equal(trajectories.z[0], z) and (len(trajectories), trajectories.steps) == (len(z), steps)
+        middle = steps // 2
         exact = [TWO_MODES.flow(schedule, 1.0, float(t), x) for t, x in zip(grid[middle], z, strict=True)]
-        errors.append(float((flights.z[middle] - torch.stack(exact)).abs().mean()))
+        errors.append(float((trajectories.z[middle] - torch.stack(exact)).abs().mean()))
     assert errors[0] < 0.02 and errors[0] > 2.5 * errors[1] > 6 * errors[2], errors
 
 
-def test_states_of_trajectories():
-    """A state leads to its trajectory's end; one that is still, to what the denoiser said of it."""
+def test_training_pairs_of_trajectories():
+    """The target is the trajectory's end; for an anchor it is the denoiser's output."""
     schedule = make_schedule("flow")
-    grid = shaken(time_grid(schedule, 4), torch.tensor([-0.4, 0.0, 0.3]))
-    flights = fly(TWO_MODES.denoise(schedule), schedule, noise(3), grid)
-    item, knot, still = torch.tensor([2, 0, 1, 2, 0]), torch.tensor([0, 1, 2, 3, 2]), torch.arange(5) > 2
-    z, t, s, target = flights.at(item, knot, still)
-    assert torch.equal(t, grid[knot, item]) and torch.equal(z, flights.z[knot, item])
+    grid = jitter(time_grid(schedule, 4), torch.tensor([-0.4, 0.0, 0.3]))
+    trajectories = integrate_trajectories(TWO_MODES.denoise(schedule), schedule, noise(3), grid)
+    item, step, anchor = torch.tensor([2, 0, 1, 2, 0]), torch.tensor([0, 1, 2, 3, 2]), torch.arange(5) > 2
+    z, t, s, target = trajectories.training_pairs(item, step, anchor)
+    assert torch.equal(t, grid[step, item]) and torch.equal(z, trajectories.z[step, item])
     assert s[:3].tolist() == [0, 0, 0] and torch.equal(s[3:], t[3:])
-    assert torch.equal(target[:3], flights.z[-1, item][:3])
-    assert torch.equal(target[3:], flights.z_hat[knot, item][3:])
-    both = joined([flights, fly(TWO_MODES.denoise(schedule), schedule, noise(2, 1), grid[:, :2])])
-    assert len(both) == 5 and torch.equal(both.at(item, knot, still)[3], target)
+    assert torch.equal(target[:3], trajectories.z[-1, item][:3])
+    assert torch.equal(target[3:], trajectories.z_hat[step, item][3:])
+    both = concat(
+        [trajectories, integrate_trajectories(TWO_MODES.denoise(schedule), schedule, noise(2, 1), grid[:, :2])]
+    )
+    assert len(both) == 5 and torch.equal(both.training_pairs(item, step, anchor)[3], target)
 
 
-def test_shaken_times():
+def test_jittered_times_are_uniform():
     grid = time_grid(make_schedule("flow"), 8)
     shift = torch.linspace(-0.5, 0.5, 1001)
-    times = shaken(grid, shift)
+    times = jitter(grid, shift)
     assert torch.allclose(times[:, 500], grid, atol=1e-9) and bool((times.diff(dim=0) < 0).all())
     assert set(times[0].tolist()) == {1.0} and set(times[-1].tolist()) == {0.0}
     inner = times[1:-1].flatten().sort().values
@@ -100,27 +115,27 @@ def test_shaken_times():
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_second_clock_is_not_heeded_at_first(name: str):
+def test_padded_second_clock_has_no_effect_at_first(name: str):
     generator = torch.Generator().manual_seed(0)
     shape, schedule = (2, 4, 4), make_schedule("flow")
     net = make_net(name, latent_shape=shape, cond_dim=3, **NETS[name])
     for weight in net.parameters():
         weight.data.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
     more = make_net(name, latent_shape=shape, cond_dim=3, clocks=2, **NETS[name])
-    more.load_state_dict(with_clocks(net.state_dict(), 2))
-    teacher, student = Denoiser(net, schedule), Denoiser(more, schedule, jumps=True)
+    more.load_state_dict(pad_clock_weights(net.state_dict(), 2))
+    teacher, student = Denoiser(net, schedule), Denoiser(more, schedule, two_times=True)
     z, cond = torch.randn(5, *shape, generator=generator), Cond(torch.randn(5, 3, generator=generator))
     t, s = torch.rand(2, 5, generator=generator, dtype=torch.float64).sort(0, descending=True).values
-    wanted = teacher(z, t, cond)
-    assert torch.allclose(student(z, t, cond), wanted, atol=1e-5)
-    assert torch.allclose(student(z, t, cond, s=s), wanted, atol=1e-5)
+    expected = teacher(z, t, cond)
+    assert torch.allclose(student(z, t, cond), expected, atol=1e-5)
+    assert torch.allclose(student(z, t, cond, s=s), expected, atol=1e-5)
     more.embedding.clock_in.weight.data[:, net.embedding.clock_in.weight.shape[1] :] += 0.5
     assert not torch.allclose(student(z, t, cond, s=s), student(z, t, cond), atol=1e-3)
     assert torch.equal(student(z, t, cond, s=t), student(z, t, cond))
 
 
 class Clocks(nn.Module):
-    """Remembers the clocks it was handed."""
+    """A network that records its clocks."""
 
     def forward(self, z, clocks, cond, mask):
         self.clocks = clocks
@@ -128,9 +143,9 @@ class Clocks(nn.Module):
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 3)])
-def test_clocks_of_both_ends(shape: tuple[int, ...]):
+def test_network_with_two_times_gets_the_clocks_of_both(shape: tuple[int, ...]):
     t, s = torch.full(shape, 0.7, dtype=torch.float64), torch.full(shape, 0.2, dtype=torch.float64)
-    denoiser = Denoiser(Clocks(), make_schedule("flow"), jumps=True)
+    denoiser = Denoiser(Clocks(), make_schedule("flow"), two_times=True)
     denoiser(torch.zeros(*shape[:1], 3, 2), t, s=s)
     assert denoiser.net.clocks.shape == (*shape, 2)
     assert torch.allclose(denoiser.net.clocks[..., 0], denoiser.clock(t).float())

@@ -1,10 +1,10 @@
-"""The parametrisation table: every row recovers z, and only z_hat leaves the denoiser."""
+"""The predictions: each recovers z, and only z_hat leaves the denoiser."""
 
 import pytest
 import torch
 from torch import nn
 
-from sfumato.core import PREDICT, SCHEDULES, Denoiser, Weaker, make_schedule
+from sfumato.core import PREDICTIONS, SCHEDULES, Denoiser, GuideTerm, make_schedule
 from sfumato.core.denoiser import CLOCK_LIMIT
 from sfumato.types import Cond
 
@@ -12,17 +12,17 @@ TIMES = torch.tensor([0.001, 0.2, 0.5, 0.9, 0.995], dtype=torch.float64)
 NAMES = [name for name in SCHEDULES if name != "table"]
 
 
-class Recorder(nn.Module):
-    """A network that answers with what it is given to answer, and remembers what it was asked."""
+class RecordingNet(nn.Module):
+    """A network with a given output that records its inputs."""
 
-    def __init__(self, answer=None, dtype=torch.float32):
+    def __init__(self, output=None, dtype=torch.float32):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1, dtype=dtype))
-        self.answer = answer
+        self.output = output
 
     def forward(self, z_in, clocks, cond, mask):
-        self.asked = z_in, clocks, cond, mask
-        return (z_in if self.answer is None else self.answer) * self.scale
+        self.inputs = z_in, clocks, cond, mask
+        return (z_in if self.output is None else self.output) * self.scale
 
 
 def pair(shape=(5, 2, 3), dtype=torch.float64):
@@ -31,34 +31,34 @@ def pair(shape=(5, 2, 3), dtype=torch.float64):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("predict", PREDICT)
-def test_row_recovers_z(name, predict):
-    """F = target <=> z_hat = z: the target gives z back, and any other F does not."""
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_prediction_recovers_z(name, predict):
+    """F = target <=> z_hat = z: the target gives z, and any other F does not."""
     z, eps = pair()
-    denoiser = Denoiser(Recorder(dtype=torch.float64), make_schedule(name), predict)
-    z_t, target = denoiser.noised(z, eps, TIMES), denoiser.target(z, eps, TIMES)
-    denoiser.net.answer = target
+    denoiser = Denoiser(RecordingNet(dtype=torch.float64), make_schedule(name), predict)
+    z_t, target = denoiser.add_noise(z, eps, TIMES), denoiser.target(z, eps, TIMES)
+    denoiser.net.output = target
     scale = float((denoiser.coefficients(TIMES, 1)[1].abs() * target.flatten(1).abs().amax(1)).max().clamp_min(1))
     assert float((denoiser(z_t, TIMES) - z).detach().abs().max()) < 1e-12 * scale
-    denoiser.net.answer = target + 1
+    denoiser.net.output = target + 1
     c_out = denoiser.coefficients(TIMES, 3)[1]
     assert torch.allclose(denoiser(z_t, TIMES) - z, c_out.expand_as(z), atol=1e-9)
 
 
-@pytest.mark.parametrize("predict", PREDICT)
-def test_row_recovers_z_for_any_path(predict):
-    """For random alpha and sigma too, on a path or not."""
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_prediction_recovers_z_for_any_alpha_and_sigma(predict):
+    """Also for random alpha and sigma that lie on no schedule."""
     alpha, sigma = torch.rand(2, 1000, dtype=torch.float64) + 0.05
     z, eps = torch.randn(2, 1000, dtype=torch.float64)
-    row = PREDICT[predict](alpha, sigma)
-    z_hat = row.c_skip * (alpha * z + sigma * eps) + row.c_out * (row.on_z * z + row.on_eps * eps)
+    c = PREDICTIONS[predict](alpha, sigma)
+    z_hat = c.c_skip * (alpha * z + sigma * eps) + c.c_out * (c.target_z * z + c.target_eps * eps)
     assert float((z_hat - z).abs().max()) < 1e-12
 
 
 def test_edm_preconditioning_is_v():
-    """Table 1 of Karras et al. with sigma_data = 1 is the row v, with the sign of F turned."""
+    """Table 1 of Karras et al. with sigma_data = 1 is the prediction v with the sign of F reversed."""
     schedule = make_schedule("edm")
-    denoiser = Denoiser(Recorder(), schedule, "v")
+    denoiser = Denoiser(RecordingNet(), schedule, "v")
     sigma = schedule.sigma(TIMES)
     c_skip, c_out = denoiser.coefficients(TIMES, 1)
     assert torch.allclose(c_skip, 1 / (sigma**2 + 1))
@@ -70,45 +70,45 @@ def test_edm_preconditioning_is_v():
 def test_times_of_each_token():
     z, eps = pair((2, 5, 3))
     t = torch.rand(2, 5, dtype=torch.float64)
-    denoiser = Denoiser(Recorder(dtype=torch.float64), make_schedule("flow"), "v")
-    together = denoiser(denoiser.noised(z, eps, t), t)
-    assert denoiser.net.asked[1].shape == (2, 5, 1)
+    denoiser = Denoiser(RecordingNet(dtype=torch.float64), make_schedule("flow"), "v")
+    joint = denoiser(denoiser.add_noise(z, eps, t), t)
+    assert denoiser.net.inputs[1].shape == (2, 5, 1)
     for i in range(5):
-        alone = denoiser(denoiser.noised(z[:, i], eps[:, i], t[:, i]), t[:, i])
-        assert torch.allclose(together[:, i], alone, atol=1e-12)
-    denoiser(z, t[:, None, :3])  # per place of channels-first latents: (B, 1, N)
-    assert denoiser.net.asked[1].shape == (2, 3, 1)
+        alone = denoiser(denoiser.add_noise(z[:, i], eps[:, i], t[:, i]), t[:, i])
+        assert torch.allclose(joint[:, i], alone, atol=1e-12)
+    denoiser(z, t[:, None, :3])  # per position of channels-first latents: (B, 1, N)
+    assert denoiser.net.inputs[1].shape == (2, 3, 1)
 
 
-def test_what_the_network_is_told():
-    denoiser = Denoiser(Recorder(), make_schedule("flow"))
+def test_inputs_of_the_network():
+    denoiser = Denoiser(RecordingNet(), make_schedule("flow"))
     cond, mask, t = Cond(torch.ones(5, 4)), torch.ones(5, 3, dtype=torch.bool), TIMES.clone()
     t[0], t[-1] = 0.0, 1.0
     z_t = torch.randn(5, 3)
     denoiser(z_t, t, cond, mask)
-    z_in, clocks, told, seen = denoiser.net.asked
-    assert told is cond and seen is mask and clocks.shape == (5, 1) and clocks.dtype == torch.float32
+    z_in, clocks, cond_in, mask_in = denoiser.net.inputs
+    assert cond_in is cond and mask_in is mask and clocks.shape == (5, 1) and clocks.dtype == torch.float32
     assert clocks.isfinite().all() and clocks[2] == 0 and (clocks.diff(dim=0) > 0).all()
-    assert clocks[-1] == -clocks[0] == CLOCK_LIMIT  # not log(1 / 0), but what training has seen
+    assert clocks[-1] == -clocks[0] == CLOCK_LIMIT  # not log(1 / 0), but the range of training
     assert torch.allclose(z_in[2], z_t[2] * 2**0.5)
     denoiser(z_t, t)
-    assert denoiser.net.asked[2] == Cond()
+    assert denoiser.net.inputs[2] == Cond()
 
 
-def test_foreign_clock_and_scale():
-    denoiser = Denoiser(Recorder(), make_schedule("cosine"), "eps", lambda t: t * 1000 - 1, torch.ones_like)
+def test_custom_clock_and_input_scale():
+    denoiser = Denoiser(RecordingNet(), make_schedule("cosine"), "eps", lambda t: t * 1000 - 1, torch.ones_like)
     z_t = torch.randn(5, 3)
     denoiser(z_t, TIMES)
-    assert torch.equal(denoiser.net.asked[0], z_t)
-    assert torch.allclose(denoiser.net.asked[1][:, 0].double(), TIMES * 1000 - 1)
+    assert torch.equal(denoiser.net.inputs[0], z_t)
+    assert torch.allclose(denoiser.net.inputs[1][:, 0].double(), TIMES * 1000 - 1)
 
 
-@pytest.mark.parametrize("predict", PREDICT)
+@pytest.mark.parametrize("predict", PREDICTIONS)
 def test_half_precision_stays_inside(predict):
     z_t = torch.randn(5, 8)
-    inside = Denoiser(Recorder(dtype=torch.bfloat16), make_schedule("flow"), predict)
-    z_hat = inside(z_t, TIMES)
-    assert inside.net.asked[0].dtype == torch.bfloat16 and z_hat.dtype == torch.float32
+    half = Denoiser(RecordingNet(dtype=torch.bfloat16), make_schedule("flow"), predict)
+    z_hat = half(z_t, TIMES)
+    assert half.net.inputs[0].dtype == torch.bfloat16 and z_hat.dtype == torch.float32
     cast = Denoiser(_Linear(), make_schedule("flow"), predict)
     with torch.autocast("cpu", torch.bfloat16):
         z_hat = cast(z_t, TIMES)
@@ -129,26 +129,26 @@ class _Linear(nn.Module):
 
 def test_unknown_prediction():
     with pytest.raises(ValueError, match="did you mean 'flow'"):
-        Denoiser(Recorder(), make_schedule("flow"), "flwo")
+        Denoiser(RecordingNet(), make_schedule("flow"), "flwo")
 
 
-@pytest.mark.parametrize("predict", PREDICT)
-def test_autoguidance_is_one_lerp_of_what_the_networks_say(predict):
-    """z_hat is affine in F, so the guided one is the same lerp of the two; weight 1 is the network alone."""
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_autoguidance_is_a_lerp_of_the_network_outputs(predict):
+    """z_hat is affine in F, so the guided z_hat is the same lerp; weight 1 is the network alone."""
     z, eps = pair()
-    schedule, weak = make_schedule("flow"), Recorder(eps, torch.float64)
-    strong = Denoiser(Recorder(z, torch.float64), schedule, predict)
+    schedule, weak = make_schedule("flow"), RecordingNet(eps, torch.float64)
+    strong = Denoiser(RecordingNet(z, torch.float64), schedule, predict)
     alone = Denoiser(weak, schedule, predict)
     for w in (0.0, 1.0, 2.5):
-        guided = strong(z, TIMES, weaker=Weaker(weak, None, w))
+        guided = strong(z, TIMES, guide=GuideTerm(weak, None, w))
         assert torch.allclose(guided, torch.lerp(alone(z, TIMES), strong(z, TIMES), w), rtol=1e-9)
 
 
-def test_a_weaker_network_is_told_what_is_its_own():
-    """It sees the same input and clocks under its own condition."""
+def test_guide_gets_its_own_condition():
+    """It gets the same input and clocks with its own condition."""
     z, _ = pair()
-    strong, weak = Recorder(z, torch.float64), Recorder(z, torch.float64)
-    ours, theirs = Cond(torch.ones(5, 2)), Cond(torch.zeros(5, 2))
-    Denoiser(strong, make_schedule("flow"))(z, TIMES, ours, weaker=Weaker(weak, theirs, 2.0))
-    assert torch.equal(strong.asked[0], weak.asked[0]) and torch.equal(strong.asked[1], weak.asked[1])
-    assert strong.asked[2] is ours and weak.asked[2] is theirs
+    strong, weak = RecordingNet(z, torch.float64), RecordingNet(z, torch.float64)
+    cond, guide_cond = Cond(torch.ones(5, 2)), Cond(torch.zeros(5, 2))
+    Denoiser(strong, make_schedule("flow"))(z, TIMES, cond, guide=GuideTerm(weak, guide_cond, 2.0))
+    assert torch.equal(strong.inputs[0], weak.inputs[0]) and torch.equal(strong.inputs[1], weak.inputs[1])
+    assert strong.inputs[2] is cond and weak.inputs[2] is guide_cond

@@ -1,4 +1,4 @@
-"""Guidance: one lerp; off costs one call."""
+"""Guidance is a lerp; switched off, it costs one evaluation."""
 
 import pytest
 import torch
@@ -6,19 +6,19 @@ import torch
 from sfumato.core import cfg, interval, rescale
 
 
-class Counted:
+class CountingDenoiser:
     def __init__(self, seed):
-        self.answer = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(seed))
+        self.z_hat = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(seed))
         self.calls = 0
 
     def __call__(self, z, t):
         self.calls += 1
-        return self.answer
+        return self.z_hat
 
 
 @pytest.fixture
 def pair():
-    return Counted(0), Counted(1)
+    return CountingDenoiser(0), CountingDenoiser(1)
 
 
 Z, T = torch.zeros(4, 3, 2), torch.full((4,), 0.5, dtype=torch.float64)
@@ -26,16 +26,16 @@ Z, T = torch.zeros(4, 3, 2), torch.full((4,), 0.5, dtype=torch.float64)
 
 def test_off_costs_one_call(pair):
     conditional, reference = pair
-    assert torch.equal(cfg(conditional, reference, 1.0)(Z, T), conditional.answer)
+    assert torch.equal(cfg(conditional, reference, 1.0)(Z, T), conditional.z_hat)
     assert (conditional.calls, reference.calls) == (1, 0)
 
 
 def test_lerp_is_exact(pair):
     conditional, reference = pair
     for w in (0.0, 1.5, 4.0):
-        wanted = torch.lerp(reference.answer, conditional.answer, w)
-        assert torch.equal(cfg(conditional, reference, w)(Z, T), wanted)
-    assert torch.equal(cfg(conditional, reference, 0.0)(Z, T), reference.answer)
+        expected = torch.lerp(reference.z_hat, conditional.z_hat, w)
+        assert torch.equal(cfg(conditional, reference, w)(Z, T), expected)
+    assert torch.equal(cfg(conditional, reference, 0.0)(Z, T), reference.z_hat)
 
 
 def test_weight_of_each_item(pair):
@@ -43,7 +43,7 @@ def test_weight_of_each_item(pair):
     w = torch.tensor([1.0, 2.0, 0.0, 3.0])
     out = cfg(conditional, reference, w)(Z, T)
     for i in range(4):
-        assert torch.allclose(out[i], torch.lerp(reference.answer[i], conditional.answer[i], float(w[i])), atol=1e-6)
+        assert torch.allclose(out[i], torch.lerp(reference.z_hat[i], conditional.z_hat[i], float(w[i])), atol=1e-6)
 
 
 def test_interval(pair):
@@ -53,10 +53,10 @@ def test_interval(pair):
         conditional.calls = reference.calls = 0
         out = guided(Z, torch.full((4,), t, dtype=torch.float64))
         assert (conditional.calls, reference.calls) == (1, int(on))
-        wanted = torch.lerp(reference.answer, conditional.answer, 2.0) if on else conditional.answer
-        assert torch.equal(out, wanted)
+        expected = torch.lerp(reference.z_hat, conditional.z_hat, 2.0) if on else conditional.z_hat
+        assert torch.equal(out, expected)
     mixed = guided(Z, torch.tensor([0.1, 0.5, 0.9, 0.5], dtype=torch.float64))
-    assert torch.allclose(mixed[0], conditional.answer[0]) and not torch.allclose(mixed[1], conditional.answer[1])
+    assert torch.allclose(mixed[0], conditional.z_hat[0]) and not torch.allclose(mixed[1], conditional.z_hat[1])
 
 
 def test_rescale(pair):
@@ -65,6 +65,6 @@ def test_rescale(pair):
     plain = cfg(conditional, reference, 5.0)(Z, T)
     full = cfg(conditional, reference, 5.0, rescale(1.0))(Z, T)
     half = cfg(conditional, reference, 5.0, rescale(0.5))(Z, T)
-    assert torch.allclose(std(full), std(conditional.answer))
+    assert torch.allclose(std(full), std(conditional.z_hat))
     assert torch.allclose(half, (plain + full) / 2, atol=1e-6)
     assert torch.equal(cfg(conditional, reference, 5.0, rescale(0.0))(Z, T), plain)

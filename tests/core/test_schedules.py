@@ -1,4 +1,4 @@
-"""Schedules: derivatives, inverses, finite lambda, settings; and the random walk's exact moments."""
+"""Schedules: derivatives, inverses, finite log-SNR, settings; and the random walk's exact moments."""
 
 import json
 
@@ -20,7 +20,7 @@ def build(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_derivatives(name):
     schedule, h = build(name), 1e-6
-    t = torch.linspace(0.05, 0.95, 37, dtype=torch.float64) + 1e-4  # between the knots of the table
+    t = torch.linspace(0.05, 0.95, 37, dtype=torch.float64) + 1e-4  # between the entries of the table
     for value, slope in [(schedule.alpha, schedule.dalpha), (schedule.sigma, schedule.dsigma)]:
         difference = (value(t + h) - value(t - h)) / (2 * h)
         assert torch.allclose(slope(t), difference, rtol=1e-5, atol=1e-7)
@@ -32,8 +32,8 @@ def test_derivatives(name):
 def test_inverse(name):
     schedule = build(name)
     t = torch.linspace(0.001, 0.999, 997, dtype=torch.float64)
-    assert torch.allclose(schedule.inverse(schedule.logsnr(t)), t, atol=1e-9)
-    ends = schedule.inverse(torch.tensor([60.0, -60.0]))
+    assert torch.allclose(schedule.inverse_logsnr(schedule.logsnr(t)), t, atol=1e-9)
+    ends = schedule.inverse_logsnr(torch.tensor([60.0, -60.0]))
     assert ends[0] < 1e-3 and ends[1] > 1 - 1e-3
 
 
@@ -51,7 +51,7 @@ def test_shape_dtype_and_order(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_settings_build_it_again(name):
+def test_settings_rebuild_the_schedule(name):
     schedule = build(name)
     again = make_schedule(**json.loads(json.dumps(schedule.settings())))
     assert again == schedule and torch.equal(again.sigma(0.37), schedule.sigma(0.37))
@@ -63,7 +63,7 @@ def test_variance_preserving(name):
     assert torch.allclose(alpha**2 + sigma**2, torch.ones(101, dtype=torch.float64), atol=1e-12)
 
 
-def test_table_is_its_betas():
+def test_table_matches_its_betas():
     alphas_cumprod = torch.cumprod(1 - torch.tensor(BETAS, dtype=torch.float64), 0)
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     assert torch.allclose(build("table").alpha(t) ** 2, alphas_cumprod, rtol=1e-10)
@@ -76,7 +76,7 @@ def test_linear_is_the_limit_of_its_table():
     assert torch.allclose(fine.alpha(t), make_schedule("linear").alpha(t), atol=1e-3)
 
 
-def test_mistakes():
+def test_errors_suggest_the_nearest_name():
     with pytest.raises(ValueError, match=r"'cosin'.*did you mean 'cosine'"):
         make_schedule("cosin")
     with pytest.raises(ValueError, match=r"'sigma_mx'.*did you mean 'sigma_max'"):
@@ -94,76 +94,76 @@ def randn(generator):
     return torch.randn(N, generator=generator, dtype=torch.float64)
 
 
-def walked(data, generator):
-    """Data, and where the walk took it."""
+def random_walk(data, generator):
+    """The walk, data, and data after all steps of the walk."""
     walk = make_schedule("walk", steps=STEPS, tau=TAU)
-    z_0 = data.draw(N, generator)
+    z_0 = data.sample(N, generator)
     z = z_0
     for _ in range(STEPS):
-        z = walk.forward(z, randn(generator))
+        z = walk.forward_step(z, randn(generator))
     return walk, z_0, z
 
 
-def near(z, mean, variance):
+def assert_moments(z, mean, variance):
     """Within four standard errors of a mean and a variance."""
     assert abs(float(z.mean()) - mean) < 4 * (variance / N) ** 0.5
     assert abs(float(z.var()) - variance) < 4 * variance * (2 / N) ** 0.5
 
 
 def test_walk_moments():
-    """The mean stays and the variance grows by tau a step: N(m_0, sigma_0^2 + T tau), as the schedule says too."""
-    walk, z_0, z = walked(GAUSSIAN, torch.Generator().manual_seed(0))
-    near(z_0, 0.4, 0.49)
-    near(z, 0.4, 0.49 + STEPS * TAU)
+    """The mean stays and the variance grows by tau per step: N(m_0, sigma_0^2 + T tau), as in the schedule."""
+    walk, z_0, z = random_walk(GAUSSIAN, torch.Generator().manual_seed(0))
+    assert_moments(z_0, 0.4, 0.49)
+    assert_moments(z, 0.4, 0.49 + STEPS * TAU)
     assert GAUSSIAN.moments(walk, 1.0) == pytest.approx((0.4, 0.49 + STEPS * TAU))
     k = torch.arange(STEPS + 1, dtype=torch.float64)
     assert torch.allclose(walk.sigma(k / STEPS) ** 2, k * TAU)
     assert torch.equal(walk.alpha(k / STEPS), torch.ones_like(k))
 
 
-def test_naive_reverse_walks_on():
-    """Subtracting the very noise returns exactly; subtracting fresh noise adds T tau once more."""
+def test_naive_reverse_adds_variance():
+    """Subtracting the same noise returns exactly; subtracting new noise adds another T tau of variance."""
     generator = torch.Generator().manual_seed(1)
-    walk, z_0, z_end = walked(GAUSSIAN, generator)
+    walk, z_0, z_end = random_walk(GAUSSIAN, generator)
     z = z_end
     for _ in range(STEPS):
-        z = walk.reverse(z, torch.zeros_like(z), -randn(generator))
-    near(z, 0.4, 0.49 + 2 * STEPS * TAU)
-    draws = [randn(generator) for _ in range(STEPS)]
+        z = walk.reverse_step(z, torch.zeros_like(z), -randn(generator))
+    assert_moments(z, 0.4, 0.49 + 2 * STEPS * TAU)
+    noises = [randn(generator) for _ in range(STEPS)]
     z = z_0
-    for w in draws:
-        z = walk.forward(z, w)
-    for w in reversed(draws):
-        z = walk.reverse(z, torch.zeros_like(z), -w)
+    for w in noises:
+        z = walk.forward_step(z, w)
+    for w in reversed(noises):
+        z = walk.reverse_step(z, torch.zeros_like(z), -w)
     assert torch.allclose(z, z_0, atol=1e-12)
 
 
 @pytest.mark.parametrize("data", [GAUSSIAN, TWO_MODES], ids=["gaussian", "two_modes"])
-@pytest.mark.parametrize("noisy", [True, False])
-def test_learned_reverse_returns(data, noisy):
-    """With the score, the reverse ends at the data: exactly the recursion's variance, and the data's distribution."""
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_reverse_with_score_returns_to_the_data(data, stochastic):
+    """With the score, the reverse process has the variance of the recursion and the distribution of the data."""
     generator = torch.Generator().manual_seed(2)
-    walk, _, z = walked(data, generator)
+    walk, _, z = random_walk(data, generator)
     denoise, variance = data.denoise(walk), data.moments(walk, 1.0)[1]
     for k in range(STEPS, 0, -1):
         score = (denoise(z, torch.tensor(k / STEPS)) - z) / (k * TAU)
-        z = walk.reverse(z, score, randn(generator) if noisy else None)
+        z = walk.reverse_step(z, score, randn(generator) if stochastic else None)
         v = data.moments(walk, k / STEPS)[1]
-        variance = (1 - TAU / v) ** 2 * variance + TAU if noisy else (1 - TAU / (2 * v)) ** 2 * variance
-    if data is GAUSSIAN:  # linear: mean and variance have a recursion of their own
-        near(z, 0.4, variance)
-    mean, wanted = data.moments(walk, 0.0)
-    assert abs(float(z.mean()) - mean) < 0.02 and abs(float(z.var()) - wanted) < 0.12 * wanted
+        variance = (1 - TAU / v) ** 2 * variance + TAU if stochastic else (1 - TAU / (2 * v)) ** 2 * variance
+    if data is GAUSSIAN:  # linear: mean and variance follow a recursion
+        assert_moments(z, 0.4, variance)
+    mean, expected = data.moments(walk, 0.0)
+    assert abs(float(z.mean()) - mean) < 0.02 and abs(float(z.var()) - expected) < 0.12 * expected
     levels = data.cdf(walk, 0.0, z).sort().values
     assert (levels - torch.linspace(0, 1, N)).abs().max() < 0.05
 
 
-def test_ancestral_sampler_is_the_reverse_walk():
-    """ddpm along the walk takes the learned reverse's mean, and noise of the posterior's variance."""
+def test_ancestral_sampler_equals_the_reverse_walk():
+    """ddpm on the walk has the mean of the reverse step and the variance of the posterior."""
     walk, k = make_schedule("walk", steps=STEPS, tau=TAU), 7
     t, z, w = torch.tensor(k / STEPS, dtype=torch.float64), torch.randn(9, dtype=torch.float64), torch.randn(9)
     denoise = TWO_MODES.denoise(walk)
     score = (denoise(z, t) - z) / (k * TAU)
     got = sample(denoise, walk, z, torch.stack([t, t - 1 / STEPS]), "ddpm", lambda: w)
-    assert torch.allclose(got, walk.reverse(z, score, w * ((k - 1) / k) ** 0.5), atol=1e-10)
+    assert torch.allclose(got, walk.reverse_step(z, score, w * ((k - 1) / k) ** 0.5), atol=1e-10)
     assert time_grid(walk, STEPS)[1] == 1 - 1 / STEPS

@@ -1,4 +1,4 @@
-"""Distances against closed forms, outside implementations and hand-counted toys."""
+"""Distances against closed forms, other implementations and examples counted by hand."""
 
 import numpy as np
 import pytest
@@ -14,11 +14,10 @@ from sfumato.metrics.distances import (
     kernel_distance,
     memorisation,
     moments,
-    nearest,
+    nearest_distances,
     precision_recall,
-    psnr,
-    ssim,
 )
+from sfumato.modalities.image.metrics import psnr, ssim
 
 
 def normal(*shape, seed=0):
@@ -26,12 +25,12 @@ def normal(*shape, seed=0):
 
 
 def test_moments_of_a_stream_equal_those_of_the_whole():
-    x = 1e4 + normal(3000, 7)  # a large mean must not eat the covariance's digits
+    x = 1e4 + normal(3000, 7)  # a large mean must not cost the covariance its digits
     whole, parts = moments(x), moments(x.split(251))
     assert whole.count == parts.count == 3000
-    for found in (whole, parts):
-        assert torch.allclose(found.mean, x.double().mean(0), rtol=1e-12)
-        assert torch.allclose(found.cov, torch.cov(x.double().T), atol=1e-9)
+    for result in (whole, parts):
+        assert torch.allclose(result.mean, x.double().mean(0), rtol=1e-12)
+        assert torch.allclose(result.cov, torch.cov(x.double().T), atol=1e-9)
     with pytest.raises(ValueError, match="2 vectors"):
         moments(x[:1])
 
@@ -53,14 +52,14 @@ def test_frechet_of_full_covariances_equals_the_matrix_square_root():
 
 def test_frechet_ignores_rotations_and_survives_singular_covariances():
     a, b = normal(300, 10), 1.5 * normal(300, 10, seed=1) + 0.3
-    turn = torch.linalg.qr(normal(10, 10, seed=2).double())[0]
-    assert frechet(a.double() @ turn, b.double() @ turn) == pytest.approx(frechet(a, b), rel=1e-9)
+    rotation = torch.linalg.qr(normal(10, 10, seed=2).double())[0]
+    assert frechet(a.double() @ rotation, b.double() @ rotation) == pytest.approx(frechet(a, b), rel=1e-9)
     few = normal(5, 40)
     assert frechet(few, few) == pytest.approx(0, abs=1e-5)
     assert frechet(few, few + 1) == pytest.approx(40, rel=1e-5)
 
 
-def test_kernel_distance_is_unbiased_and_sees_a_shift():
+def test_kernel_distance_is_unbiased_and_detects_a_shift():
     same = [kernel_distance(normal(200, 8, seed=2 * s), normal(200, 8, seed=2 * s + 1)) for s in range(60)]
     error = np.std(same) / np.sqrt(len(same))
     assert abs(np.mean(same)) < 3.5 * error
@@ -78,7 +77,7 @@ def test_kernel_distance_by_hand_and_in_blocks():
     assert kernel_distance(x, y, block=100) == pytest.approx(kernel_distance(x, y), abs=0.1)
 
 
-def test_coverage_and_density_of_a_toy_line():
+def test_density_and_coverage_by_hand():
     real = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0], [12.0]])  # k = 1: every ball has radius 1
     fake = torch.tensor([[0.5], [1.5], [100.0]])
     # balls of 0 and 1 hold 0.5; those of 1 and 2 hold 1.5; the three on the right hold nothing
@@ -87,7 +86,7 @@ def test_coverage_and_density_of_a_toy_line():
     assert density == pytest.approx(4 / 3)
 
 
-def test_precision_and_recall_of_a_toy_line():
+def test_precision_and_recall_by_hand():
     real = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0], [12.0]])
     fake = torch.tensor([[0.1], [1.1], [2.1], [50.0]])  # a dropped mode and one outlier whose ball has radius 47.9
     precision, recall = precision_recall(real, fake, k=1)
@@ -96,35 +95,35 @@ def test_precision_and_recall_of_a_toy_line():
     assert precision_recall(real, fake[:3], k=1) == (1.0, pytest.approx(3 / 6))
 
 
-def test_equal_distributions_are_covered_and_a_collapsed_one_is_not():
+def test_samples_of_the_same_distribution_cover_it_and_collapsed_ones_do_not():
     real, same, collapsed = normal(600, 5), normal(600, 5, seed=1), 0.05 * normal(600, 5, seed=2)
     assert density_coverage(real, same)[1] > 0.9 > 0.2 > density_coverage(real, collapsed)[1]
     precision, recall = precision_recall(real, collapsed)
     assert precision > 0.95 and recall < 0.1
 
 
-def test_blocks_do_not_change_the_numbers(monkeypatch):
+def test_the_block_size_does_not_change_the_result(monkeypatch):
     real, fake = normal(200, 6), normal(150, 6, seed=1)
-    whole = (density_coverage(real, fake), precision_recall(real, fake), nearest(fake, real))
-    monkeypatch.setattr(distances, "BLOCK", 700)  # three rows at a time
+    whole = (density_coverage(real, fake), precision_recall(real, fake), nearest_distances(fake, real))
+    monkeypatch.setattr(distances, "BLOCK_ELEMENTS", 700)  # three rows at once
     assert density_coverage(real, fake) == whole[0]
     assert precision_recall(real, fake) == whole[1]
-    assert torch.equal(nearest(fake, real), whole[2])
+    assert torch.equal(nearest_distances(fake, real), whole[2])
 
 
-def test_a_distance_block_stays_bounded():
+def test_blocks_of_distances_are_bounded():
     a, b = normal(5000, 2), normal(50_000, 2, seed=1)
     sizes = [square.numel() for _, square in distances._blocks(a, b)]
-    assert sum(sizes) == 5000 * 50_000 and max(sizes) <= distances.BLOCK
+    assert sum(sizes) == 5000 * 50_000 and max(sizes) <= distances.BLOCK_ELEMENTS
 
 
-def test_nearest_is_exactly_zero_for_copies_and_right_otherwise():
+def test_nearest_distances_are_exactly_zero_for_copies_and_right_otherwise():
     a, b = 100 + normal(50, 30), 100 + normal(80, 30, seed=1)
-    assert torch.allclose(nearest(a, b), torch.cdist(a.double(), b.double()).min(1).values.float(), rtol=1e-3)
-    assert (nearest(b[:20], b) == 0).all()
+    assert torch.allclose(nearest_distances(a, b), torch.cdist(a.double(), b.double()).min(1).values.float(), rtol=1e-3)
+    assert (nearest_distances(b[:20], b) == 0).all()
 
 
-def test_memorisation_flags_copies_and_not_fresh_samples():
+def test_memorisation_finds_copies_and_not_new_samples():
     train, held, fresh = normal(2000, 16), normal(500, 16, seed=1), normal(500, 16, seed=2)
     good = memorisation(fresh, train, held)
     assert good["novelty"] == pytest.approx(1, abs=0.05) and good["copies"] < 0.04

@@ -7,10 +7,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sfumato.errors import UserError
-from sfumato.metrics import Samples, cached_network, classifier_extractor, extract, find_inception, reference
+from sfumato.metrics import cached_network, classifier_extractor, extract, reference
 from sfumato.metrics import features as features_module
-from sfumato.metrics.features import INCEPTION_ENV, inception_extractor
-from sfumato.metrics.inception import Inception
+from sfumato.modalities.image.inception import INCEPTION_ENV, Inception, find_inception, inception_extractor
+from sfumato.modalities.image.metrics import GeneratedImages
 
 
 class Net(nn.Module):
@@ -26,10 +26,10 @@ class Net(nn.Module):
 
 @pytest.fixture
 def data():
-    return Samples(torch.randn(1300, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    return GeneratedImages(torch.randn(1300, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
 
 
-def test_the_extractors_name_follows_its_weights(data):
+def test_the_name_of_an_extractor_depends_on_its_weights(data):
     first, again, other = (classifier_extractor(lambda s=s: Net(s)) for s in (0, 0, 1))
     assert first.name == again.name != other.name
     assert first.name.startswith("classifier-")
@@ -48,20 +48,20 @@ def test_reference_statistics_are_cached_by_content_and_extractor(data, tmp_path
             return x.flatten(1)[:, :5]
 
     extractor = Counting()
-    first = reference(data, extractor, tmp_path, most=700)
+    first = reference(data, extractor, tmp_path, max_sample=700)
     assert sum(calls) == 1300 and first.sample.shape == (700, 5)
-    again = reference(data, extractor, tmp_path, most=700)
+    again = reference(data, extractor, tmp_path, max_sample=700)
     assert sum(calls) == 1300
     assert torch.equal(first.sample, again.sample) and torch.equal(first.moments.cov, again.moments.cov)
     assert torch.allclose(first.moments.mean, data.x.flatten(1)[:, :5].double().mean(0))
-    reference(data.subset(torch.arange(1000)), extractor, tmp_path, most=700)
+    reference(data.subset(torch.arange(1000)), extractor, tmp_path, max_sample=700)
     assert sum(calls) == 2300
     extractor.name = "counting-2"
-    reference(data, extractor, tmp_path, most=700)
+    reference(data, extractor, tmp_path, max_sample=700)
     assert sum(calls) == 3600
 
 
-def test_a_cached_network_is_trained_once_and_a_foreign_file_is_not_used(tmp_path):
+def test_a_cached_network_is_trained_once_and_an_unfit_file_is_not_used(tmp_path):
     trained = []
 
     def train():
@@ -79,7 +79,7 @@ def test_a_cached_network_is_trained_once_and_a_foreign_file_is_not_used(tmp_pat
     assert trained == [1, 1, 1]
 
 
-def test_a_cache_that_cannot_be_written_loses_nothing(data, tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_no_error(data, tmp_path, monkeypatch):
     def full(state, path):
         path.write_bytes(b"half")
         raise SafetensorError("StorageFull")
@@ -91,7 +91,7 @@ def test_a_cache_that_cannot_be_written_loses_nothing(data, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_cache_is_none(data, tmp_path):
+def test_a_damaged_cache_is_ignored(data, tmp_path):
     extractor = classifier_extractor(Net)
     first = reference(data, extractor, tmp_path)
     (path,) = tmp_path.iterdir()
@@ -110,7 +110,7 @@ def test_inception_has_the_published_shape_and_runs():
     assert features.shape == (2, 2048) and features.isfinite().all() and (features >= 0).all()
 
 
-def test_inception_weights_are_found_checked_and_named(tmp_path, monkeypatch):
+def test_inception_weights_are_found_and_checked_and_name_the_extractor(tmp_path, monkeypatch):
     monkeypatch.delenv(INCEPTION_ENV, raising=False)
     assert find_inception(tmp_path) is None and find_inception() is None
     path = tmp_path / "pt_inception-2015-12-05.safetensors"

@@ -1,18 +1,18 @@
-"""What is the transformer's own: patches, positions, condition tokens, layouts, skips."""
+"""Only for the transformer: patches, positions, condition tokens, layouts, skips."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from sfumato.nn import DiT
-from sfumato.nn.blocks import rotary_angles, rotate
 from sfumato.nn.dit import patchify, unpatchify
+from sfumato.nn.layers import rotary_angles, rotate
 from sfumato.types import Cond
 
 
 def net(shape: tuple[int, ...], **settings: object) -> DiT:
     torch.manual_seed(0)
-    net = DiT(shape, **({"width": 32, "depth": 2, "heads": 2, "embed": 16} | settings))  # pyright: ignore
+    net = DiT(shape, **({"width": 32, "depth": 2, "heads": 2, "embedding_dim": 16} | settings))  # pyright: ignore
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -20,7 +20,7 @@ def net(shape: tuple[int, ...], **settings: object) -> DiT:
 
 
 @pytest.mark.parametrize(("shape", "patch"), [((3, 9), (2,)), ((2, 6, 5), (2, 3)), ((1, 3, 4, 5), (2, 2, 2))])
-def test_patches_are_cut_and_joined_again(shape: tuple[int, ...], patch: tuple[int, ...]) -> None:
+def test_unpatchify_inverts_patchify(shape: tuple[int, ...], patch: tuple[int, ...]) -> None:
     x = torch.randn(2, *shape)
     h, grid = patchify(x, patch)
     assert h.shape[1] == torch.tensor(grid).prod()
@@ -47,20 +47,20 @@ def test_rotary_products_depend_on_the_offset_alone() -> None:
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned", "both"])
-def test_places_are_told_apart(positions: str) -> None:
+def test_positions_are_distinguished(positions: str) -> None:
     z = torch.ones(1, 2, 4, 4)
-    z[0, :, 0, 0] = 2  # rotary positions alone see offsets, so something has to stand out
+    z[0, :, 0, 0] = 2  # rotary positions give offsets only, so one position needs to differ
     out = net((2, 4, 4), patch=1, positions=positions)(z, torch.zeros(1, 1))
     assert (out[0, :, 1, 2] - out[0, :, 3, 1]).abs().max() > 1e-4
 
 
-def test_without_any_position_order_would_not_matter() -> None:
-    """The negative of the test above: with rotary angles of zero the same two places agree."""
+def test_without_positions_order_does_not_matter() -> None:
+    """The counterpart of the test above: with rotary angles of zero the same two positions agree."""
     z = torch.ones(1, 2, 4, 4)
     z[0, :, 0, 0] = 2
-    blind = net((2, 4, 4), patch=1, positions="rope")
-    blind.theta = 0.0
-    out = blind(z, torch.zeros(1, 1))
+    no_positions = net((2, 4, 4), patch=1, positions="rope")
+    no_positions.theta = 0.0
+    out = no_positions(z, torch.zeros(1, 1))
     assert torch.allclose(out[0, :, 1, 2], out[0, :, 3, 1], atol=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_condition_tokens_matter_and_masked_ones_do_not(per_token: bool) -> None
     assert (out - model(z, clocks)).abs().max() > 1e-3
 
 
-def test_clocks_of_masked_places_influence_nothing() -> None:
+def test_clocks_of_masked_positions_have_no_effect() -> None:
     z, clocks, cond = torch.randn(2, 3, 8), torch.randn(2, 8, 1), Cond(tokens=tokens(4))
     mask = (torch.arange(8) < 5).expand(2, -1)
     model = net((3, 8), token_dim=5, patch=1)
@@ -94,14 +94,14 @@ def test_clocks_of_masked_places_influence_nothing() -> None:
     assert (out - model(z, clocks + 0.1, cond, mask))[..., :5].abs().max() > 1e-4
 
 
-def test_a_patch_takes_the_clock_of_its_first_place() -> None:
+def test_a_patch_takes_the_clock_of_its_first_position() -> None:
     z, clocks = torch.randn(2, 3, 5, 4), torch.randn(2, 20, 1)
     model = net((3, 5, 4), patch=2)
     first = clocks.reshape(2, 5, 4, 1)[:, ::2, ::2].flatten(1, 2)
     assert torch.allclose(model(z, clocks), model(z, first), atol=1e-6)
 
 
-def test_channels_may_come_last() -> None:
+def test_channels_last_equals_channels_first() -> None:
     z, clocks = torch.randn(2, 3, 8), torch.randn(2, 1)
     first, last = net((3, 8)), net((8, 3), channels_last=True)
     last.load_state_dict(first.state_dict())
@@ -112,8 +112,8 @@ def test_skips_carry_the_first_half_to_the_second() -> None:
     z, clocks = torch.randn(2, 3, 8), torch.randn(2, 1)
     model = net((3, 8), depth=5, skips=True)
     assert [block.skip is not None for block in model.blocks] == [False, False, False, True, True]
-    seen: dict[int, list[Tensor]] = {}
+    recorded: dict[int, list[Tensor]] = {}
     for i, block in enumerate(model.blocks):
-        block.register_forward_hook(lambda _, args, out, i=i: seen.update({i: [args[4], out]}))
+        block.register_forward_hook(lambda _, args, out, i=i: recorded.update({i: [args[4], out]}))
     model(z, clocks)
-    assert seen[3][0] is seen[1][1] and seen[4][0] is seen[0][1]
+    assert recorded[3][0] is recorded[1][1] and recorded[4][0] is recorded[0][1]

@@ -1,4 +1,4 @@
-"""What every network must do: shapes, zero at the start, gradients, precision, masks, clocks, learning."""
+"""All networks: shapes, zero output at the start, gradients, precision, masks, clocks, learning."""
 
 from collections.abc import Callable
 
@@ -13,15 +13,15 @@ from sfumato.types import Cond
 
 SHAPES = [(6,), (3, 9), (2, 4, 4), (2, 7, 5), (1, 1, 1), (2, 3, 4, 5)]
 SMALL: dict[str, dict[str, object]] = {
-    "mlp": {"width": 32, "depth": 2, "embed": 16},
-    "dit": {"width": 32, "depth": 3, "heads": 2, "embed": 16, "skips": True},
-    "unet": {"width": 16, "depth": 1, "heads": 2, "embed": 16, "multipliers": (1, 2)},
+    "mlp": {"width": 32, "depth": 2, "embedding_dim": 16},
+    "dit": {"width": 32, "depth": 3, "heads": 2, "embedding_dim": 16, "skips": True},
+    "unet": {"width": 16, "depth": 1, "heads": 2, "embedding_dim": 16, "multipliers": (1, 2)},
 }
 names = pytest.mark.parametrize("name", list(NETS))
 
 
 def small(name: str, shape: tuple[int, ...], cond_dim: int = 3, seed: int = 0, **settings: object) -> nn.Module:
-    """A small network, moved off its zeros, as after some training."""
+    """A small network whose zero weights are perturbed, as after some training."""
     torch.manual_seed(seed)
     net = make_net(name, latent_shape=shape, cond_dim=cond_dim, **(SMALL[name] | settings))
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_output_has_the_shape_of_the_input(name: str, shape: tuple[int, ...]) ->
 
 
 @names
-def test_fresh_network_answers_zero(name: str) -> None:
+def test_new_network_outputs_zero(name: str) -> None:
     z, clocks, cond = inputs((2, 5, 4))
     net = make_net(name, latent_shape=(2, 5, 4), cond_dim=3, **SMALL[name])
     assert torch.equal(net(z, clocks, cond), torch.zeros_like(z))
@@ -69,15 +69,15 @@ def test_gradients_reach_every_parameter(name: str) -> None:
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, key
 
 
-def test_a_gated_perceptron_has_as_many_weights_and_multiplies() -> None:
-    plain, gated = (ResMLP((6,), width=96, depth=2, gated=gated) for gated in (False, True))
+def test_swiglu_mlp_has_as_many_weights_and_multiplies() -> None:
+    plain, gated = (ResMLP((6,), width=96, depth=2, swiglu=gated) for gated in (False, True))
     sizes = [sum(p.numel() for p in net.parameters()) for net in (plain, gated)]
     assert abs(sizes[1] / sizes[0] - 1) < 0.01
     block, off, on = gated.blocks[0], torch.zeros(1, 96), torch.ones(1, 96)
     torch.nn.init.zeros_(block.up.bias[64:])  # type: ignore[arg-type, index]
     torch.nn.init.zeros_(block.up.weight[64:])  # type: ignore[arg-type, index]
     x = torch.randn(1, 96)
-    torch.testing.assert_close(block(x, off, off, on), x + block.down.bias)  # one factor is nothing: so is the product
+    torch.testing.assert_close(block(x, off, off, on), x + block.down.bias)  # one factor is zero, so the product is too
 
 
 def test_every_block_of_the_mlp_has_its_own_modulation() -> None:
@@ -131,13 +131,13 @@ def test_bf16_autocast_is_close_to_float32(name: str) -> None:
     net = small(name, (2, 8, 8))
     exact = net(z, clocks, cond)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = net(z, clocks, cond)
-    assert rough.dtype == torch.bfloat16
-    assert (rough.float() - exact).norm() < 0.03 * exact.norm()
+        low_precision = net(z, clocks, cond)
+    assert low_precision.dtype == torch.bfloat16
+    assert (low_precision.float() - exact).norm() < 0.03 * exact.norm()
 
 
 @names
-def test_saved_and_loaded_weights_answer_the_same(name: str, tmp_path) -> None:
+def test_saved_and_loaded_weights_give_equal_outputs(name: str, tmp_path) -> None:
     z, clocks, cond = inputs((2, 5, 4))
     net, other = small(name, (2, 5, 4)), small(name, (2, 5, 4), seed=5)
     assert not torch.equal(net(z, clocks, cond), other(z, clocks, cond))
@@ -148,7 +148,7 @@ def test_saved_and_loaded_weights_answer_the_same(name: str, tmp_path) -> None:
 
 @names
 @pytest.mark.parametrize("shape", [(2, 11), (2, 5, 4), (12,)])
-def test_masked_places_influence_nothing(name: str, shape: tuple[int, ...]) -> None:
+def test_masked_positions_have_no_effect(name: str, shape: tuple[int, ...]) -> None:
     z, clocks, cond = inputs(shape)
     net = small(name, shape, **({"patch": 2} if name == "dit" else {}))
     grid = shape[1:] or shape
@@ -180,7 +180,7 @@ def test_a_full_mask_changes_nothing(name: str) -> None:
 
 
 @names
-def test_equal_clocks_at_all_places_equal_one_clock(name: str) -> None:
+def test_equal_clocks_at_all_positions_equal_one_clock(name: str) -> None:
     z, _, cond = inputs((2, 5, 4))
     clocks = torch.randn(2, 2)
     net = small(name, (2, 5, 4), clocks=2, **({"segments": 20} if name == "mlp" else {}))
@@ -219,7 +219,7 @@ def test_overfits_one_batch(name: str) -> None:
 
 
 @names
-def test_learns_what_only_the_clock_and_the_condition_tell(name: str) -> None:
+def test_learns_from_clock_and_condition_alone(name: str) -> None:
     torch.manual_seed(0)
     clocks, vector = torch.randn(16, 1), torch.randn(16, 3)
     z = torch.zeros(16, 2, 4, 4)
@@ -246,7 +246,7 @@ def test_sizes_grow(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda: make_net("dot", latent_shape=(4, 8, 8)), "'dit'"),
         (lambda: make_net("mlp", latent_shape=(4,), widht=3), "'width'"),
@@ -258,12 +258,12 @@ def test_sizes_grow(name: str) -> None:
         (lambda: UNet((4, 8, 8), width=30, heads=4), "width=30"),
     ],
 )
-def test_wrong_settings_are_named(call: Callable[[], object], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_errors_name_wrong_settings(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         call()
 
 
-def test_unexpected_conditions_are_caught() -> None:
+def test_unexpected_conditions_raise() -> None:
     z, clocks, cond = inputs((2, 4, 4))
     with pytest.raises(AssertionError, match="cond_dim"):
         ResMLP((2, 4, 4), width=8, depth=1)(z, clocks, cond)

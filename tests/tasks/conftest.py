@@ -1,32 +1,35 @@
-"""A small model of 8x8 digits with random weights, and a network that judges quickly."""
+"""A small model of 8x8 digits with random weights, and an evaluator that trains quickly."""
 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from sfumato.modality import judge
-from sfumato.model import Card, Model
+from sfumato.modalities.base import Modality
+from sfumato.modalities.image import evaluator
+from sfumato.modalities.image.modality import ImageModality
+from sfumato.model import Model, ModelConfig
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of these tests' own, and few steps for the networks that judge."""
+def quick_evaluator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A separate cache, and few training steps for the evaluator."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SFUMATO_CACHE", str(folder))
         patch.delenv("SFUMATO_INCEPTION", raising=False)
-        patch.setattr(judge, "STEPS", 60)
+        patch.setattr(evaluator, "EVALUATOR_STEPS", 60)
         yield folder
 
 
-def new_model(classes: int = 10, shape: tuple[int, int, int] = (1, 8, 8), mode: str = "L") -> Model:
-    card = Card(
+def new_model(classes: int = 10, shape: tuple[int, int, int] = (1, 8, 8), spec: str = "L") -> Model:
+    config = ModelConfig(
         modality="image",
         shape=shape,
-        mode=mode,
+        spec=spec,
         label_names=[str(k) for k in range(classes)],
         codec={"shape": list(shape), "downsample": 4, "channels": 3, "width": 16},
         conditioner={"name": "label", "classes": classes, "dim": 16} if classes else {"name": "none"},
@@ -37,19 +40,27 @@ def new_model(classes: int = 10, shape: tuple[int, int, int] = (1, 8, 8), mode: 
         },
         sample={"sampler": "heun", "steps": 4, "guidance": 1.5 if classes else 1.0},
     )
-    model = Model(card)
+    model = Model(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for part in model.parts.values():
-            for weight in part.parameters():  # new networks give zeros, and would not tell labels apart
+            for weight in part.parameters():  # new networks output zeros, whatever the label
                 weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
     return model.eval()
 
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Model]:
-    """Makes a model from (classes, shape, mode)."""
+    """Builds a model from (classes, shape, spec)."""
     return new_model
+
+
+@pytest.fixture
+def sound() -> Modality[Any]:
+    """A modality with the methods of images, but without mixins: it has no masks, animations, classes or conditions."""
+    constants = ("codec_class", "codec_share", "preview_items", "min_items", "example_output")
+    members = {name: getattr(ImageModality, name) for name in (*Modality.__abstractmethods__, *constants)}
+    return type("SoundModality", (Modality,), members | {"name": "sound"})()
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +70,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="session")
 def run(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the model, with what its run recorded of how it read its data."""
+    """The folder of the model, with the recorded settings of its data."""
     folder = tmp_path_factory.mktemp("run")
     model.save(folder)
     data = {"resolution": 8, "mode": "L", "label_from": "class([0-9])"}

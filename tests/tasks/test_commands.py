@@ -1,4 +1,4 @@
-"""The commands that change given items, as typed: what is printed, where it lands, and what a mistake costs."""
+"""The tasks as commands: what is printed and written, and errors in one line."""
 
 import json
 from pathlib import Path
@@ -9,23 +9,24 @@ from click.testing import CliRunner
 from PIL import Image
 
 from sfumato.apps import cli
-from sfumato.data import read_images, write_images
+from sfumato.modalities.image.read import read_images
+from sfumato.modalities.image.write import write_images
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two digits, `in`, and two masks."""
-    place = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("folder")
     data = read_images("digits")[0]
-    write_images(place / "in", data.batch([0, 1]).data, [{"label": 0}, {"label": 1}])
-    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(place / "mask.png")
-    Image.fromarray(np.zeros((9, 8), np.uint8)).save(place / "tall.png")
-    return place
+    write_images(folder / "in", data.batch([0, 1]).data, [{"label": 0}, {"label": 1}])
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(folder / "mask.png")
+    Image.fromarray(np.zeros((9, 8), np.uint8)).save(folder / "tall.png")
+    return folder
 
 
-def invoke(run: Path, place: Path, line: str) -> tuple[int, str, str]:
-    """Exit code and what was printed; RUN and PLACE stand for folders."""
-    words = [word.replace("PLACE", str(place)).replace("RUN", str(run)) for word in line.split()]
+def invoke(run: Path, folder: Path, line: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command; RUN and DIR stand for folders."""
+    words = [word.replace("DIR", str(folder)).replace("RUN", str(run)) for word in line.split()]
     done = CliRunner().invoke(cli.app, [*words, "--quiet", "--device", "cpu"])
     return done.exit_code, done.stdout, done.stderr
 
@@ -33,53 +34,53 @@ def invoke(run: Path, place: Path, line: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     ("line", "count"),
     [
-        ("edit RUN PLACE/in --out PLACE/1 --label 7 --strength 0.4", 2),
-        ("edit RUN PLACE/in/000001.png --out PLACE/2 --method invert --steps 3 --own-label 1 --label 7", 1),
-        ("inpaint RUN PLACE/in --mask PLACE/mask.png --out PLACE/3 --steps 2", 2),
-        ("outpaint RUN PLACE/in --left 3 --bottom 5 --out PLACE/8 --steps 2", 2),
-        ("inpaint RUN PLACE/in --mask PLACE/mask.png --invert-mask --method repaint --out PLACE/4 --steps 2", 2),
-        ("interpolate RUN --out PLACE/5 -n 3", 3),
+        ("edit RUN DIR/in --out DIR/1 --label 7 --strength 0.4", 2),
+        ("edit RUN DIR/in/000001.png --out DIR/2 --method invert --steps 3 --source-label 1 --label 7", 1),
+        ("inpaint RUN DIR/in --mask DIR/mask.png --out DIR/3 --steps 2", 2),
+        ("outpaint RUN DIR/in --left 3 --bottom 5 --out DIR/8 --steps 2", 2),
+        ("inpaint RUN DIR/in --mask DIR/mask.png --invert-mask --method repaint --out DIR/4 --steps 2", 2),
+        ("interpolate RUN --out DIR/5 -n 3", 3),
         (
-            "interpolate RUN PLACE/in/000001.png 4 --out PLACE/6 -n 2 --steps 3 --path latent --animation PLACE/6.webp",
+            "interpolate RUN DIR/in/000001.png 4 --out DIR/6 -n 2 --steps 3 --path latent --animation DIR/6.webp",
             2,
         ),
     ],
 )
-def test_what_one_command_writes_the_next_one_reads(run: Path, place: Path, line: str, count: int):
-    code, out, error = invoke(run, place, line + " --json")
+def test_one_command_reads_the_output_of_another(run: Path, folder: Path, line: str, count: int):
+    code, out, error = invoke(run, folder, line + " --json")
     assert (code, error) == (0, "")
-    told = json.loads(out)
-    assert told["items"] == count and len(read_images(told["out"])[0]) == count
-    code, out, error = invoke(run, place, f"edit RUN {told['out']} --strength 0 --out {told['out']}-again")
+    report = json.loads(out)
+    assert report["items"] == count and len(read_images(report["out"])[0]) == count
+    code, out, error = invoke(run, folder, f"edit RUN {report['out']} --strength 0 --out {report['out']}-again")
     assert code == 0, error
 
 
 @pytest.mark.parametrize(
-    ("line", "code", "said"),
+    ("line", "code", "message"),
     [
-        ("edit RUN PLACE/in --out PLACE/x --strength 2", 2, "strength must be between 0 and 1, not 2"),
-        ("edit RUN PLACE/in --out PLACE/x --label zebra", 2, "label 'zebra' is unknown"),
-        ("edit RUN PLACE/nothing --out PLACE/x", 2, "PLACE/nothing: no such file"),
-        ("inpaint RUN PLACE/in --mask PLACE/tall.png --out PLACE/x", 1, "PLACE/tall.png: the mask tall.png is 8x9"),
-        ("outpaint RUN PLACE/in --out PLACE/x", 2, "nothing to add: say how many pixels with --left"),
-        ("outpaint RUN PLACE/in --left -1 --out PLACE/x", 2, "--left must be at least 0, not -1"),
-        ("inpaint RUN PLACE/in --mask PLACE/none.png --out PLACE/x", 2, "PLACE/none.png: no such mask"),
-        ("interpolate RUN 0 PLACE/in --out PLACE/x", 1, "PLACE/in: holds 2 items"),
-        ("interpolate RUN --out PLACE/x --animation x.avi", 2, "x.avi: an animation's name"),
-        ("interpolate PLACE/in --out PLACE/x", 2, "no model in"),
+        ("edit RUN DIR/in --out DIR/x --strength 2", 2, "strength must be between 0 and 1, not 2"),
+        ("edit RUN DIR/in --out DIR/x --label zebra", 2, "label 'zebra' is unknown"),
+        ("edit RUN DIR/nothing --out DIR/x", 2, "DIR/nothing: no such file"),
+        ("inpaint RUN DIR/in --mask DIR/tall.png --out DIR/x", 1, "DIR/tall.png: the mask tall.png is 8x9"),
+        ("outpaint RUN DIR/in --out DIR/x", 2, "nothing to add: give a number of pixels with --left"),
+        ("outpaint RUN DIR/in --left -1 --out DIR/x", 2, "--left must be at least 0, not -1"),
+        ("inpaint RUN DIR/in --mask DIR/none.png --out DIR/x", 2, "DIR/none.png: no such mask"),
+        ("interpolate RUN 0 DIR/in --out DIR/x", 1, "DIR/in: holds 2 items"),
+        ("interpolate RUN --out DIR/x --animation x.avi", 2, "x.avi: an animation's name"),
+        ("interpolate DIR/in --out DIR/x", 2, "no model in"),
     ],
 )
-def test_mistakes_are_one_line(run: Path, place: Path, line: str, code: int, said: str):
-    found, out, error = invoke(run, place, line)
+def test_mistakes_are_one_line(run: Path, folder: Path, line: str, code: int, message: str):
+    found, out, error = invoke(run, folder, line)
     assert (found, out, error.count("\n")) == (code, "", 1)
-    assert error.startswith("sfumato: " + said.replace("PLACE", str(place))) and not (place / "x").exists()
+    assert error.startswith("sfumato: " + message.replace("DIR", str(folder))) and not (folder / "x").exists()
 
 
-def test_what_must_be_said(run: Path, place: Path):
+def test_required_arguments(run: Path, folder: Path):
     for line in (
-        "edit RUN PLACE/in",
+        "edit RUN DIR/in",
         "interpolate RUN",
-        "inpaint RUN PLACE/in --out PLACE/x",
-        "edit RUN --out PLACE/x",
+        "inpaint RUN DIR/in --out DIR/x",
+        "edit RUN --out DIR/x",
     ):
-        assert invoke(run, place, line)[0] == 2
+        assert invoke(run, folder, line)[0] == 2

@@ -1,4 +1,4 @@
-"""Editing: strength, labels and inversion; the same whatever the batch; mistakes in one line."""
+"""Editing: strength, labels and inversion; independence of the batch; errors in one line."""
 
 import json
 from collections.abc import Callable
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfumato.core import prior, sample, time_grid
-from sfumato.data import read_images, write_images
+from sfumato.core import initial_noise, sample, time_grid
 from sfumato.errors import UserError
+from sfumato.modalities.image.read import read_images
+from sfumato.modalities.image.write import write_images
 from sfumato.model import Model
 from sfumato.tasks.edit import edit
 from sfumato.tasks.generate import generate
@@ -32,48 +33,55 @@ def x(digits: Path) -> torch.Tensor:
     return read_images(digits)[0].batch(range(6)).data
 
 
-def test_strength_goes_from_the_codec_to_all_noise(model: Model, digits: Path, x: torch.Tensor):
+def test_strength_goes_from_the_codec_to_pure_noise(model: Model, digits: Path, x: torch.Tensor):
     codec = model.autoencode(x).clamp(-1, 1)
-    made = [edit(model, digits, strength=s, guidance=1.0).items for s in (0, 0.05, 0.3, 1)]
-    assert torch.allclose(made[0], codec, **CLOSE)
-    away = [float((items - codec).abs().mean()) for items in made]
-    assert away == sorted(away) and away[3] > 5 * away[1] > 0
-    how = replace(model.sampling, guidance=1.0)
+    edited = [edit(model, digits, strength=s, guidance=1.0).items for s in (0, 0.05, 0.3, 1)]
+    assert torch.allclose(edited[0], codec, **CLOSE)
+    distances = [float((items - codec).abs().mean()) for items in edited]
+    assert distances == sorted(distances) and distances[3] > 5 * distances[1] > 0
+    sampling = replace(model.sampling, guidance=1.0)
     labels, schedule = read_images(digits)[0].batch(range(6)).label, model.denoiser.schedule
-    grid, draw = time_grid(schedule, how.steps, how.grid), model.noise(range(6), 0, "edit")
-    z = sample(model.denoise(labels, 6, how), schedule, prior(schedule, draw), grid, model.rule(labels, 6, how), draw)
-    assert torch.allclose(made[3], model.decode(z).clamp(-1, 1), **CLOSE)  # nothing of x is left, the noise is item i's
+    grid, noise = time_grid(schedule, sampling.steps, sampling.grid), model.noise(range(6), 0, "edit")
+    z = sample(
+        model.denoise(labels, 6, sampling),
+        schedule,
+        initial_noise(schedule, noise),
+        grid,
+        model.step_rule(labels, 6, sampling),
+        noise,
+    )
+    assert torch.allclose(edited[3], model.decode(z).clamp(-1, 1), **CLOSE)  # x is gone; the noise is that of item i
 
 
-def test_noise_is_not_what_generate_makes_the_same_items_of(model: Model, digits: Path):
-    """Given again the noise it was made of, a generated item would come back as if nothing had been asked."""
-    how = {"label": "3", "guidance": 1.0, "seed": 2}
-    made, edited = generate(model, n=6, **how).items, edit(model, digits, strength=1, **how).items
-    assert not torch.allclose(made, edited, atol=1e-2)
+def test_noise_differs_from_that_of_generate(model: Model, digits: Path):
+    """With its original noise, a generated item would come back unchanged."""
+    settings = {"label": "3", "guidance": 1.0, "seed": 2}
+    generated, edited = generate(model, n=6, **settings).items, edit(model, digits, strength=1, **settings).items
+    assert not torch.allclose(generated, edited, atol=1e-2)
 
 
 @pytest.mark.parametrize("method", ["noise", "invert"])
 def test_an_item_is_the_same_whatever_the_batch(model: Model, digits: Path, method: str):
     settings = {"method": method, "steps": 6, "label": "3", "seed": 2}
     whole, parts = (edit(model, digits, batch=batch, **settings) for batch in (64, 4))
-    assert torch.allclose(whole.items, parts.items, **CLOSE) and len(whole.rows) == 6
+    assert torch.allclose(whole.items, parts.items, **CLOSE) and len(whole.metadata) == 6
     other = edit(model, digits, **(settings | {"label": "4"})).items
     assert not torch.allclose(whole.items, other, atol=1e-2)
     assert torch.allclose(whole.items, edit(model, digits, **(settings | {"seed": 3})).items) == (method == "invert")
 
 
-def test_inverted_and_regenerated_under_its_own_label_an_item_comes_back(model: Model, digits: Path, x: torch.Tensor):
+def test_inversion_reproduces_items_under_their_own_label(model: Model, digits: Path, x: torch.Tensor):
     result = edit(model, digits, method="invert", guidance=1.5)
     assert torch.allclose(result.items, model.autoencode(x).clamp(-1, 1), atol=2e-3)
-    assert result.facts["steps"] == 50 and 0 < result.facts["inversion_error"] <= 1e-3
-    assert max(row["inversion_error"] for row in result.rows) <= 1e-3
+    assert result.statistics["steps"] == 50 and 0 < result.statistics["inversion_error"] <= 1e-3
+    assert max(row["inversion_error"] for row in result.metadata) <= 1e-3
 
 
 def test_what_is_written(model: Model, digits: Path, tmp_path: Path):
-    told: list[tuple] = []
-    edit(model, digits, out=tmp_path / "out", label="7", batch=4, progress=lambda *facts: told.append(facts))
+    reports: list[tuple] = []
+    edit(model, digits, out=tmp_path / "out", label="7", batch=4, progress=lambda *report: reports.append(report))
     data, _ = read_images(tmp_path / "out")
-    assert len(data) == 6 and data.label_names == ["7"] and told == [("edit", 4, 6), ("edit", 6, 6)]
+    assert len(data) == 6 and data.label_names == ["7"] and reports == [("edit", 4, 6), ("edit", 6, 6)]
     rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert [row["source_label"] for row in rows] == [0, 1, 2, 3, 4, 5]
     assert rows[2]["source"] == "000002.png" and rows[0]["strength"] == 0.6 and rows[0]["method"] == "noise"
@@ -81,10 +89,10 @@ def test_what_is_written(model: Model, digits: Path, tmp_path: Path):
 
 
 def test_one_file_without_a_label(model: Model, digits: Path):
-    one = edit(model, digits / "000003.png", method="invert", steps=4, own_label="3", label="5")
-    assert one.items.shape == (1, 1, 8, 8) and one.rows[0]["label"] == 5
-    unsaid = edit(model, digits / "000003.png", method="invert", steps=4, label="5")
-    assert not torch.allclose(one.items, unsaid.items, atol=1e-3)
+    labelled = edit(model, digits / "000003.png", method="invert", steps=4, source_label="3", label="5")
+    assert labelled.items.shape == (1, 1, 8, 8) and labelled.metadata[0]["label"] == 5
+    unlabelled = edit(model, digits / "000003.png", method="invert", steps=4, label="5")
+    assert not torch.allclose(labelled.items, unlabelled.items, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -93,17 +101,17 @@ def test_one_file_without_a_label(model: Model, digits: Path):
         ({"strength": 1.5}, "strength must be between 0 and 1, not 1.5"),
         ({"strength": -0.1}, "strength must be between 0 and 1"),
         ({"label": "zebra"}, "zebra.*unknown to the model"),
-        ({"own_label": "zebra"}, "zebra.*unknown to the model"),
+        ({"source_label": "zebra"}, "zebra.*unknown to the model"),
         ({"method": "magic"}, "unknown method 'magic'"),
-        ({"method": "invert", "sampler": "ddpm"}, "--sampler is for --method noise"),
+        ({"method": "invert", "sampler": "ddpm"}, "--sampler applies only to --method noise"),
         ({"sampler": "huen"}, "did you mean 'heun'"),
         ({"steps": 0}, "--steps must be at least 1"),
     ],
 )
 def test_wrong_settings(model: Model, digits: Path, tmp_path: Path, settings: dict, message: str):
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as error:
         edit(model, digits, out=tmp_path / "out", **settings)
-    assert told.value.code == 2 and "\n" not in str(told.value) and list(tmp_path.iterdir()) == []
+    assert error.value.code == 2 and "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
 def test_wrong_sources(model: Model, make_model: Callable[..., Model], digits: Path, tmp_path: Path):
@@ -121,7 +129,7 @@ def test_wrong_sources(model: Model, make_model: Callable[..., Model], digits: P
         edit(model, tmp_path / "strange")
     with pytest.raises(UserError, match="trained without labels"):
         edit(make_model(0), digits, label="3")
-    assert len(edit(make_model(0), digits).rows) == 6  # labels that the model has no use for do no harm
+    assert len(edit(make_model(0), digits).metadata) == 6  # a model without classes ignores labels
 
 
 def test_a_model_of_another_modality(make_model: Callable[..., Model], tmp_path: Path):
@@ -130,20 +138,20 @@ def test_a_model_of_another_modality(make_model: Callable[..., Model], tmp_path:
         edit(make_model(), tmp_path / "people.csv")
 
 
-def test_without_strength_inversion_is_the_codec_alone(model: Model, digits: Path, x: torch.Tensor):
+def test_inversion_at_strength_0_is_the_codec_alone(model: Model, digits: Path, x: torch.Tensor):
     result = edit(model, digits, method="invert", strength=0, label="3")
-    assert result.facts["sampler"] == "heun"
+    assert result.statistics["sampler"] == "heun"
     assert torch.allclose(result.items, model.autoencode(x).clamp(-1, 1), **CLOSE)
-    assert result.facts["inversion_error"] == 0
+    assert result.statistics["inversion_error"] == 0
 
 
-def test_noise_asks_nothing_of_what_items_were(model: Model, digits: Path, tmp_path: Path):
-    """Classes that the model does not know are no hindrance to a new label, unless they have to be inverted."""
+def test_method_noise_ignores_the_labels_of_the_source(model: Model, digits: Path, tmp_path: Path):
+    """Unknown classes are allowed with a new label, except for inversion."""
     data, _ = read_images(digits)
     folder = write_images(
         tmp_path / "in", data.batch(range(6)).data, [{"label": "tree"}] * 3 + [{"label": "house"}] * 3
     )
-    rows = edit(model, folder, label="3").rows
+    rows = edit(model, folder, label="3").metadata
     assert [(row["label"], row["source_label"]) for row in rows] == [(3, "tree")] * 3 + [(3, "house")] * 3
     with pytest.raises(UserError, match=r"tree|house"):
         edit(model, folder, label="3", method="invert")
@@ -153,5 +161,5 @@ def test_items_without_a_label_stay_without_one(model: Model, digits: Path, tmp_
     data, _ = read_images(digits)
     rows = [{"label": 0}, {"label": 1}, {}, {}]
     folder = write_images(tmp_path / "in", data.batch(range(4)).data, rows)
-    assert [row.get("label") for row in edit(model, folder).rows] == [0, 1, None, None]
-    assert [row.get("sampler") for row in edit(model, folder, sampler="euler").rows] == ["euler"] * 4
+    assert [row.get("label") for row in edit(model, folder).metadata] == [0, 1, None, None]
+    assert [row.get("sampler") for row in edit(model, folder, sampler="euler").metadata] == ["euler"] * 4

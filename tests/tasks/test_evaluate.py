@@ -1,4 +1,4 @@
-"""What `evaluate` says of samples whose quality is known: real ones, copies, noise, one image again and again."""
+"""`evaluate` on samples of known quality: real ones, copies, noise, a repeated image."""
 
 import json
 import subprocess
@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from sfumato.data import Data, read_source, write_images
 from sfumato.errors import UserError
-from sfumato.modality import judge
+from sfumato.modalities.image import evaluator as evaluators
+from sfumato.modalities.image.dataset import ImageDataset
+from sfumato.modalities.image.read import read_source
+from sfumato.modalities.image.write import write_images
 from sfumato.model import Model
-from sfumato.tasks import samples
+from sfumato.tasks import evaluation
 from sfumato.tasks.evaluate import evaluate
 from sfumato.tasks.generate import generate
 
@@ -22,7 +24,7 @@ FLOORED = ("fd", "kd", "precision", "recall", "density", "coverage", "novelty", 
 
 
 @pytest.fixture(scope="module")
-def parts() -> tuple[Data, Data]:
+def parts() -> tuple[ImageDataset, ImageDataset]:
     return read_source("digits")
 
 
@@ -31,22 +33,22 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes images (N, C, H, W) and perhaps labels as a folder of samples."""
+    """Writes images (N, C, H, W) and optional labels as a folder of samples."""
 
-    def samples(x: torch.Tensor, labels: object = None, name: str = "samples") -> Path:
+    def write_samples(x: torch.Tensor, labels: object = None, name: str = "samples") -> Path:
         rows = None if labels is None else [{"label": int(k)} for k in labels]
         return write_images(tmp_path / name, x, rows)
 
-    return samples
+    return write_samples
 
 
-def everything(data: Data) -> torch.Tensor:
+def all_items(data: ImageDataset) -> torch.Tensor:
     return data.batch(range(len(data))).data
 
 
-def test_real_images_reach_the_floors(parts: tuple[Data, Data], write: Write):
+def test_real_images_reach_the_floors(parts: tuple[ImageDataset, ImageDataset], write: Write):
     _, held = parts
-    report = evaluate(write(everything(held), held.labels), "digits")
+    report = evaluate(write(all_items(held), held.labels), "digits")
     assert report["n"] == report["n_floor"] == report["n_held"] == len(held) and report["n_train"] == len(parts[0])
     assert abs(report["fd"] - report["fd_floor"]) < 1e-3 * report["fd_floor"]
     assert report["accuracy"] == report["accuracy_floor"] > 0.8
@@ -57,16 +59,16 @@ def test_real_images_reach_the_floors(parts: tuple[Data, Data], write: Write):
     assert json.loads(json.dumps(report)) == report
 
 
-def test_copies_of_training_images_are_flagged(parts: tuple[Data, Data], write: Write):
+def test_copies_of_training_images_are_flagged(parts: tuple[ImageDataset, ImageDataset], write: Write):
     train, held = parts
-    some = train.subset(np.arange(0, len(train), 10))
-    report = evaluate(write(everything(some), some.labels), "digits")
+    copies = train.subset(np.arange(0, len(train), 10))
+    report = evaluate(write(all_items(copies), copies.labels), "digits")
     assert report["novelty"] < 0.01 and report["copies"] == 1 and report["memorised"] is True
-    mixed = torch.cat([everything(some)[:60], everything(held)[:120]])
+    mixed = torch.cat([all_items(copies)[:60], all_items(held)[:120]])
     assert evaluate(write(mixed, name="mixed"), "digits")["memorised"] is True
 
 
-def test_noise_is_far_worse(parts: tuple[Data, Data], write: Write):
+def test_noise_is_far_worse(parts: tuple[ImageDataset, ImageDataset], write: Write):
     noise = torch.rand(180, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     report = evaluate(write(noise, torch.arange(180) % 10), "digits")
     assert report["fd"] > 10 * report["fd_floor"] and report["kd"] > abs(report["kd_floor"])
@@ -74,116 +76,120 @@ def test_noise_is_far_worse(parts: tuple[Data, Data], write: Write):
     assert report["accuracy"] < 0.3 and report["memorised"] is False
 
 
-def test_one_image_again_and_again_covers_nothing(parts: tuple[Data, Data], write: Write):
-    report = evaluate(write(everything(parts[1])[:1].expand(100, -1, -1, -1)), "digits")
+def test_a_repeated_image_covers_nothing(parts: tuple[ImageDataset, ImageDataset], write: Write):
+    report = evaluate(write(all_items(parts[1])[:1].expand(100, -1, -1, -1)), "digits")
     assert report["coverage"] < 0.1 and report["recall"] < 0.1 and report["fd"] > 5 * report["fd_floor"]
-    assert "accuracy" not in report  # they have no labels
+    assert "accuracy" not in report  # no labels
 
 
-def test_wrong_labels_are_seen(parts: tuple[Data, Data], write: Write):
+def test_wrong_labels_are_detected(parts: tuple[ImageDataset, ImageDataset], write: Write):
     held = parts[1]
-    assert evaluate(write(everything(held), (held.labels + 1) % 10), "digits")["accuracy"] < 0.1
+    assert evaluate(write(all_items(held), (held.labels + 1) % 10), "digits")["accuracy"] < 0.1
 
 
-def test_foreign_labels_are_left_out_and_said(parts: tuple[Data, Data], write: Write):
-    folder = write(everything(parts[1]), parts[1].labels + 5)
+def test_unknown_labels_are_left_out_and_reported(parts: tuple[ImageDataset, ImageDataset], write: Write):
+    folder = write(all_items(parts[1]), parts[1].labels + 5)
     report = evaluate(folder, "digits")
     assert "accuracy" not in report and "no accuracy" in report["notes"][0]
-    with pytest.raises(UserError, match=r"has labels that digits has not, and --cas needs them"):
+    with pytest.raises(UserError, match=r"has labels that digits does not have; --cas needs labels"):
         evaluate(folder, "digits", cas=True)
 
 
-def test_classes_are_matched_by_name(parts: tuple[Data, Data], write: Write):
-    held = parts[1].subset(np.flatnonzero(parts[1].labels >= 5))  # in their folder, class 5 is the first
-    assert evaluate(write(everything(held), held.labels), "digits")["accuracy"] > 0.8
+def test_classes_are_matched_by_name(parts: tuple[ImageDataset, ImageDataset], write: Write):
+    held = parts[1].subset(np.flatnonzero(parts[1].labels >= 5))  # in their folder, class 5 comes first
+    assert evaluate(write(all_items(held), held.labels), "digits")["accuracy"] > 0.8
 
 
-def test_training_on_the_samples(parts: tuple[Data, Data], write: Write):
+def test_training_on_the_samples(parts: tuple[ImageDataset, ImageDataset], write: Write):
     train = parts[0].subset(np.arange(400))
-    good = evaluate(write(everything(train), train.labels), "digits", cas=True)
+    good = evaluate(write(all_items(train), train.labels), "digits", cas=True)
     assert good["cas"] > 0.7 and abs(good["cas"] - good["cas_floor"]) < 0.1
-    wrong = evaluate(write(everything(train), (train.labels + 1) % 10, "wrong"), "digits", cas=True)
+    wrong = evaluate(write(all_items(train), (train.labels + 1) % 10, "wrong"), "digits", cas=True)
     assert wrong["cas"] < 0.1 and wrong["cas_floor"] == good["cas_floor"]
 
 
-def test_a_file_is_judged_as_a_folder_is(parts: tuple[Data, Data], write: Write, tmp_path: Path):
+def test_a_file_is_evaluated_like_a_folder(parts: tuple[ImageDataset, ImageDataset], write: Write, tmp_path: Path):
     held = parts[1]
-    folder = write(everything(held), held.labels)
+    folder = write(all_items(held), held.labels)
     np.savez(tmp_path / "samples.npz", images=held.pixels[..., 0], labels=held.labels)
-    reports = [evaluate(target, "digits") for target in (folder, tmp_path / "samples.npz")]
+    reports = [evaluate(samples, "digits") for samples in (folder, tmp_path / "samples.npz")]
     for report in reports:
-        del report["target"], report["seconds"]
+        del report["model"], report["seconds"]
     assert reports[0] == reports[1]
 
 
-def test_a_part_of_the_samples(parts: tuple[Data, Data], write: Write):
-    folder = write(everything(parts[1]))
+def test_a_part_of_the_samples(parts: tuple[ImageDataset, ImageDataset], write: Write):
+    folder = write(all_items(parts[1]))
     assert evaluate(folder, "digits", n=50)["n"] == 50
     assert evaluate(folder, "digits", n=10**6)["n"] == len(parts[1])
 
 
-def test_a_model_is_judged_as_what_it_writes(model: Model, tmp_path: Path):
-    told: list[tuple] = []
-    report = evaluate(model, "digits", n=60, batch=64, progress=lambda *facts: told.append(facts))
+def test_a_model_is_evaluated_as_what_it_writes(model: Model, tmp_path: Path):
+    reports: list[tuple] = []
+    report = evaluate(model, "digits", n=60, batch=64, progress=lambda *report: reports.append(report))
     generate(model, n=60, out=tmp_path / "samples")
     written = evaluate(tmp_path / "samples", "digits")
-    assert report["target"] == "the model" and report["n"] == 60
+    assert report["model"] == "the model" and report["n"] == 60
     assert report["fd"] == pytest.approx(written["fd"], rel=1e-3) and report["accuracy"] == written["accuracy"]
     assert set(report) - set(written) == {"codec_n", "codec_psnr", "codec_ssim", "codec_l1", "codec_rfd"}
     assert report["codec_n"] == 180 and 0 < report["codec_psnr"] < 40 and report["codec_rfd"] > 0
-    assert ("generate", 60, 60) in told and told[-1] == ("measure", 1, 1)
+    assert ("generate", 60, 60) in reports and reports[-1] == ("measure", 1, 1)
 
 
-def test_how_many_a_model_makes(model: Model, monkeypatch: pytest.MonkeyPatch):
-    asked: list[int] = []
+def test_how_many_items_are_generated(model: Model, monkeypatch: pytest.MonkeyPatch):
+    counts: list[int] = []
 
     def stop(model: Model, n: int, *rest: object) -> None:
-        asked.append(n)
+        counts.append(n)
         raise UserError("enough")
 
-    monkeypatch.setattr(samples, "draw_samples", stop)
+    monkeypatch.setattr(evaluation, "draw_samples", stop)
     for n in (None, 30):
         with pytest.raises(UserError, match="enough"):
             evaluate(model, "digits", n=n)
-    assert asked == [1_000, 30]
+    assert counts == [1_000, 30]
 
 
-def test_without_classes(make_model: Callable[..., Model], parts: tuple[Data, Data], tmp_path: Path):
+def test_without_classes(make_model: Callable[..., Model], parts: tuple[ImageDataset, ImageDataset], tmp_path: Path):
     train, _ = parts
-    some = everything(train.subset(np.arange(200)))
-    source = write_images(tmp_path / "source", some)
-    report = evaluate(write_images(tmp_path / "samples", some[:50], [{"label": 1}] * 50), source)
+    items = all_items(train.subset(np.arange(200)))
+    source = write_images(tmp_path / "source", items)
+    report = evaluate(write_images(tmp_path / "samples", items[:50], [{"label": 1}] * 50), source)
     assert report["extractor"].startswith("orientation-classifier-") and "accuracy" not in report
-    with pytest.raises(UserError, match="source: has no classes, and --cas needs them"):
+    with pytest.raises(UserError, match="source: has no classes, which --cas needs"):
         evaluate(make_model(), source, cas=True)
-    with pytest.raises(UserError, match="the model: has no labels, and --cas needs them"):
+    with pytest.raises(UserError, match="the model: has no labels; --cas needs labels"):
         evaluate(make_model(0), "digits", cas=True)
 
 
-def test_labels_that_are_open_are_left_out(parts: tuple[Data, Data], write: Write, tmp_path: Path):
+def test_unlabelled_items_are_left_out(parts: tuple[ImageDataset, ImageDataset], write: Write, tmp_path: Path):
     train, held = parts
     rows = [{"label": int(k)} if i % 3 else {} for i, k in enumerate(train.labels)]
-    source = write_images(tmp_path / "source" / "train", everything(train), rows).parent
+    source = write_images(tmp_path / "source" / "train", all_items(train), rows).parent
     write_images(
-        source / "test", everything(held), [{"label": int(k)} if i % 2 else {} for i, k in enumerate(held.labels)]
+        source / "test", all_items(held), [{"label": int(k)} if i % 2 else {} for i, k in enumerate(held.labels)]
     )
-    report = evaluate(write(everything(held), held.labels), source, cas=True)
+    report = evaluate(write(all_items(held), held.labels), source, cas=True)
     assert report["accuracy"] > 0.8 and report["accuracy_floor"] > 0.8 and report["cas_floor"] > 0.5
 
 
-def test_held_out_items_without_labels_have_no_accuracy(parts: tuple[Data, Data], write: Write, tmp_path: Path):
+def test_held_out_items_without_labels_have_no_accuracy(
+    parts: tuple[ImageDataset, ImageDataset], write: Write, tmp_path: Path
+):
     train, held = parts
     arrays = {"x_train": train.pixels[..., 0], "y_train": train.labels, "x_test": held.pixels[..., 0]}
     np.savez(tmp_path / "source.npz", **arrays)
-    report = evaluate(write(everything(held), held.labels), tmp_path / "source.npz")
+    report = evaluate(write(all_items(held), held.labels), tmp_path / "source.npz")
     assert report["fd"] >= 0 and not any(name.startswith("accuracy") for name in report)
-    assert "has no labels" in message(write(everything(held), held.labels, "b"), tmp_path / "source.npz", cas=True)
+    assert "has no labels" in message(write(all_items(held), held.labels, "b"), tmp_path / "source.npz", cas=True)
 
 
-def test_the_judge_is_trained_once(parts: tuple[Data, Data], write: Write, monkeypatch: pytest.MonkeyPatch):
-    folder = write(everything(parts[1]))
+def test_the_evaluator_is_trained_once(
+    parts: tuple[ImageDataset, ImageDataset], write: Write, monkeypatch: pytest.MonkeyPatch
+):
+    folder = write(all_items(parts[1]))
     first = evaluate(folder, "digits")
-    monkeypatch.setattr(judge, "fit_classifier", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(evaluators, "fit_classifier", lambda *a, **k: pytest.fail("trained again"))
     again = evaluate(folder, "digits")
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
 
@@ -192,31 +198,31 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "file"))
     train, _ = read_source("digits")
-    monkeypatch.setattr(judge, "STEPS", 2)
-    one = judge.ImageJudge(train, "cpu")
-    assert one.cache is None and one.extractor(everything(train)[:3]).shape[0] == 3
+    monkeypatch.setattr(evaluators, "EVALUATOR_STEPS", 2)
+    evaluator = evaluators.ImageEvaluator(train, "cpu")
+    assert evaluators.network_cache() is None and evaluator.extractor(all_items(train)[:3]).shape[0] == 3
 
 
-def test_too_small_to_be_judged(tmp_path: Path):
+def test_images_that_are_too_small(tmp_path: Path):
     x = torch.rand(20, 1, 4, 4) * 2 - 1
-    with pytest.raises(UserError, match="4x4 pixels are too small to be judged"):
+    with pytest.raises(UserError, match="4x4 pixels are too small to evaluate"):
         evaluate(write_images(tmp_path / "a", x), write_images(tmp_path / "b", x))
 
 
-def message(target: Path, source: object = "digits", **settings: object) -> str:
-    with pytest.raises(UserError) as told:
-        evaluate(target, source, **settings)
-    assert "\n" not in str(told.value) and told.value.code in (1, 2)
-    return str(told.value)
+def message(model: Path, source: object = "digits", **settings: object) -> str:
+    with pytest.raises(UserError) as error:
+        evaluate(model, source, **settings)
+    assert "\n" not in str(error.value) and error.value.code in (1, 2)
+    return str(error.value)
 
 
-def test_bad_samples(model: Model, parts: tuple[Data, Data], write: Write, tmp_path: Path):
+def test_bad_samples(model: Model, parts: tuple[ImageDataset, ImageDataset], write: Write, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     assert "no images here" in message(tmp_path / "empty")
     assert "no such file or folder" in message(tmp_path / "nowhere")
-    assert "only 1 sample" in message(write(everything(parts[1])[:1], name="one"))
+    assert "only 1 sample" in message(write(all_items(parts[1])[:1], name="one"))
     assert "its images are 6x10 RGB, but those of digits are 8x8 L" in message(write(torch.zeros(4, 3, 10, 6)))
-    assert "has no labels, and --cas needs them" in message(write(everything(parts[1]), name="plain"), cas=True)
+    assert "has no labels; --cas needs labels" in message(write(all_items(parts[1]), name="plain"), cas=True)
     assert "-n must be at least 2" in message(model, n=1)
 
 
@@ -224,7 +230,7 @@ def test_a_model_of_other_images(make_model: Callable[..., Model]):
     assert "the model: its images are 8x8 RGB, but those of digits" in message(make_model(0, (3, 8, 8), "RGB"))
 
 
-def test_a_run_that_is_not_finished(tmp_path: Path):
+def test_an_unfinished_run(tmp_path: Path):
     (tmp_path / "run.json").write_text("{}")
     assert "not finished" in message(tmp_path)
 
@@ -232,9 +238,9 @@ def test_a_run_that_is_not_finished(tmp_path: Path):
 def test_the_source_is_read_as_the_run_read_it(run: Path, tmp_path: Path):
     x = torch.rand(30, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
     folder = write_images(tmp_path / "source", x)
-    assert "--label-from" in message(run, folder)  # it stands in run.json, and these names have no such label
+    assert "--label-from" in message(run, folder)  # recorded in run.json, and these names have no such label
     report = evaluate(run, folder, n=20, overrides=["data.label_from=null"])
-    assert report["n_train"] == 27 and report["n_held"] == 3 and report["target"] == str(run)
+    assert report["n_train"] == 27 and report["n_held"] == 3 and report["model"] == str(run)
 
 
 def test_a_source_with_too_few_held_out(tmp_path: Path):
@@ -243,8 +249,21 @@ def test_a_source_with_too_few_held_out(tmp_path: Path):
     assert "only 1 held-out item" in message(folder, folder)
 
 
-@pytest.mark.parametrize("task", ["evaluate", "generate", "reconstruct"])
-def test_a_tasks_module_loads_nothing_heavy(task: str):
+TASKS = (
+    "augment",
+    "edit",
+    "evaluate",
+    "generate",
+    "inpaint",
+    "interpolate",
+    "outpaint",
+    "reconstruct",
+    "transfer.task",
+)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_task_modules_load_nothing_heavy(task: str):
     heavy = "{'torch', 'numpy', 'PIL', 'pydantic', 'accelerate'}"
     code = f"import sys; import sfumato.tasks.{task}; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

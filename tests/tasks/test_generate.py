@@ -1,4 +1,4 @@
-"""New items: the same whatever the batch, n or the number of processes; even in their classes; readable again."""
+"""Generation: independent of the batch, n and the number of processes; balanced classes; readable output."""
 
 import json
 import os
@@ -12,22 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from sfumato.data import BUILTINS, cache, read_images
-from sfumato.data.write import to_pixels
+from sfumato import distributed
+from sfumato.data import cache
 from sfumato.errors import UserError
+from sfumato.modalities.image.builtin import BUILTINS
+from sfumato.modalities.image.read import read_images
+from sfumato.modalities.image.write import to_pixels
 from sfumato.model import Model, find_class
-from sfumato.tasks import common
-from sfumato.tasks.common import Collected, label_values
 from sfumato.tasks.generate import generate
+from sfumato.tasks.inputs import ItemBuffer
 
 CLOSE = {"atol": 1e-4, "rtol": 0.0}
 
 
 def first_noise(model: Model, items: list[int]) -> torch.Tensor:
-    """What the denoiser is handed at t = 1."""
+    """The input of the denoiser at t = 1."""
     seen: list[torch.Tensor] = []
     hook = model.denoiser.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
-    model.sample(items, model.labels_for(items, 0), seed=0)
+    model.sample(items, model.balanced_labels(items, 0), seed=0)
     hook.remove()
     return seen[0]
 
@@ -40,34 +42,36 @@ def test_the_noise_is_the_same_bit_for_bit(model: Model):
 
 
 @pytest.mark.parametrize("sampler", ["heun", "ddpm", "sde", "dpmpp_2m"])
-def test_an_item_is_the_same_whatever_is_made_beside_it(model: Model, sampler: str):
-    how = replace(model.sampling, sampler=sampler)
-    some = lambda items: model.decode(model.sample(items, model.labels_for(items, 3), seed=3, how=how))
-    whole = some(range(10))
-    halves = torch.cat([some(range(5)), some(range(5, 10))])
-    backwards = some(range(9, -1, -1)).flip(0)
+def test_an_item_does_not_depend_on_its_batch(model: Model, sampler: str):
+    sampling = replace(model.sampling, sampler=sampler)
+    generated = lambda items: model.decode(
+        model.sample(items, model.balanced_labels(items, 3), seed=3, sampling=sampling)
+    )
+    whole = generated(range(10))
+    halves = torch.cat([generated(range(5)), generated(range(5, 10))])
+    backwards = generated(range(9, -1, -1)).flip(0)
     assert torch.allclose(halves, whole, **CLOSE) and torch.allclose(backwards, whole, **CLOSE)
     assert not torch.allclose(whole[:5], whole[5:], **CLOSE)
-    other = model.decode(model.sample(range(10), model.labels_for(range(10), 3), seed=4, how=how))
+    other = model.decode(model.sample(range(10), model.balanced_labels(range(10), 3), seed=4, sampling=sampling))
     assert not torch.allclose(other, whole, atol=1e-2)
 
 
-def test_more_than_memory_holds_is_mapped(model: Model, monkeypatch: pytest.MonkeyPatch):
+def test_items_beyond_memory_are_mapped_from_disk(model: Model, monkeypatch: pytest.MonkeyPatch):
     whole = generate(model, n=10, batch=4)
-    asked: list[tuple[int, ...]] = []
+    sizes: list[tuple[int, ...]] = []
     monkeypatch.setattr(cache, "IN_MEMORY", 10)
     allocate = cache.allocate
-    monkeypatch.setattr(cache, "allocate", lambda shape, dtype: asked.append(shape) or allocate(shape, dtype))
+    monkeypatch.setattr(cache, "allocate", lambda shape, dtype: sizes.append(shape) or allocate(shape, dtype))
     assert torch.equal(generate(model, n=10, batch=4).items, whole.items)
-    assert asked == [(whole.items.nbytes,)]
+    assert sizes == [(whole.items.nbytes,)]
 
 
-def test_items_are_collected():
-    parts = Collected(5, (2,))
-    assert parts.items.shape == (0, 2)
+def test_batches_are_buffered():
+    buffer = ItemBuffer(5, (2,))
+    assert buffer.items.shape == (0, 2)
     for part in torch.arange(10.0, dtype=torch.float64).view(5, 2).split(2):
-        parts.append(part)
-    assert parts.items.dtype == torch.float64 and parts.items.flatten().tolist() == list(range(10))
+        buffer.append(part)
+    assert buffer.items.dtype == torch.float64 and buffer.items.flatten().tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("label", [None, "7"])
@@ -76,16 +80,16 @@ def test_items_do_not_depend_on_n_or_batch(model: Model, label: str | None):
     for n, batch in ((10, 3), (5, 64), (5, 1)):
         part = generate(model, n=n, batch=batch, label=label)
         assert torch.allclose(part.items, whole.items[:n], **CLOSE)
-        assert part.rows == whole.rows[:n]
+        assert part.metadata == whole.metadata[:n]
 
 
 def test_items_do_not_depend_on_the_number_of_processes(model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     whole = generate(model, n=10).items
-    monkeypatch.setattr(common, "gathered", lambda items, n: items)
+    monkeypatch.setattr(distributed, "gather", lambda items, n: items)
     for n, count in ((10, 2), (10, 3), (2, 3)):
         parts: list[torch.Tensor] = []
         for rank in range(count):
-            monkeypatch.setattr(common, "_process", lambda device="", mine=(rank, count): mine)
+            monkeypatch.setattr(distributed, "rank_and_size", lambda device="", pair=(rank, count): pair)
             out = tmp_path / f"{n}-{rank}-of-{count}" if rank else None  # only the first process writes
             parts.append(generate(model, n=n, out=out, sheet=out and out.with_suffix(".png")).items)
         assert torch.allclose(torch.cat(parts), whole[:n], **CLOSE)
@@ -98,66 +102,66 @@ def test_two_real_processes(run: Path, tmp_path: Path, n: int, count: int):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     words = ["-m", "sfumato", "generate", str(run), "-n", str(n), "--device", "cpu", "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for how, name in (([], "one"), (launch, "two")):
-        command = [sys.executable, *how, *words, "--out", str(tmp_path / name)]
+    for prefix, name in (([], "one"), (launch, "two")):
+        command = [sys.executable, *prefix, *words, "--out", str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("items") == 1
     (one, _), (two, _) = (read_images(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == n
-    assert np.abs(one.pixels.astype(int) - two.pixels).max() <= 1  # 1e-4 may fall on either side of a rounding
+    assert np.abs(one.pixels.astype(int) - two.pixels).max() <= 1  # a gap of 1e-4 may be rounded up or down
     assert (tmp_path / "one" / "metadata.jsonl").read_text() == (tmp_path / "two" / "metadata.jsonl").read_text()
 
 
-def test_classes_come_evenly_shuffled_and_whatever_n(model: Model):
-    labels = model.labels_for(range(100), 0)
+def test_classes_are_balanced_and_shuffled_whatever_n(model: Model):
+    labels = model.balanced_labels(range(100), 0)
     assert labels is not None
     assert torch.bincount(labels).tolist() == [10] * 10
-    assert torch.equal(torch.cat([model.labels_for([i], 0) for i in range(100)]), labels)
-    assert torch.equal(model.labels_for(range(37), 0), labels[:37])
+    assert torch.equal(torch.cat([model.balanced_labels([i], 0) for i in range(100)]), labels)
+    assert torch.equal(model.balanced_labels(range(37), 0), labels[:37])
     rounds = labels.view(10, 10)
     assert not torch.equal(rounds[0], torch.arange(10)) and not torch.equal(rounds[0], rounds[1])
-    assert not torch.equal(model.labels_for(range(100), 1), labels)
+    assert not torch.equal(model.balanced_labels(range(100), 1), labels)
 
 
-def test_bf16_is_close_and_taken_only_where_the_device_has_it(
+def test_bf16_is_close_and_used_only_if_the_device_supports_it(
     make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ):
     model = make_model()
     plain = generate(model, n=20).items
-    model.card.sample["precision"] = "bf16"
-    for there in (False, True):
-        monkeypatch.setattr("sfumato.model.has_bf16", lambda device, there=there: there)
+    model.config.sample["precision"] = "bf16"
+    for supported in (False, True):
+        monkeypatch.setattr("sfumato.model.has_bf16", lambda device, supported=supported: supported)
         items = generate(model, n=20).items
-        assert items.dtype == torch.float32 and torch.equal(items, plain) == (not there)
+        assert items.dtype == torch.float32 and torch.equal(items, plain) == (not supported)
     gap = (items - plain).abs()
     assert float(gap.mean()) < 0.01 and float(gap.max()) < 0.1
-    z = model.sample(range(20), model.labels_for(range(20), 0))
-    model.card.sample["precision"] = "fp32"
-    assert not torch.equal(model.sample(range(20), model.labels_for(range(20), 0)), z)  # the denoiser too
+    z = model.sample(range(20), model.balanced_labels(range(20), 0))
+    model.config.sample["precision"] = "fp32"
+    assert not torch.equal(model.sample(range(20), model.balanced_labels(range(20), 0)), z)  # the denoiser too
     assert not torch.equal(model.decode(z), items)  # and the decoder
 
 
 def test_label_and_guidance_matter(model: Model):
     three, seven = (generate(model, n=4, label=label) for label in ("3", "7"))
-    assert [row["label"] for row in three.rows] == [3] * 4
+    assert [row["label"] for row in three.metadata] == [3] * 4
     assert not torch.allclose(three.items, seven.items, atol=1e-2)
     assert not torch.allclose(three.items, generate(model, n=4, label="3", guidance=4.0).items, atol=1e-2)
-    free = (generate(model, n=4, label="3", guidance=0.0), generate(model, n=4, label="7", guidance=0.0))
-    assert torch.allclose(free[0].items, free[1].items, **CLOSE)  # weight 0 is the null condition
+    null = (generate(model, n=4, label="3", guidance=0.0), generate(model, n=4, label="7", guidance=0.0))
+    assert torch.allclose(null[0].items, null[1].items, **CLOSE)  # weight 0 is the null condition
 
 
-def test_what_is_written_is_read_again(model: Model, tmp_path: Path):
-    made = generate(model, n=12, out=tmp_path / "out", sheet=tmp_path / "sheets" / "s.png", seed=5)
+def test_written_items_are_read_back(model: Model, tmp_path: Path):
+    result = generate(model, n=12, out=tmp_path / "out", sheet=tmp_path / "sheets" / "s.png", seed=5)
     data, held = read_images(tmp_path / "out")
-    assert held is None and (data.shape, data.mode) == ((1, 8, 8), "L")
-    assert (data.pixels == to_pixels(made.items, "L")).all()
-    assert [data.label_names[k] for k in data.labels] == [str(row["label"]) for row in made.rows]
+    assert held is None and (data.shape, data.spec) == ((1, 8, 8), "L")
+    assert (data.pixels == to_pixels(result.items, "L")).all()
+    assert [data.label_names[k] for k in data.labels] == [str(row["label"]) for row in result.metadata]
     rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert [row["item"] for row in rows] == list(range(12)) and {row["seed"] for row in rows} == {5}
     assert {(row["sampler"], row["steps"], row["guidance"]) for row in rows} == {("heun", 4, 1.5)}
     assert (tmp_path / "sheets" / "s.png").is_file()
-    assert made.items.abs().max() <= 1 and made.summary()["items"] == 12
+    assert result.items.abs().max() <= 1 and result.summary()["items"] == 12
 
 
 @pytest.mark.parametrize(
@@ -166,32 +170,32 @@ def test_what_is_written_is_read_again(model: Model, tmp_path: Path):
         ({"label": "zebra"}, "zebra.*unknown to the model: it knows 0, 1"),
         ({"label": "10"}, "unknown to the model"),
         ({"sampler": "huen"}, "did you mean 'heun'"),
-        ({"autoguidance": 2.0}, "--autoguidance 2: this model has no weaker self"),
+        ({"autoguidance": 2.0}, "--autoguidance 2: this model was trained without a guide"),
         ({"n": 0}, "-n must be at least 1"),
         ({"steps": 0}, "--steps must be at least 1"),
         ({"batch": 0}, "--batch must be at least 1"),
     ],
 )
 def test_wrong_settings(model: Model, tmp_path: Path, settings: dict, message: str):
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as error:
         generate(model, out=tmp_path / "out", **settings)
-    assert told.value.code == 2 and "\n" not in str(told.value) and not (tmp_path / "out").exists()
+    assert error.value.code == 2 and "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_no_such_model(tmp_path: Path):
+def test_a_missing_model(tmp_path: Path):
     with pytest.raises(UserError, match="no model in"):
         generate(tmp_path / "nowhere")
 
 
 def refused(model: Model, out: Path, overwrite: bool = False) -> UserError:
-    """What is said of an output folder, before anything is computed."""
-    with pytest.raises(UserError) as told:
+    """The error for an output folder, before anything is computed."""
+    with pytest.raises(UserError) as error:
         generate(model, n=10**9, out=out, overwrite=overwrite)
-    assert "\n" not in str(told.value)
-    return told.value
+    assert "\n" not in str(error.value)
+    return error.value
 
 
-def test_folders_that_are_not_written_to(model: Model, tmp_path: Path):
+def test_refused_output_folders(model: Model, tmp_path: Path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
     assert "is not empty" in str(refused(model, tmp_path / "full"))
@@ -204,9 +208,9 @@ def test_folders_that_are_not_written_to(model: Model, tmp_path: Path):
 
 
 @pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs a folder nobody can write to")
-def test_read_only_place(model: Model):
-    told = refused(model, Path("/proc/sfumato"))
-    assert "cannot be written" in str(told) and told.code == 1
+def test_a_read_only_output_folder(model: Model):
+    error = refused(model, Path("/proc/sfumato"))
+    assert "cannot be written" in str(error) and error.code == 1
 
 
 def test_overwrite_replaces_samples(model: Model, tmp_path: Path):
@@ -217,7 +221,8 @@ def test_overwrite_replaces_samples(model: Model, tmp_path: Path):
     assert len(read_images(tmp_path / "out")[0]) == 2
 
 
-def test_labels_as_the_data_had_them():
+def test_labels_are_written_as_the_data_had_them(model: Model):
+    label_values = model.modality.label_values
     assert label_values(["0", "10", "-1"]) == [0, 10, -1]
     assert label_values(["cat", "007", "0"]) == ["cat", "007", 0]
     assert label_values(BUILTINS["fashion-mnist"].classes) == list(range(10))
@@ -229,7 +234,7 @@ def test_a_class_by_name_or_number():
     assert find_class(["cat"], "1") is None and find_class([], "0") is None
 
 
-def test_progress_is_told(model: Model):
-    told: list[tuple] = []
-    generate(model, n=10, batch=4, progress=lambda *facts: told.append(facts))
-    assert told == [("generate", 4, 10), ("generate", 8, 10), ("generate", 10, 10)]
+def test_progress_is_reported(model: Model):
+    reports: list[tuple] = []
+    generate(model, n=10, batch=4, progress=lambda *report: reports.append(report))
+    assert reports == [("generate", 4, 10), ("generate", 8, 10), ("generate", 10, 10)]

@@ -1,4 +1,4 @@
-"""What `info` says of a model's folder."""
+"""`info` describes a model's folder."""
 
 import json
 import subprocess
@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from sfumato.errors import UserError
-from sfumato.tasks.info import count_numbers, info
+from sfumato.tasks.info import count_parameters, info
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    card = {"modality": "image", "latent_shape": [4, 4, 4], "label_names": ["a", "b"], "shape": [1, 28, 28]}
+    config = {"modality": "image", "latent_shape": [4, 4, 4], "label_names": ["a", "b"], "shape": [1, 28, 28]}
     record = {"seed": 3, "plan": {"steps": 10}, "metrics": {"psnr": {"value": 25.0}}, "command": "sfumato fit"}
-    (tmp_path / "model.json").write_text(json.dumps(card))
+    (tmp_path / "model.json").write_text(json.dumps(config))
     (tmp_path / "run.json").write_text(json.dumps(record))
     (tmp_path / "codec").mkdir()
     tensors = {"a": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.bfloat16), "c": torch.tensor(1.0)}
@@ -25,13 +25,13 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_info_tells_what_the_files_say(run: Path):
-    told = info(run)
-    assert told["parameters"] == {"codec": 12 + 5 + 1}
-    assert told["bytes"]["codec"] == (run / "codec" / "model.safetensors").stat().st_size
-    assert (told["latent_shape"], told["modality"], told["seed"]) == ([4, 4, 4], "image", 3)
-    assert told["plan"] == {"steps": 10}
-    assert json.loads(json.dumps(told)) == told
+def test_info_reports_what_the_files_contain(run: Path):
+    report = info(run)
+    assert report["parameters"] == {"codec": 12 + 5 + 1}
+    assert report["bytes"]["codec"] == (run / "codec" / "model.safetensors").stat().st_size
+    assert (report["latent_shape"], report["modality"], report["seed"]) == ([4, 4, 4], "image", 3)
+    assert report["plan"] == {"steps": 10}
+    assert json.loads(json.dumps(report)) == report
 
 
 def test_info_loads_no_torch(run: Path):
@@ -39,7 +39,7 @@ def test_info_loads_no_torch(run: Path):
     assert subprocess.run([sys.executable, "-c", code, str(run)], check=False).returncode == 0
 
 
-def test_no_model_there(tmp_path: Path):
+def test_a_folder_without_a_model(tmp_path: Path):
     with pytest.raises(UserError, match="no model in") as caught:
         info(tmp_path / "nowhere")
     assert caught.value.code == 2
@@ -50,7 +50,7 @@ def test_damaged_weights_are_named(tmp_path: Path, content: bytes):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(UserError, match="damaged") as caught:
-        count_numbers(path)
+        count_parameters(path)
     assert caught.value.code == 1
 
 

@@ -1,8 +1,7 @@
-"""From one item to another: the ends are what they should be, the way is even, and the files can be used."""
+"""Interpolation: exact ends, even steps, usable files."""
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data import animation, read_images, write_images
 from sfumato.errors import UserError
+from sfumato.modalities.base import Modality
+from sfumato.modalities.image.read import read_images
+from sfumato.modalities.image.write import animation, write_images
 from sfumato.model import Model
 from sfumato.tasks.generate import generate
 from sfumato.tasks.interpolate import interpolate
@@ -32,40 +33,40 @@ def ends(model: Model, files: list[Path]) -> list[torch.Tensor]:
     return [model.autoencode(read_images(file)[0].batch([0]).data).clamp(-1, 1)[0] for file in files]
 
 
-def test_new_items_are_those_of_generate(model: Model):
-    made = generate(model, n=5, seed=4).items
+def test_generated_ends_are_those_of_generate(model: Model):
+    generated = generate(model, n=5, seed=4).items
     for path in ("flow", "latent"):
-        way = interpolate(model, "1", "4", n=5, seed=4, path=path).items
-        assert torch.allclose(way[[0, -1]], made[[1, 4]], **CLOSE)
+        curve = interpolate(model, "1", "4", n=5, seed=4, path=path).items
+        assert torch.allclose(curve[[0, -1]], generated[[1, 4]], **CLOSE)
     assert torch.equal(interpolate(model, n=2).items, interpolate(model, "0", "1", n=2).items)
 
 
-def test_autoguidance_is_told(model: Model, files: list[Path], monkeypatch: pytest.MonkeyPatch):
-    """New items have what generate gives them; beside a file that is inverted there is none."""
-    monkeypatch.setitem(model.card.sample, "autoguidance", 1.5)
-    for ends, path, told in (
+def test_autoguidance_is_reported(model: Model, files: list[Path], monkeypatch: pytest.MonkeyPatch):
+    """That of generate for generated ends; none if a file is inverted."""
+    monkeypatch.setitem(model.config.sample, "autoguidance", 1.5)
+    for ends, path, expected in (
         (("0", "1"), "flow", 1.5),
         ((files[0], "1"), "flow", 1.0),
         ((files[0], "1"), "latent", 1.5),
     ):
         result = interpolate(model, *ends, n=2, path=path, steps=3)
-        assert result.facts["autoguidance"] == result.rows[0]["autoguidance"] == told
+        assert result.statistics["autoguidance"] == result.metadata[0]["autoguidance"] == expected
 
 
 @pytest.mark.parametrize("path", ["flow", "latent"])
-def test_files_are_met_at_the_ends(model: Model, files: list[Path], ends: list[torch.Tensor], path: str):
-    way = interpolate(model, *files, n=3, path=path, label_a="3", label_b="9").items
-    assert torch.allclose(way[0], ends[0], atol=2e-3) and torch.allclose(way[-1], ends[1], atol=2e-3)
-    assert min(float((way[1] - end).abs().mean()) for end in ends) > 0.01
+def test_files_are_reproduced_at_the_ends(model: Model, files: list[Path], ends: list[torch.Tensor], path: str):
+    curve = interpolate(model, *files, n=3, path=path, label_a="3", label_b="9").items
+    assert torch.allclose(curve[0], ends[0], atol=2e-3) and torch.allclose(curve[-1], ends[1], atol=2e-3)
+    assert min(float((curve[1] - end).abs().mean()) for end in ends) > 0.01
 
 
-def test_the_way_is_gone_step_by_step(model: Model, files: list[Path]):
-    way = interpolate(model, *files, n=33, steps=8).items
-    steps = (way[1:] - way[:-1]).flatten(1).norm(dim=1)
-    assert steps.max() < 0.5 * float((way[-1] - way[0]).norm()) and steps.min() > 0
+def test_the_curve_has_no_jumps(model: Model, files: list[Path]):
+    curve = interpolate(model, *files, n=33, steps=8).items
+    steps = (curve[1:] - curve[:-1]).flatten(1).norm(dim=1)
+    assert steps.max() < 0.5 * float((curve[-1] - curve[0]).norm()) and steps.min() > 0
 
 
-def test_frames_do_not_depend_on_the_batch_or_on_each_other(model: Model, files: list[Path]):
+def test_items_do_not_depend_on_the_batch_or_on_each_other(model: Model, files: list[Path]):
     mixed = {"steps": 6, "label_b": "2"}
     whole = interpolate(model, files[0], "5", n=9, **mixed).items
     assert torch.allclose(interpolate(model, files[0], "5", n=9, batch=2, **mixed).items, whole, **CLOSE)
@@ -74,23 +75,23 @@ def test_frames_do_not_depend_on_the_batch_or_on_each_other(model: Model, files:
 
 
 @pytest.mark.parametrize("path", ["flow", "latent"])
-def test_a_sampler_that_draws_noise_gives_way_to_one_that_does_not(
+def test_a_stochastic_sampler_is_replaced_by_a_deterministic_one(
     model: Model, path: str, monkeypatch: pytest.MonkeyPatch
 ):
-    ways: list[torch.Tensor] = []
+    curves: list[torch.Tensor] = []
     for sampler in ("heun", "sde", "ddpm"):
-        monkeypatch.setitem(model.card.sample, "sampler", sampler)
-        ways.append(interpolate(model, "1", "4", n=3, path=path).items)
-    assert torch.equal(ways[0], ways[1]) and torch.equal(ways[0], ways[2])
+        monkeypatch.setitem(model.config.sample, "sampler", sampler)
+        curves.append(interpolate(model, "1", "4", n=3, path=path).items)
+    assert torch.equal(curves[0], curves[1]) and torch.equal(curves[0], curves[2])
 
 
-def test_conditions_count(model: Model, files: list[Path]):
-    one, two = (interpolate(model, "0", "1", n=3, label_a="3", label_b=b).items for b in ("3", "8"))
-    assert torch.allclose(one[0], two[0], **CLOSE) and not torch.allclose(one[1], two[1], atol=1e-3)
+def test_conditions_matter(model: Model, files: list[Path]):
+    three, eight = (interpolate(model, "0", "1", n=3, label_a="3", label_b=b).items for b in ("3", "8"))
+    assert torch.allclose(three[0], eight[0], **CLOSE) and not torch.allclose(three[1], eight[1], atol=1e-3)
 
 
 def test_what_is_written(model: Model, tmp_path: Path):
-    told: list[tuple] = []
+    reports: list[tuple] = []
     interpolate(
         model,
         "2",
@@ -99,34 +100,34 @@ def test_what_is_written(model: Model, tmp_path: Path):
         label_a="3",
         label_b="3",
         out=tmp_path / "out",
-        animation=str(tmp_path / "films" / "way.gif"),
+        animation=str(tmp_path / "animations" / "curve.gif"),
         batch=2,
-        progress=lambda *facts: told.append(facts),
+        progress=lambda *report: reports.append(report),
     )
     data, _ = read_images(tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert len(data) == 5 and [row["share"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
     assert {(row["label"], row["a"], row["b"], row["path"]) for row in rows} == {(3, "2", "7", "flow")}
-    assert (tmp_path / "out-sheet.png").is_file() and told == [("interpolate", i, 5) for i in (2, 4, 5)]
-    with Image.open(tmp_path / "films" / "way.gif") as film:
-        assert film.n_frames == 5 and film.size == (256, 256)
-    assert "label" not in interpolate(model, "0", "1", n=2, label_a="3", label_b="4").rows[0]
+    assert (tmp_path / "out-sheet.png").is_file() and reports == [("interpolate", i, 5) for i in (2, 4, 5)]
+    with Image.open(tmp_path / "animations" / "curve.gif") as frames:
+        assert frames.n_frames == 5 and frames.size == (256, 256)
+    assert "label" not in interpolate(model, "0", "1", n=2, label_a="3", label_b="4").metadata[0]
 
 
 @pytest.mark.parametrize(("channels", "suffix"), [(1, ".gif"), (3, ".gif"), (4, ".gif"), (3, ".webp"), (4, ".webp")])
 def test_animations_show_the_items(tmp_path: Path, channels: int, suffix: str):
-    """Few colours, so that a GIF can hold them; transparent pixels are white in one."""
+    """With few colours, as a GIF needs."""
     levels = np.random.default_rng(0).integers(0, 2, (4, channels, 6, 7)) * 255
     if channels == 4:
         levels[:, 3] = 255
     animation(tmp_path / f"x{suffix}")(torch.from_numpy(levels / 127.5 - 1).float())
-    with Image.open(tmp_path / f"x{suffix}") as film:
-        assert film.n_frames == 4
+    with Image.open(tmp_path / f"x{suffix}") as frames:
+        assert frames.n_frames == 4
         for i in range(4):
-            film.seek(i)
-            frame = np.asarray(film.convert("RGB"))[18::37, 18::37]
-            wanted = levels[i].transpose(1, 2, 0)[..., :3]
-            assert np.abs(frame.astype(int) - wanted).max() <= 2
+            frames.seek(i)
+            frame = np.asarray(frames.convert("RGB"))[18::37, 18::37]
+            expected = levels[i].transpose(1, 2, 0)[..., :3]
+            assert np.abs(frame.astype(int) - expected).max() <= 2
 
 
 @pytest.mark.parametrize(
@@ -142,19 +143,19 @@ def test_animations_show_the_items(tmp_path: Path, channels: int, suffix: str):
     ],
 )
 def test_wrong_settings(model: Model, tmp_path: Path, settings: dict, message: str):
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as error:
         interpolate(model, out=tmp_path / "out", **settings)
-    assert told.value.code == 2 and "\n" not in str(told.value) and list(tmp_path.iterdir()) == []
+    assert error.value.code == 2 and "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
-def test_wrong_files_and_models(make_model: Callable[..., Model], files: list[Path], tmp_path: Path):
+def test_wrong_files_and_models(make_model: Callable[..., Model], sound: Modality, files: list[Path], tmp_path: Path):
     model = make_model()
-    with pytest.raises(UserError, match="holds 2 items; name the file of one") as told:
+    with pytest.raises(UserError, match="holds 2 items; give a file with one item") as error:
         interpolate(model, files[0].parent, files[0])
-    assert told.value.code == 1
+    assert error.value.code == 1
     write_images(tmp_path / "colour", torch.rand(1, 3, 12, 10) * 2 - 1)
     with pytest.raises(UserError, match="its images are 8x8 L"):
         interpolate(model, files[0], tmp_path / "colour" / "000000.png")
-    model.modality = replace(model.modality, name="sound", animation=None)
-    with pytest.raises(UserError, match=r"not for a model of this modality \(sound\)"):
+    model.modality = sound
+    with pytest.raises(UserError, match="--animation: not supported for models of modality sound"):
         interpolate(model, animation=tmp_path / "x.gif")

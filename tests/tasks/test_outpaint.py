@@ -1,4 +1,4 @@
-"""outpaint: images continued beyond their borders."""
+"""Outpainting: images extended beyond their borders."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data import read_images, write_images
 from sfumato.errors import UserError
+from sfumato.modalities.image.read import read_images
+from sfumato.modalities.image.write import write_images
 from sfumato.model import Model
 from sfumato.tasks import outpaint as module
 from sfumato.tasks.inpaint import inpaint
-from sfumato.tasks.outpaint import offsets, outpaint
+from sfumato.tasks.outpaint import outpaint, window_offsets
 
 QUICK = {"steps": 3, "resample": 1}
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -29,46 +30,46 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("before", [0, 1, 4, 9])
 @pytest.mark.parametrize("after", [0, 3, 8, 21])
 def test_windows_reach_both_ends_and_overlap_by_half(before: int, after: int):
-    places = list(offsets(8, before, after))
-    assert places[0] == before and min(places) == 0 and max(places) == before + after
-    assert len(set(places)) == len(places)
-    for side in (sorted(p for p in places if p <= before), sorted(p for p in places if p >= before)):
+    offsets = list(window_offsets(8, before, after))
+    assert offsets[0] == before and min(offsets) == 0 and max(offsets) == before + after
+    assert len(set(offsets)) == len(offsets)
+    for side in (sorted(k for k in offsets if k <= before), sorted(k for k in offsets if k >= before)):
         assert all(b - a <= 4 for a, b in pairwise(side))
 
 
 @pytest.mark.parametrize("method", ["gradient", "repaint"])
-def test_what_is_given_is_in_the_middle_of_more(model: Model, source: Path, tmp_path: Path, method: str):
-    given = read_images(source)[0]
+def test_the_original_is_kept_inside_the_extended_image(model: Model, source: Path, tmp_path: Path, method: str):
+    originals = read_images(source)[0]
     result = outpaint(model, source, left=3, top=6, bottom=2, method=method, out=tmp_path / "out", **QUICK)
-    assert result.items.shape == (4, 1, 16, 11) and result.facts["size"] == "11x16"
+    assert result.items.shape == (4, 1, 16, 11) and result.statistics["size"] == "11x16"
     assert torch.isfinite(result.items).all() and result.items.abs().max() <= 1
     back = read_images(tmp_path / "out")[0]
-    assert (back.pixels[:, 6:14, 3:] == given.pixels).all()  # to the bit
+    assert (back.pixels[:, 6:14, 3:] == originals.pixels).all()  # bit for bit
     assert result.items[:, :, :6].std() > 0.01 and result.items[..., :3].std() > 0.01
     assert (tmp_path / "out-sheet.png").is_file()
-    assert [row["label"] for row in result.rows] == [int(k) for k in given.labels]
+    assert [row["label"] for row in result.metadata] == [int(k) for k in originals.labels]
 
 
-def test_an_item_is_the_same_whatever_the_batch(model: Model, source: Path):
+def test_an_item_does_not_depend_on_its_batch(model: Model, source: Path):
     whole, parts = (outpaint(model, source, right=5, batch=n, seed=3, **QUICK).items for n in (32, 3))
     assert torch.allclose(whole, parts, **CLOSE)
     assert not torch.allclose(whole, outpaint(model, source, right=5, seed=4, **QUICK).items, **CLOSE)
 
 
-def test_each_window_has_noise_of_its_own_and_sees_what_was_painted(
+def test_each_window_has_its_own_noise_and_sees_earlier_windows(
     model: Model, source: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen = []
 
-    class Fill:
-        def __init__(self, model, masks, labels, how, resample, seed):
+    class Inpainter:
+        def __init__(self, model, masks, labels, sampling, resample, seed):
             self.masks, self.seed = masks, seed
 
         def __call__(self, items, x):
             seen.append((self.seed, self.masks[items[0]].clone(), x.clone()))
             return torch.where(self.masks[items][:, None], float(self.seed), x)
 
-    monkeypatch.setitem(module.METHODS, "repaint", Fill)
+    monkeypatch.setitem(module.METHODS, "repaint", Inpainter)
     items = outpaint(model, source, right=8, bottom=4, seed=10, method="repaint", **QUICK).items
     assert [seed for seed, _, _ in seen] == [11, 12, 13, 14, 15]
     assert [int(mask.sum()) for _, mask, _ in seen] == [32, 32, 32, 16, 16]  # halves, then quarters in the corner
@@ -77,17 +78,17 @@ def test_each_window_has_noise_of_its_own_and_sees_what_was_painted(
 
 
 @pytest.mark.parametrize("method", ["gradient", "repaint"])
-def test_a_window_is_inpainted_whatever_lay_there(model: Model, source: Path, tmp_path: Path, method: str):
-    """The second window is what inpaint makes of the same kept half with anything beside it."""
+def test_a_window_is_inpainted_whatever_is_under_the_mask(model: Model, source: Path, tmp_path: Path, method: str):
+    """The second window equals inpainting of the same kept half beside random pixels."""
     x, mask = read_images(source)[0].batch(range(4)).data, torch.zeros(8, 8)
     mask[:, 4:] = 255
     Image.fromarray(mask.byte().numpy()).save(tmp_path / "mask.png")
-    beside = torch.rand(4, 1, 8, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    given = write_images(tmp_path / "in", torch.cat([x[..., 4:], beside], -1))
-    how = {**QUICK, "method": method, "label": "3"}
-    wide = outpaint(model, source, right=4, seed=5, **how).items
+    random = torch.rand(4, 1, 8, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = write_images(tmp_path / "in", torch.cat([x[..., 4:], random], -1))
+    settings = {**QUICK, "method": method, "label": "3"}
+    wide = outpaint(model, source, right=4, seed=5, **settings).items
     assert torch.allclose(
-        inpaint(model, given, mask=tmp_path / "mask.png", seed=6, **how).items, wide[..., 4:], **CLOSE
+        inpaint(model, images, mask=tmp_path / "mask.png", seed=6, **settings).items, wide[..., 4:], **CLOSE
     )
 
 
@@ -96,5 +97,5 @@ def test_a_table_has_no_borders(tmp_path: Path):
 
     (tmp_path / "t.csv").write_text("size,kind\n" + "".join(f"{1.5 + i % 7},{'ab'[i % 2]}\n" for i in range(40)))
     model = small_fit(tmp_path / "t.csv", tmp_path / "run", "train.denoiser.batch=16")
-    with pytest.raises(UserError, match=r"outpaint: not for a model of this modality \(table\)"):
+    with pytest.raises(UserError, match="outpaint: not supported for models of modality table"):
         outpaint(model, tmp_path / "t.csv", left=2)

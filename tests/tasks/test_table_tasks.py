@@ -1,4 +1,4 @@
-"""A table through every task: fit, generate, reconstruct, evaluate, info, from the same rows of the same core."""
+"""A table through every task: fit, generate, reconstruct, edit, augment, evaluate, info."""
 
 import csv
 from collections import Counter
@@ -10,17 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data import Column, read_table
 from sfumato.errors import UserError
-from sfumato.metrics import plausible
-from sfumato.modality.table import TableSorter
+from sfumato.modalities.table.columns import Column
+from sfumato.modalities.table.labeler import TableLabeler, fit_plausibility
+from sfumato.modalities.table.read import read_table
 from sfumato.model import Model, load
 from sfumato.tasks.augment import augment
 from sfumato.tasks.edit import edit
 from sfumato.tasks.evaluate import evaluate
 from sfumato.tasks.generate import generate
 from sfumato.tasks.info import info
-from sfumato.tasks.inpaint import _Around, _Repaint
+from sfumato.tasks.inpaint import _FixedValues, _Repaint
 from sfumato.tasks.interpolate import interpolate
 from sfumato.tasks.reconstruct import reconstruct
 from tests.training.common import assert_same_run, small_fit
@@ -30,7 +30,7 @@ TINY = ("denoiser.width=32", "denoiser.depth=1", "train.denoiser.batch=16", "sam
 
 
 def people(count: int = 240, seed: int = 0) -> list[list[str]]:
-    """Rows of an id, numbers with holes, categories, dates, a constant and a yes or no."""
+    """Rows with an id, numbers with missing values, categories, dates, a constant and a yes or no."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(count):
@@ -61,9 +61,11 @@ def cells(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_what_is_made_has_the_columns_types_and_holes_of_the_original(table_run: Path, table: Path, tmp_path: Path):
-    result = generate(table_run, n=60, out=tmp_path / "made.csv", sheet=tmp_path / "made.png")
-    header, *rows = cells(tmp_path / "made.csv")
+def test_generated_rows_have_the_columns_types_and_missing_values_of_the_original(
+    table_run: Path, table: Path, tmp_path: Path
+):
+    result = generate(table_run, n=60, out=tmp_path / "samples.csv", sheet=tmp_path / "samples.png")
+    header, *rows = cells(tmp_path / "samples.csv")
     assert header == HEADER and len(rows) == 60 and result.items.shape == (60, 5)
     column = lambda name: [row[HEADER.index(name)] for row in rows]
     assert len(set(column("name"))) == 60 and set(column("country")) == {"FR"}
@@ -74,32 +76,32 @@ def test_what_is_made_has_the_columns_types_and_holes_of_the_original(table_run:
     low, high = height.low, height.high
     assert all(low <= float(text) <= high for text in column("height") if text)
     assert all(text.startswith("2021-") for text in column("since"))
-    with Image.open(tmp_path / "made.png") as sheet:
+    with Image.open(tmp_path / "samples.png") as sheet:
         assert min(sheet.size) > 100
 
 
-def test_what_is_found_is_said_before_training(table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_notes_on_the_columns_are_logged_before_training(table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level("WARNING", "sfumato")
     small_fit(table, tmp_path / "run", *TINY)
-    said = [record.message for record in caplog.records if record.name == "sfumato"]
-    assert f"{table}: categories: kind" in said and f"{table}: always the same, not learned: country" in said
-    assert any("name" in line and "every row" in line for line in said)
+    messages = [record.message for record in caplog.records if record.name == "sfumato"]
+    assert f"{table}: categories: kind" in messages and f"{table}: always the same, not learned: country" in messages
+    assert any("name" in line and "every row" in line for line in messages)
     assert info(tmp_path / "run")["data"]["notes"] == read_table(table)[0].notes
     assert "--out samples.csv" in (tmp_path / "run" / "README.md").read_text()
 
 
-def test_rows_around_a_rare_kind_have_holes_too(table_run: Path):
+def test_rows_around_fixed_cells_have_missing_values_too(table_run: Path):
     model = load(table_run, "cpu")
-    known = torch.full((5,), torch.nan, dtype=torch.float64)
-    known[1] = 2  # of the rarest kind
-    for make, holes in ((_Around, True), (_Repaint, False)):
-        free = known.isnan()[None].expand(400, 5)
-        made = make(model, free, None, replace(model.sampling, sampler="ddpm", steps=3), 1, 0)
-        items = made(list(range(400)), known[None].expand(400, 5))
-        assert (items[:, 1] == 2).all() and bool(items[:, 0].isnan().any()) == holes
+    fixed = torch.full((5,), torch.nan, dtype=torch.float64)
+    fixed[1] = 2  # the rarest category
+    for method, missing in ((_FixedValues, True), (_Repaint, False)):
+        mask = fixed.isnan()[None].expand(400, 5)
+        inpainter = method(model, mask, None, replace(model.sampling, sampler="ddpm", steps=3), 1, 0)
+        items = inpainter(list(range(400)), fixed[None].expand(400, 5))
+        assert (items[:, 1] == 2).all() and bool(items[:, 0].isnan().any()) == missing
 
 
-def test_a_row_is_the_same_whatever_the_number_and_the_batch(table_run: Path):
+def test_a_row_does_not_depend_on_n_or_batch(table_run: Path):
     model = load(table_run, "cpu")
     many = generate(model, n=40, batch=7).items
     assert torch.equal(many.isnan(), generate(model, n=40).items.isnan())
@@ -107,9 +109,9 @@ def test_a_row_is_the_same_whatever_the_number_and_the_batch(table_run: Path):
     assert not torch.equal(generate(model, n=40, seed=1).items, many)
 
 
-def test_rows_come_back_through_the_codec(table_run: Path, table: Path, tmp_path: Path):
+def test_rows_are_reconstructed(table_run: Path, table: Path, tmp_path: Path):
     result = reconstruct(table_run, table, out=tmp_path / "back.csv")
-    assert result.facts["cells"] > 0.95 and result.facts["error"] < 1e-3  # unseen values move a little
+    assert result.statistics["cells"] > 0.95 and result.statistics["error"] < 1e-3  # unseen values change a little
     original, back = cells(table), cells(tmp_path / "back.csv")
     assert len(back) == len(original)
     for name in ("kind", "married", "country"):
@@ -118,30 +120,30 @@ def test_rows_come_back_through_the_codec(table_run: Path, table: Path, tmp_path
     assert (tmp_path / "back.csv-sheet.png").is_file()
 
 
-def test_parquet_is_written_when_its_name_says_so(table_run: Path, table: Path, tmp_path: Path):
-    generate(table_run, n=30, out=tmp_path / "made.parquet")
-    for how in ({}, {"column": "kind"}, {"column": "height"}, {"cas": True}):
-        report = evaluate(tmp_path / "made.parquet", table, **how)
-        assert ("downstream" in report) == bool(how), how
-    with pytest.raises(UserError, match="--column kin: no such column"):
-        evaluate(tmp_path / "made.parquet", table, column="kin")
-    report = evaluate(tmp_path / "made.parquet", table)
+def test_parquet_is_written_for_its_suffix(table_run: Path, table: Path, tmp_path: Path):
+    generate(table_run, n=30, out=tmp_path / "samples.parquet")
+    for settings in ({}, {"target": "kind"}, {"target": "height"}, {"cas": True}):
+        report = evaluate(tmp_path / "samples.parquet", table, **settings)
+        assert ("downstream" in report) == bool(settings), settings
+    with pytest.raises(UserError, match="--target kin: no such column"):
+        evaluate(tmp_path / "samples.parquet", table, target="kin")
+    report = evaluate(tmp_path / "samples.parquet", table)
     assert report["n"] == 30 and 0 <= report["c2st"] <= 1
 
 
-def test_samples_are_measured_without_the_columns_that_were_left_out(table: Path, tmp_path: Path):
+def test_samples_are_evaluated_without_excluded_columns(table: Path, tmp_path: Path):
     small_fit(table, tmp_path / "run", *TINY, exclude="height,since", categorical="visits")
-    generate(tmp_path / "run", n=60, out=tmp_path / "made.csv")
+    generate(tmp_path / "run", n=60, out=tmp_path / "samples.csv")
     with pytest.raises(UserError, match="lacks the columns 'height', 'since'"):
-        evaluate(tmp_path / "made.csv", table)
-    said = {"exclude": "height,since", "categorical": "visits"}
-    ours, theirs = evaluate(tmp_path / "made.csv", table, **said), evaluate(tmp_path / "run", table, n=60)
-    assert ours["shape_error"] == theirs["shape_error"] and ours["trend_error"] == theirs["trend_error"]
-    with pytest.raises(UserError, match="--exclude: is for samples in a file; a model knows"):
+        evaluate(tmp_path / "samples.csv", table)
+    columns = {"exclude": "height,since", "categorical": "visits"}
+    file, model = evaluate(tmp_path / "samples.csv", table, **columns), evaluate(tmp_path / "run", table, n=60)
+    assert file["shape_error"] == model["shape_error"] and file["trend_error"] == model["trend_error"]
+    with pytest.raises(UserError, match="--exclude applies only to sample files; a model already stores"):
         evaluate(tmp_path / "run", table, exclude="height")
 
 
-def test_a_model_and_its_samples_are_measured_beside_their_floors(table_run: Path, table: Path, tmp_path: Path):
+def test_a_model_is_evaluated_with_floors(table_run: Path, table: Path, tmp_path: Path):
     report = evaluate(table_run, table, n=200)
     for name in ("c2st", "shape_error", "trend_error", "copy_auc"):
         assert np.isfinite(report[name]), name
@@ -150,15 +152,15 @@ def test_a_model_and_its_samples_are_measured_beside_their_floors(table_run: Pat
     assert copy["shape_error"] < report["shape_error"]
 
 
-def test_a_run_of_a_table_is_told_of(table_run: Path):
-    said = info(table_run)
-    assert said["modality"] == "table" and said["latent_shape"] == [10]
+def test_info_describes_a_run_of_a_table(table_run: Path):
+    report = info(table_run)
+    assert report["modality"] == "table" and report["latent_shape"] == [10]
 
 
 def test_a_learned_codec_and_resume(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     learned = (*TINY, "codec.bottleneck=kl", "codec.latent_dim=6", "train.codec.batch=16")
     model = small_fit(table, tmp_path / "whole", *learned)
-    assert isinstance(model, Model) and model.codec.latent_shape == (6,) and model.codec.learns
+    assert isinstance(model, Model) and model.codec.latent_shape == (6,) and model.codec.trainable
     from sfumato.training import stages
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -179,22 +181,22 @@ def test_a_learned_codec_and_resume(table: Path, tmp_path: Path, monkeypatch: py
         (lambda run, table, out: small_fit(table, out / "run", categorical="kindd"), "did you mean 'kind'"),
     ],
 )
-def test_mistakes_are_told_in_a_line(act, message: str, table_run: Path, table: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=message) as told:
+def test_mistakes_are_one_line(act, message: str, table_run: Path, table: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=message) as error:
         act(table_run, table, tmp_path)
-    assert "\n" not in str(told.value) and told.value.code in (1, 2)
+    assert "\n" not in str(error.value) and error.value.code in (1, 2)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rows_that_fulfil_a_condition(table_run: Path, tmp_path: Path):
-    asked = ("kind=b", "visits>=1", "since<2021-07-01")
-    result = generate(table_run, n=12, where=asked, out=tmp_path / "made.csv")
-    _, *rows = cells(tmp_path / "made.csv")
+def test_rows_that_match_conditions(table_run: Path, tmp_path: Path):
+    conditions = ("kind=b", "visits>=1", "since<2021-07-01")
+    result = generate(table_run, n=12, where=conditions, out=tmp_path / "samples.csv")
+    _, *rows = cells(tmp_path / "samples.csv")
     assert len(rows) == 12
     for row in rows:
         cell = dict(zip(HEADER, row, strict=True))
         assert cell["kind"] == "b" and int(cell["visits"]) >= 1 and cell["since"] < "2021-07-01"
-    numbers = [row["item"] for row in result.rows]
+    numbers = [row["item"] for row in result.metadata]
     assert numbers == sorted(set(numbers)) and numbers[-1] > 11
     everything = generate(table_run, n=numbers[-1] + 1).items
     torch.testing.assert_close(result.items, everything[numbers], equal_nan=True)
@@ -205,7 +207,7 @@ def test_rows_that_fulfil_a_condition(table_run: Path, tmp_path: Path):
     ("name", "text", "column"),
     [("kind", "", "kind"), ("kind", "z", "kind"), ("visits", "", "visits"), ("height", "", None)],
 )
-def test_rows_that_lack_a_cell_as_none_in_training_did_are_not_inverted(
+def test_rows_lacking_cells_that_no_training_row_lacked_are_not_inverted(
     name: str, text: str, column: str | None, table_run: Path, tmp_path: Path
 ):
     row = people(1, seed=4)[0]
@@ -217,14 +219,14 @@ def test_rows_that_lack_a_cell_as_none_in_training_did_are_not_inverted(
         lambda: interpolate(table_run, tmp_path / "in.csv", "1", n=2, steps=2),
     )
     for task in tasks:
-        if column is None:  # rows without it were there in training
+        if column is None:  # training rows lacked it too
             assert len(task().items)
             continue
         with pytest.raises(
             UserError, match=rf"in\.csv: the column '{column}' .* fill them in first with inpaint"
-        ) as told:
+        ) as error:
             task()
-        assert told.value.code == 1 and "\n" not in str(told.value)
+        assert error.value.code == 1 and "\n" not in str(error.value)
     assert len(edit(table_run, tmp_path / "in.csv").items) == 1
 
 
@@ -241,33 +243,37 @@ def test_rows_that_lack_a_cell_as_none_in_training_did_are_not_inverted(
         ("height>500", "only 0 of"),
     ],
 )
-def test_conditions_that_cannot_be_fulfilled(where: str, message: str, table_run: Path):
+def test_conditions_that_cannot_be_met(where: str, message: str, table_run: Path):
     with pytest.raises(UserError, match=message):
         generate(table_run, n=2, where=(where,))
 
 
-def test_rare_classes_are_filled_up(table_run: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_augmentation_balances_the_classes(
+    table_run: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     shown: list[torch.Tensor] = []
-    monkeypatch.setattr(TableSorter, "plausible", lambda self, rows: shown.append(rows) or rows[:, 1] >= 0)
+    monkeypatch.setattr(TableLabeler, "is_plausible", lambda self, rows: shown.append(rows) or rows[:, 1] >= 0)
     result = augment(table_run, table, target="kind", n=100, out=tmp_path / "even.csv")
     header, *rows = cells(tmp_path / "even.csv")
-    given = cells(table)[1:]
+    real = cells(table)[1:]
     kind = HEADER.index("kind")
     counts = Counter(row[kind] for row in rows)
-    most = Counter(row[kind] for row in given)["a"]
-    assert header == HEADER and counts == {"a": most, "b": 100, "c": 100} and result.facts["given"] == 240
-    assert [row[1:] for row in rows[:240]] == [row[1:] for row in given]  # names are numbered anew
-    assert result.facts["refused"]["label"] == 0 and result.facts["tried"] > result.facts["made"] and shown
+    most = Counter(row[kind] for row in real)["a"]
+    assert header == HEADER and counts == {"a": most, "b": 100, "c": 100} and result.statistics["given"] == 240
+    assert [row[1:] for row in rows[:240]] == [row[1:] for row in real]  # names are numbered again
+    assert (
+        result.statistics["refused"]["label"] == 0 and result.statistics["tried"] > result.statistics["made"] and shown
+    )
 
 
-def test_rows_that_are_not_plausible_in_their_class_are_refused():
+def test_rows_implausible_in_their_class_are_rejected():
     columns = [Column("x", "number"), Column("kind", "category", levels=["low", "high", "rare"])]
     rng = np.random.default_rng(0)
     real = np.concatenate([np.c_[rng.normal(4 * k, 1, 300), np.full(300, k)] for k in (0.0, 1.0)] + [[[2.0, 2.0]]])
-    shows = plausible(real, columns, 1)
-    asked = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 1.0], [4.0, 1.0], [0.0, 2.0]])
-    assert shows(asked).tolist() == [True, False, False, True, True]  # too few are there to say what is rare
-    assert 0.9 < shows(real[:600]).mean() <= 1
+    is_plausible = fit_plausibility(real, columns, 1)
+    rows = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 1.0], [4.0, 1.0], [0.0, 2.0]])
+    assert is_plausible(rows).tolist() == [True, False, False, True, True]  # the last class has too few rows to judge
+    assert 0.9 < is_plausible(real[:600]).mean() <= 1
 
 
 @pytest.mark.parametrize(
@@ -278,13 +284,13 @@ def test_rows_that_are_not_plausible_in_their_class_are_refused():
         ({"target": "kind", "unlabelled": "other.csv"}, "--unlabelled: is for images"),
     ],
 )
-def test_a_table_without_classes_is_not_augmented(settings: dict, message: str, table_run: Path, table: Path):
+def test_tables_that_cannot_be_augmented(settings: dict, message: str, table_run: Path, table: Path):
     if "unlabelled" in settings:
         settings = {**settings, "unlabelled": table}
     with pytest.raises(UserError, match=message):
         augment(table_run, table, **settings)
 
 
-def test_images_for_a_model_of_tables(table_run: Path):
+def test_images_do_not_fit_a_model_of_tables(table_run: Path):
     with pytest.raises(UserError):
         augment(table_run, "digits")

@@ -1,4 +1,4 @@
-"""Small pictures, a `fit` that takes a second, and what a run left behind."""
+"""Small images, a `fit` of a second, and readers of a run folder."""
 
 import json
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from sfumato.model import PARTS, Model
 from sfumato.training import fit
-from sfumato.training.loop import Trainer
+from sfumato.training.trainer import Trainer
 
-SMALL = (  # everything that the plan would take from the machine, and sizes that train in a moment
+SMALL = (  # everything that the plan would derive from the machine, and small sizes
     "train.precision=fp32",
     "codec.width=16",
-    "codec.perceptual_steps=2",
+    "codec.feature_steps=2",
     "denoiser.width=32",
     "denoiser.depth=1",
     "train.codec.batch=8",
@@ -28,7 +28,7 @@ SMALL = (  # everything that the plan would take from the machine, and sizes tha
     "sample.guidance=1.5",
     "sample.steps=2",
 )
-PLAIN = ("codec.perceptual=none", "codec.bottleneck=none")  # the quickest first stage
+PLAIN = ("codec.perceptual=none", "codec.bottleneck=none")  # the fastest first stage
 
 
 def pictures(count: int, shape: tuple[int, int, int], classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -37,16 +37,16 @@ def pictures(count: int, shape: tuple[int, int, int], classes: int = 3, seed: in
     channels, height, width = shape
     label = np.arange(count) % classes
     x = rng.integers(0, 30, (count, height, width, channels))
-    for image, kind in zip(x, label, strict=True):
+    for image, shape_class in zip(x, label, strict=True):
         top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
-        rows = slice(None) if kind == 1 else slice(top, top + height // 2)
-        columns = slice(None) if kind == 0 else slice(left, left + width // 2)
+        rows = slice(None) if shape_class == 1 else slice(top, top + height // 2)
+        columns = slice(None) if shape_class == 0 else slice(left, left + width // 2)
         image[rows, columns] += rng.integers(120, 220, channels)
     return x.astype(np.uint8), label
 
 
 def images(count: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
-    """The same as data: (N, C, H, W) in [-1, 1]."""
+    """The same images as data: (N, C, H, W) in [-1, 1]."""
     return torch.from_numpy(pictures(count, shape, seed=seed)[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -57,49 +57,48 @@ def small_fit(source: Path, out: Path, *overrides: str, steps: int = 20, **optio
 
 def weights(run: Path) -> dict[str, Tensor]:
     """Every tensor of the finished model, by part and name."""
-    present = [part for part in (*PARTS, "guide") if (run / part).is_dir()]
-    parts = {part: load_file(run / part / "model.safetensors") for part in present}
+    names = [part for part in (*PARTS, "guide") if (run / part).is_dir()]
+    parts = {part: load_file(run / part / "model.safetensors") for part in names}
     return {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`."""
+    """The lines of `metrics.jsonl`."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def record(run: Path) -> dict[str, Any]:
-    """What `run.json` holds."""
+    """The contents of `run.json`."""
     return json.loads((run / "run.json").read_text())
 
 
 def checkpoint(run: Path) -> dict[str, Any]:
-    """The facts of the checkpoint."""
+    """The metadata of the checkpoint."""
     return json.loads((run / "checkpoint" / "state.json").read_text())
 
 
 def assert_same_run(run: Path, other: Path) -> None:
     """The two runs ended with the same weights, bit for bit, and recorded each step once."""
-    ours, theirs = weights(run), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    first, second = weights(run), weights(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
     steps = [(row["stage"], row["step"]) for row in rows(run)]
     assert len(steps) == len(set(steps)), steps
-    ours, theirs = record(run)["plan"], record(other)["plan"]
-    assert ours == theirs, (ours, theirs)
+    assert record(run)["plan"] == record(other)["plan"]
     assert record(run)["done"] == ["codec", "denoiser"]
 
 
 def reported_every_step(run: Any = Trainer.run) -> Any:
-    """`Trainer.run` that reports and saves after each step, whatever the clock says."""
+    """`Trainer.run` that reports and saves after each step, whatever the clock shows."""
 
-    def eager(self: Trainer, feed: Any, save: Any, *rest: Any, **options: Any) -> Any:
-        return run(self, feed, save, *rest, **options | {"every": 0.0, "save_every": 0.0})
+    def eager(self: Trainer, batches: Any, save: Any, *rest: Any, **options: Any) -> Any:
+        return run(self, batches, save, *rest, **options | {"report_every": 0.0, "save_every": 0.0})
 
     return eager
 
 
 def names_reached(loss: Tensor, modules: dict[str, torch.nn.Module]) -> set[str]:
-    """Which modules have a parameter with a gradient of `loss` that is not zero."""
+    """Names of the modules with a parameter on which `loss` has a gradient other than zero."""
     named = [(name, p) for name, module in modules.items() for p in module.parameters() if p.requires_grad]
     grads: Sequence[Tensor | None] = torch.autograd.grad(
         loss, [p for _, p in named], allow_unused=True, retain_graph=True
@@ -108,9 +107,17 @@ def names_reached(loss: Tensor, modules: dict[str, torch.nn.Module]) -> set[str]
 
 
 def stirred(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """The module with noise on its parameters: layers that begin at zero would let no gradient through."""
+    """The module with noise on its parameters: layers initialised to zero pass no gradient."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return module
+
+
+def open_settings(section: Any, prefix: str = "") -> set[str]:
+    """Settings that are still None."""
+    inner = {f"{prefix}{k}": v for k, v in section}
+    return {k for k, v in inner.items() if v is None}.union(
+        *(open_settings(v, f"{k}.") for k, v in inner.items() if hasattr(v, "model_dump"))
+    )

@@ -1,4 +1,4 @@
-"""The weight average: its profile over training, from the first step on."""
+"""The weight average: its profile over training, valid from the first step on."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.training.ema import DENSE, EMA, EVERY, ema_exponent
+from sfumato.training.ema import EMA, UPDATE_ALWAYS_UNTIL, UPDATE_EVERY, ema_exponent
 
 
 class Theta(nn.Module):
@@ -18,7 +18,7 @@ class Theta(nn.Module):
 
 
 def profile(width: float, steps: int) -> torch.Tensor:
-    """How much the weights of each step count in the average: step i has the i-th unit vector as its weights."""
+    """Weight of each step in the average: the parameters of step i are the i-th unit vector."""
     module = Theta(steps)
     ema = EMA(module, width)
     for i in range(steps):
@@ -28,7 +28,7 @@ def profile(width: float, steps: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("width", [0.25, 0.1, 0.05])
-def test_profile_is_as_wide_as_asked_for(width: float):
+def test_the_profile_has_the_given_width(width: float):
     steps = 1500
     p = profile(width, steps)
     t = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
@@ -43,25 +43,25 @@ def test_exponent_solves_the_equation(width: float):
     assert math.sqrt((g + 1) / ((g + 2) ** 2 * (g + 3))) == pytest.approx(width, rel=1e-9)
 
 
-def test_right_from_the_first_step():
-    assert profile(0.1, 1).tolist() == [1.0]  # nothing is left of what was there before training
+def test_the_average_is_valid_from_the_first_step():
+    assert profile(0.1, 1).tolist() == [1.0]  # the initial weights do not count
     for steps in (2, 3, 10):
         p = profile(0.1, steps)
         assert float(p.sum()) == pytest.approx(1) and bool((p >= 0).all())
         assert bool((p.diff() > 0).all())
 
 
-def test_later_weights_are_looked_at_every_few_steps():
-    p = profile(0.1, 2 * DENSE)
-    late = torch.arange(DENSE, 2 * DENSE)
-    seen = (late + 1) % EVERY == 0  # step i + 1 has the i-th weights
-    assert bool((p[late[seen]] > 0).all()) and bool((p[late[~seen]] == 0).all())
-    assert bool((p[:DENSE] > 0).all()) and float(p.sum()) == pytest.approx(1)
+def test_later_updates_are_every_few_steps():
+    p = profile(0.1, 2 * UPDATE_ALWAYS_UNTIL)
+    late = torch.arange(UPDATE_ALWAYS_UNTIL, 2 * UPDATE_ALWAYS_UNTIL)
+    updated = (late + 1) % UPDATE_EVERY == 0  # step i + 1 has the i-th weights
+    assert bool((p[late[updated]] > 0).all()) and bool((p[late[~updated]] == 0).all())
+    assert bool((p[:UPDATE_ALWAYS_UNTIL] > 0).all()) and float(p.sum()) == pytest.approx(1)
 
 
 def test_width_zero_keeps_the_last_weights():
     assert profile(0, 4).tolist() == [0, 0, 0, 1]
-    assert int(profile(0, DENSE + EVERY + 1).argmax()) == DENSE + EVERY
+    assert int(profile(0, UPDATE_ALWAYS_UNTIL + UPDATE_EVERY + 1).argmax()) == UPDATE_ALWAYS_UNTIL + UPDATE_EVERY
 
 
 def test_apply_and_load():

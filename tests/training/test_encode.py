@@ -1,4 +1,4 @@
-"""Latents of all items: in memory or mapped from disk, of all of them or of some, or none at all."""
+"""Encoding: latents of all items or a subset, in memory or memory-mapped, or none for a stochastic codec."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,21 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sfumato.codecs import ImageCodec
-from sfumato.data import Data, cache
+from sfumato.data import cache
+from sfumato.modalities.image.codec import ImageCodec
+from sfumato.modalities.image.dataset import ImageDataset
 from sfumato.training import stages
-from sfumato.training.stages import encode_all, encoded_part
+from sfumato.training.stages import encode_all, encoded_subset
 from tests.training.common import PLAIN, assert_same_run, pictures, record, small_fit
 
 SHAPE = (1, 8, 8)
 
 
-def make_job(folder: Path, done: bool = False, encoded: int | None = None) -> Any:
-    """As much of a run as encoding needs."""
+def make_run(folder: Path, done: bool = False, max_encoded: int | None = None) -> Any:
+    """The parts of a run that encoding needs."""
     x, label = pictures(50, SHAPE)
     return SimpleNamespace(
-        train=Data(x, "L", None, label, ["0", "1", "2"]),
-        settings=SimpleNamespace(seed=0, train=SimpleNamespace(encoded=encoded)),
+        train=ImageDataset(x, "L", None, label, ["0", "1", "2"]),
+        settings=SimpleNamespace(seed=0, train=SimpleNamespace(max_encoded=max_encoded)),
         accelerator=SimpleNamespace(autocast=nullcontext),
         log=SimpleNamespace(show=lambda *_: None),
         folder=folder,
@@ -34,65 +35,65 @@ def make_job(folder: Path, done: bool = False, encoded: int | None = None) -> An
     )
 
 
-def make_model(draws: bool = False) -> Any:
+def make_model(stochastic: bool = False) -> Any:
     torch.manual_seed(0)
     codec = ImageCodec(SHAPE, bottleneck="none", downsample=4, channels=2, width=16)
-    codec.draws = draws
+    codec.stochastic = stochastic
     return SimpleNamespace(codec=codec.eval())
 
 
 @pytest.fixture(params=["in memory", "mapped"])
-def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "ENCODED", 7)
+def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "ENCODE_BATCH", 7)
     if request.param == "mapped":
         monkeypatch.setattr(cache, "IN_MEMORY", 10)
 
 
-def test_latents_are_whitened_and_kept(room: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    model, job = make_model(), make_job(tmp_path)
-    z = encode_all(job, model, job.train)
+def test_latents_are_whitened_and_cached(storage: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, run = make_model(), make_run(tmp_path)
+    z = encode_all(run, model, run.train)
     with torch.no_grad():
-        h = model.codec.codes(job.train.batch(range(50)).data)
+        h = model.codec.encode_raw(run.train.batch(range(50)).data)
     std, mean = torch.std_mean(h, (0, 2, 3), correction=0)
     assert torch.allclose(model.codec.latent_mean.flatten(), mean, atol=1e-6)
     assert torch.allclose(model.codec.latent_std.flatten(), std, rtol=1e-5)
-    assert torch.allclose(z, model.codec.whitened(h), atol=1e-5)
+    assert torch.allclose(z, model.codec.whiten(h), atol=1e-5)
 
-    monkeypatch.setattr(stages, "raw_codes", lambda *_: 1 / 0)  # another session: nothing is encoded anew
-    again = encode_all(make_job(tmp_path, done=True), model, job.train)
+    monkeypatch.setattr(stages, "encode_batches", lambda *_: 1 / 0)  # in another session, nothing is encoded again
+    again = encode_all(make_run(tmp_path, done=True), model, run.train)
     assert torch.equal(again, z)
 
 
-def test_where_latents_are_drawn_none_are_kept(room: None, tmp_path: Path):
-    """Those of a table may be many times as large as the table."""
-    model, job = make_model(draws=True), make_job(tmp_path)
-    assert encode_all(job, model, job.train).shape == (0, *model.codec.latent_shape)
+def test_a_stochastic_codec_stores_no_latents(storage: None, tmp_path: Path):
+    """Those of a table may be many times larger than the table."""
+    model, run = make_model(stochastic=True), make_run(tmp_path)
+    assert encode_all(run, model, run.train).shape == (0, *model.codec.latent_shape)
     other = make_model()
-    encode_all(job, other, job.train)
+    encode_all(run, other, run.train)
     assert torch.allclose(model.codec.latent_mean, other.codec.latent_mean, atol=1e-6)
     assert torch.allclose(model.codec.latent_std, other.codec.latent_std, rtol=1e-5)
-    assert encode_all(make_job(tmp_path, done=True), model, job.train).numel() == 0
+    assert encode_all(make_run(tmp_path, done=True), model, run.train).numel() == 0
 
 
-def test_some_of_the_items(tmp_path: Path):
-    job = make_job(tmp_path, encoded=20)
-    part = encoded_part(job)
-    assert len(part) == 20 and part.rows is not None and len(set(part.rows.tolist())) == 20
-    assert np.array_equal(part.labels, job.train.labels[part.rows])
-    assert np.array_equal(encoded_part(job).rows, part.rows)
-    assert all(encoded_part(make_job(tmp_path, encoded=n)) is not part for n in (None, 50, 99))
-    everything = make_job(tmp_path, encoded=99)
-    assert encoded_part(everything) is everything.train
+def test_a_subset_of_the_items_is_encoded(tmp_path: Path):
+    run = make_run(tmp_path, max_encoded=20)
+    subset = encoded_subset(run)
+    assert len(subset) == 20 and subset.rows is not None and len(set(subset.rows.tolist())) == 20
+    assert np.array_equal(subset.labels, run.train.labels[subset.rows])
+    assert np.array_equal(encoded_subset(run).rows, subset.rows)
+    assert all(encoded_subset(make_run(tmp_path, max_encoded=n)) is not subset for n in (None, 50, 99))
+    everything = make_run(tmp_path, max_encoded=99)
+    assert encoded_subset(everything) is everything.train
 
 
-def test_a_run_on_some_of_the_items(source: Path, tmp_path: Path):
-    """It goes on with the same ones."""
-    small_fit(source, tmp_path / "a", *PLAIN, "train.encoded=20")
-    assert record(tmp_path / "a")["plan"]["train"]["encoded"] == 20 and not (tmp_path / "a" / "cache").exists()
+def test_a_run_on_a_subset_is_resumed(source: Path, tmp_path: Path):
+    """It continues with the same items."""
+    small_fit(source, tmp_path / "a", *PLAIN, "train.max_encoded=20")
+    assert record(tmp_path / "a")["plan"]["train"]["max_encoded"] == 20 and not (tmp_path / "a" / "cache").exists()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(stages, "train_denoiser", lambda *_: 1 / 0)
-        small_fit(source, tmp_path / "b", *PLAIN, "train.encoded=20")
-    kept = [load_file(path)["h"] for path in (tmp_path / "b" / "cache").iterdir()]
-    assert [len(h) for h in kept] == [20]
+        small_fit(source, tmp_path / "b", *PLAIN, "train.max_encoded=20")
+    cached = [load_file(path)["h"] for path in (tmp_path / "b" / "cache").iterdir()]
+    assert [len(h) for h in cached] == [20]
     small_fit(source, tmp_path / "b", steps=None, resume=True)
     assert_same_run(tmp_path / "a", tmp_path / "b")

@@ -1,4 +1,4 @@
-"""Real processes, really killed."""
+"""Processes killed by signals, and resumed."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 CHILD = """
 import sys, time
 from pathlib import Path
-from sfumato.training.loop import Trainer
+from sfumato.training.trainer import Trainer
 from tests.training.common import reported_every_step, small_fit
 
 def slowly(self, batch, advance=Trainer.advance):
@@ -39,26 +39,26 @@ def start(source: Path, run: Path, *overrides: str, resume: bool) -> subprocess.
     )
 
 
-def kill_when(process: subprocess.Popen[bytes], there: Callable[[], bool], number: int = signal.SIGKILL) -> int:
-    """Send the signal as soon as `there()`; the exit code."""
-    while process.poll() is None and not there():
+def kill_when(process: subprocess.Popen[bytes], condition: Callable[[], bool], number: int = signal.SIGKILL) -> int:
+    """Send the signal as soon as `condition()` holds; returns the exit code."""
+    while process.poll() is None and not condition():
         time.sleep(0.002)
     process.send_signal(number)
-    _, said = process.communicate()
-    assert process.returncode in (-number, 1), said.decode()
+    _, stderr = process.communicate()
+    assert process.returncode in (-number, 1), stderr.decode()
     return process.returncode
 
 
 def reached(run: Path, stage: str, step: int) -> Callable[[], bool]:
-    """Whether the run recorded a step, or a later one."""
+    """A condition: the run has recorded this step, or a later one."""
 
-    def there() -> bool:
+    def condition() -> bool:
         try:
             return any(row["stage"] == stage and row["step"] >= step for row in rows(run))
-        except (OSError, ValueError):  # not there yet, or a line half written
+        except (OSError, ValueError):  # no file yet, or a partial line
             return False
 
-    return there
+    return condition
 
 
 def test_killed_in_both_stages(source: Path, tmp_path: Path):
@@ -74,8 +74,8 @@ def test_killed_in_both_stages(source: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_killed_at_moments_of_chance(source: Path, tmp_path: Path):
-    """Every second or so, from the start of the process to the end of the run."""
+def test_killed_at_many_moments(source: Path, tmp_path: Path):
+    """At moments from the start of the process to the end of the run."""
     run, whole = tmp_path / "killed", tmp_path / "whole"
     for seconds in (0.5, 2.5, 3.0, 3.2, 3.5, 3.7, 4.1, 4.4, 4.8, 5.3):
         end = time.monotonic() + seconds
@@ -90,9 +90,9 @@ def test_killed_at_moments_of_chance(source: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_budget_is_kept(tmp_path: Path):
-    """All that `fit` does, imports included, and not much less than that."""
+def test_fit_keeps_its_budget(tmp_path: Path):
+    """Imports included; and it uses most of the budget."""
     code = "import sys; from sfumato import fit; fit('digits', out=sys.argv[1], budget='40s')"
-    began = time.monotonic()
+    started = time.monotonic()
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, check=True)
-    assert 0.75 * 40 < time.monotonic() - began < 1.05 * 40
+    assert 0.75 * 40 < time.monotonic() - started < 1.05 * 40

@@ -1,4 +1,4 @@
-"""Loading a model: every damage is told in one line, and nothing is ever executed."""
+"""Loading a model: every damage is reported in one line, and no code is executed."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.errors import UserError
 from sfumato.model import PARTS, load
-from sfumato.training.loop import Trainer
+from sfumato.training.trainer import Trainer
 from tests.training.common import small_fit
 
 PLAIN = ("codec.perceptual=none",)
@@ -28,11 +28,11 @@ def trained(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy that may be damaged."""
+    """A copy that a test may damage."""
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def refused(run: Path, code: int, match: str) -> None:
+def assert_refused(run: Path, code: int, match: str) -> None:
     with pytest.raises(UserError, match=match) as caught:
         load(run, "cpu")
     assert caught.value.code == code and "\n" not in str(caught.value)
@@ -45,15 +45,15 @@ def test_a_model_comes_back_as_it_was_saved(source: Path, tmp_path: Path):
     assert torch.equal(loaded.sample(range(3), labels), fitted.sample(range(3), labels))
     x = torch.rand(2, 1, 16, 16) * 2 - 1
     assert torch.equal(loaded.autoencode(x), fitted.autoencode(x))
-    assert loaded.sampling == fitted.sampling and loaded.card.label_names == fitted.card.label_names
+    assert loaded.sampling == fitted.sampling and loaded.config.label_names == fitted.config.label_names
     loaded.save(tmp_path / "copy")
     again = load(tmp_path / "copy", "cpu")
     assert torch.equal(again.sample(range(3), labels), fitted.sample(range(3), labels))
 
 
-def test_no_folder(tmp_path: Path):
-    refused(tmp_path / "nowhere", 2, "no model in .*nowhere")
-    refused(tmp_path, 2, "there is no model.json")
+def test_no_model_in_the_folder(tmp_path: Path):
+    assert_refused(tmp_path / "nowhere", 2, "no model in .*nowhere")
+    assert_refused(tmp_path, 2, "there is no model.json")
 
 
 def test_an_unfinished_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -63,18 +63,18 @@ def test_an_unfinished_run(source: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Trainer, "advance", stop)
     with pytest.raises(KeyboardInterrupt):
         small_fit(source, tmp_path, *PLAIN)
-    refused(tmp_path, 2, "has not finished: go on with --resume")
+    assert_refused(tmp_path, 2, "has not finished: continue it with --resume")
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_damaged_weights(run: Path, part: str):
     path = run / part / "model.safetensors"
-    whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"\xff" * 100, whole[:8] + b"}" + whole[9:]):
+    original = path.read_bytes()
+    for damaged in (original[: len(original) // 2], b"", b"\xff" * 100, original[:8] + b"}" + original[9:]):
         path.write_bytes(damaged)
-        refused(run, 1, f"{part}/model.safetensors: damaged or of another model")
+        assert_refused(run, 1, f"{part}/model.safetensors: damaged or from another model")
     path.unlink()
-    refused(run, 1, f"{part}/model.safetensors: missing")
+    assert_refused(run, 1, f"{part}/model.safetensors: missing")
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -88,7 +88,7 @@ def test_weights_of_another_model(run: Path, part: str):
         {**tensors, name: torch.ones(3, 5, 7)},
     ):
         save_file(other, path)
-        refused(run, 1, f"damaged or of another model.*({name}|extra)")
+        assert_refused(run, 1, f"damaged or from another model.*({name}|extra)")
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -97,10 +97,10 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(value))
 
 
-@pytest.mark.parametrize("key", ["modality", "shape", "mode", "label_names", "sample"])
+@pytest.mark.parametrize("key", ["modality", "shape", "spec", "label_names", "sample"])
 def test_a_key_is_missing(run: Path, key: str):
-    edit(run / "model.json", lambda card: card.pop(key))
-    refused(run, 1, f"{run}.*{key}")
+    edit(run / "model.json", lambda config: config.pop(key))
+    assert_refused(run, 1, f"{run}.*{key}")
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_a_key_is_missing(run: Path, key: str):
 )
 def test_a_key_of_a_part_is_missing(run: Path, part: str, key: str):
     edit(run / part / "config.json", lambda config: config.pop(key))
-    refused(run, 1, key)
+    assert_refused(run, 1, key)
 
 
 def test_an_unknown_setting(run: Path):
     edit(run / "codec" / "config.json", lambda config: config.update(colour="red"))
-    refused(run, 1, "colour")
+    assert_refused(run, 1, "colour")
 
 
 def test_an_unknown_network(run: Path):
@@ -129,26 +129,32 @@ def test_an_unknown_network(run: Path):
         load(run, "cpu")
 
 
-@pytest.mark.parametrize("number", [None, 0, 2, "1"])
+@pytest.mark.parametrize("number", [None, 0, 3, "2"])
 def test_an_unknown_format(run: Path, number: object):
-    edit(run / "model.json", lambda card: card.update(format=number))
-    refused(run, 2, f"format {number} is not known; update sfumato")
+    edit(run / "model.json", lambda metadata: metadata.update(format=number))
+    assert_refused(run, 2, f"format {number} is unknown; update sfumato")
+
+
+def test_a_model_of_an_older_version(run: Path):
+    """Its `model.json` has "mode" in place of "spec"."""
+    edit(run / "model.json", lambda metadata: metadata.update(format=1, mode=metadata.pop("spec")))
+    assert_refused(run, 2, f"^{run}: this model was written by an older sfumato and must be trained again$")
 
 
 @pytest.mark.parametrize("name", ["model.json", "codec/config.json", "denoiser/config.json"])
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "\x00"])
 def test_damaged_json(run: Path, name: str, text: str):
     (run / name).write_text(text)
-    refused(run, 1, f"{name}: damaged")
+    assert_refused(run, 1, f"{name}: damaged")
 
 
 def test_a_config_is_missing(run: Path):
     (run / "codec" / "config.json").unlink()
-    refused(run, 2, "codec/config.json: no such file")
+    assert_refused(run, 2, "codec/config.json: no such file")
 
 
 class Bomb:
-    """Pickled, it is a command."""
+    """Unpickling it creates a file."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -157,14 +163,14 @@ class Bomb:
         return Path.touch, (self.target,)
 
 
-def test_a_pickle_is_not_opened(run: Path, source: Path, tmp_path: Path):
+def test_a_pickle_is_never_loaded(run: Path, source: Path, tmp_path: Path):
     target = tmp_path / "exploded"
     bomb = pickle.dumps(Bomb(target))
     for name in ("codec/model.safetensors", "denoiser/model.safetensors"):
-        whole = (run / name).read_bytes()
+        original = (run / name).read_bytes()
         (run / name).write_bytes(bomb)
-        refused(run, 1, "damaged")
-        (run / name).write_bytes(whole)
+        assert_refused(run, 1, "damaged")
+        (run / name).write_bytes(original)
     for name in ("model.pt", "codec/pytorch_model.bin", "checkpoint/random_states_0.pkl"):
         (run / name).write_bytes(bomb)
     load(run, "cpu")
@@ -174,4 +180,4 @@ def test_a_pickle_is_not_opened(run: Path, source: Path, tmp_path: Path):
         small_fit(source, run, resume=True)
     assert not target.exists()
     pickle.loads(bomb)
-    assert target.exists()  # the bomb works
+    assert target.exists()  # unpickling would have worked

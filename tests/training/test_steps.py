@@ -1,18 +1,19 @@
-"""Which parameters the gradient of each loss term reaches, and which it must not."""
+"""Training steps: which parameters the gradient of each loss term reaches."""
 
 import pytest
 import torch
 from torch import nn
 
-from sfumato.codecs import ImageCodec
-from sfumato.codecs.losses import Perceptual
 from sfumato.conditioners import make_conditioner
 from sfumato.core import Denoiser, Objective, make_schedule
+from sfumato.modalities.image.classifier import Classifier
+from sfumato.modalities.image.codec import ImageCodec
+from sfumato.modalities.image.losses import PatchDiscriminator, PerceptualLoss
 from sfumato.nn import make_net
-from sfumato.nn.classifier import Classifier
-from sfumato.training.horizon import Horizon
-from sfumato.training.loop import trained_state
-from sfumato.training.steps import CodecStep, DiffusionStep, matrices
+from sfumato.training.budget import StepBudget
+from sfumato.training.optim import hidden_matrices
+from sfumato.training.steps import CodecStep, DiffusionStep
+from sfumato.training.trainer import trained_state
 from sfumato.types import Batch
 from tests.training.common import images, names_reached, stirred
 
@@ -20,16 +21,17 @@ SHAPE = (2, 16, 16)
 
 
 def codec_step(bottleneck: str = "kl", **options: float) -> CodecStep:
-    """A codec with every term; the discriminator plays from step 10 on."""
+    """A codec step with every loss term; the adversarial one starts at step 10."""
     torch.manual_seed(0)
     codec = stirred(ImageCodec(SHAPE, bottleneck=bottleneck, downsample=4, channels=4, width=16, codebook_size=8))
-    perceptual = Perceptual(Classifier(SHAPE, 2, 8).pyramid)
-    given = {"adversarial_weight": 0.5, "start": 10, "lead": 2} | options
-    return CodecStep(codec, perceptual, channels=2, **given).train()
+    perceptual = PerceptualLoss(Classifier(SHAPE, 2, 8).pyramid)
+    options = {"adversarial_weight": 0.5, "adversarial_start": 10, "discriminator_lead": 2} | options
+    discriminator = PatchDiscriminator(2) if options["adversarial_weight"] else None
+    return CodecStep(codec, perceptual, discriminator, **options).train()
 
 
 def modules(step: CodecStep) -> dict[str, nn.Module]:
-    """The parts of the step by name; those that are frozen count as well."""
+    """The parts of the step by name, frozen ones included."""
     parts = {"encoder": step.codec.encoder, "decoder": step.codec.decoder, "bottleneck": step.codec.bottleneck}
     return parts | {"perceptual": step.perceptual, "discriminator": step.discriminator}
 
@@ -89,58 +91,62 @@ def test_the_discriminator_phase_trains_the_discriminator_only():
 
 def test_phases_hold_each_parameter_once():
     step = codec_step()
-    codec, judge = step.phases()
+    codec, discriminator = step.phases()
     assert {id(p) for p in codec.parameters} == {id(p) for p in step.codec.parameters()}
-    assert {id(p) for p in judge.parameters} == {id(p) for p in step.discriminator.parameters()}
-    assert (codec.start, judge.start) == (0, 8)
-    assert step.averaged is step.codec
+    assert {id(p) for p in discriminator.parameters} == {id(p) for p in step.discriminator.parameters()}
+    assert (codec.start, discriminator.start) == (0, 8)
+    assert step.ema_module is step.codec
     assert [phase.name for phase in codec_step(adversarial_weight=0).phases()] == ["codec"]
 
 
-def test_terms_begin_late():
-    assert codec_step(perceptual_start=7, start=5, lead=2).turns == [0, 3, 5, 7]
-    assert codec_step(adversarial_weight=0).turns == [0]
+def test_terms_start_late():
+    assert codec_step(perceptual_start=7, adversarial_start=5, discriminator_lead=2).cost_breakpoints == [0, 3, 5, 7]
+    assert codec_step(adversarial_weight=0).cost_breakpoints == [0]
     step = codec_step(perceptual_start=7, adversarial_weight=0)
     before, after = (step(batch(), "codec", k, generator()) for k in (6, 7))
     assert "perceptual" not in before and after["perceptual"] > 0
     torch.testing.assert_close(before["loss"] + step.perceptual_weight * after["perceptual"], after["loss"])
 
 
-def test_where_steps_become_fewer_a_late_term_begins_earlier_and_never_stops():
+def test_with_fewer_steps_a_late_term_starts_earlier_and_never_stops():
     step = codec_step(perceptual_start=70, adversarial_weight=0)
-    plays = lambda at: "perceptual" in step(batch(), "codec", at, generator())
-    step.horizon = Horizon(100, amendments=[(25, 120), (40, 50), (60, 90)])  # as planned, more, half, more again
-    assert [plays(at) for at in (25, 34, 39, 40, 59, 60, 89)] == [False] * 3 + [True] * 4
-    step.horizon = Horizon(100, amendments=[(25, 120)])
-    assert [plays(at) for at in (69, 70)] == [False, True]
+    active = lambda at: "perceptual" in step(batch(), "codec", at, generator())
+    step.step_budget = StepBudget(
+        100, amendments=[(25, 120), (40, 50), (60, 90)]
+    )  # planned, then more, half, and more again
+    assert [active(at) for at in (25, 34, 39, 40, 59, 60, 89)] == [False] * 3 + [True] * 4
+    step.step_budget = StepBudget(100, amendments=[(25, 120)])
+    assert [active(at) for at in (69, 70)] == [False, True]
 
 
 @pytest.mark.parametrize(("weight", "term"), [("perceptual_weight", "perceptual"), ("bottleneck_weight", "bottleneck")])
-def test_loss_is_the_weighted_sum(weight: str, term: str):
-    one, two = (codec_step(**{weight: w})(batch(), "codec", 0, generator()) for w in (1.0, 3.0))
-    assert float((two["loss"] - one["loss"]).detach()) == pytest.approx(2 * float(one[term].detach()), rel=1e-4)
+def test_the_loss_is_the_weighted_sum_of_its_terms(weight: str, term: str):
+    single, triple = (codec_step(**{weight: w})(batch(), "codec", 0, generator()) for w in (1.0, 3.0))
+    assert float((triple["loss"] - single["loss"]).detach()) == pytest.approx(
+        2 * float(single[term].detach()), rel=1e-4
+    )
 
 
 def test_the_adversarial_gradient_is_balanced_against_the_others():
-    """At the image it is as long as theirs, times its weight and the gate's ramp."""
-    step = codec_step(start=0, lead=1)
-    x, ends = batch().data, []
+    """At the reconstruction its norm is that of the others, times its weight and the gate's ramp."""
+    step = codec_step(adversarial_start=0, discriminator_lead=1)
+    x, outputs = batch().data, []
     decode = step.codec.decoder.forward
-    step.codec.decoder.forward = lambda h: ends.append(decode(h)) or ends[-1]
+    step.codec.decoder.forward = lambda h: outputs.append(decode(h)) or outputs[-1]
     losses = step(Batch(x, torch.arange(8)), "codec", 5, generator())
     others = losses["rec"] + 0.5 * losses["perceptual"] + 1e-2 * losses["bottleneck"]
-    parts = [torch.autograd.grad(loss, ends[0], retain_graph=True)[0] for loss in (losses["loss"], others)]
+    parts = [torch.autograd.grad(loss, outputs[0], retain_graph=True)[0] for loss in (losses["loss"], others)]
     assert float((parts[0] - parts[1]).norm() / parts[1].norm()) == pytest.approx(0.5, rel=1e-3)
 
 
-def test_no_gradient_goes_astray_in_evaluation_of_the_judge():
-    """The judge's images carry no gradient, and the same ones are judged that the codec just drew."""
+def test_the_discriminator_sees_reconstructions_without_gradient():
+    """They are the reconstructions of the codec phase."""
     step = codec_step()
     step(batch(), "codec", 12, generator())
-    assert step._drawn is not None and not step._drawn.requires_grad
+    assert step._x_hat is not None and not step._x_hat.requires_grad
 
 
-def test_what_is_frozen_is_not_saved():
+def test_frozen_modules_are_not_saved():
     step = codec_step()
     names = set(trained_state(step))
     assert not any(name.startswith("perceptual") for name in names)
@@ -159,7 +165,7 @@ def latents(classes: int = 3) -> Batch:
     return Batch(z, torch.arange(16), torch.arange(16) % classes if classes else None)
 
 
-def test_diffusion_reaches_denoiser_and_conditioner():
+def test_the_diffusion_loss_reaches_denoiser_and_conditioner():
     step = diffusion_step()
     loss = step(latents(), "denoiser", 0, generator())["loss"]
     assert names_reached(loss, {"net": step.denoiser.net, "conditioner": step.conditioner}) == {"net", "conditioner"}
@@ -179,13 +185,13 @@ def test_diffusion_without_classes():
 def test_a_learned_weight_is_trained_and_not_averaged():
     step = diffusion_step(weight="learned")
     (phase,) = step.phases()
-    kept = {id(p) for p in step.averaged.parameters()}
-    assert len(kept) < len(phase.parameters)
-    assert {id(p) for p in phase.parameters} - kept == {id(p) for p in step.objective.parameters()}
+    averaged = {id(p) for p in step.ema_module.parameters()}
+    assert len(averaged) < len(phase.parameters)
+    assert {id(p) for p in phase.parameters} - averaged == {id(p) for p in step.objective.parameters()}
     assert any(name.startswith("objective.") for name in trained_state(step))
 
 
-def test_adaptive_times_are_saved_and_learn():
+def test_adaptive_time_sampling_is_saved_and_updated():
     step = diffusion_step(times="adaptive")
     before = {k: v.clone() for k, v in trained_state(step).items() if k.startswith("objective.")}
     step(latents(), "denoiser", 0, generator())
@@ -196,14 +202,14 @@ def test_adaptive_times_are_saved_and_learn():
 def test_a_step_depends_on_its_generator_alone():
     step = diffusion_step()
     torch.manual_seed(1)
-    one = step(latents(), "denoiser", 0, generator())["loss"]
+    loss = step(latents(), "denoiser", 0, generator())["loss"]
     torch.manual_seed(2)
-    assert torch.equal(step(latents(), "denoiser", 0, generator())["loss"], one)
-    assert not torch.equal(step(latents(), "denoiser", 0, torch.Generator().manual_seed(1))["loss"], one)
+    assert torch.equal(step(latents(), "denoiser", 0, generator())["loss"], loss)
+    assert not torch.equal(step(latents(), "denoiser", 0, torch.Generator().manual_seed(1))["loss"], loss)
 
 
 def test_muon_gets_hidden_matrices():
     net = make_net("mlp", latent_shape=(4, 2, 2), cond_dim=0, width=32, depth=1)
-    taken = list(matrices(list(net.parameters())))
-    assert taken and all(p.ndim == 2 and min(p.shape) >= 32 for p in taken)
-    assert {id(block.up.weight) for block in net.blocks} <= {id(p) for p in taken}
+    hidden = list(hidden_matrices(list(net.parameters())))
+    assert hidden and all(p.ndim == 2 and min(p.shape) >= 32 for p in hidden)
+    assert {id(block.up.weight) for block in net.blocks} <= {id(p) for p in hidden}

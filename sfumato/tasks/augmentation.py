@@ -1,0 +1,303 @@
+"""The parts of `augment`: labelled items, pseudo-labelled items, and generated items until every class is full."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.core import step_generator
+from sfumato.data.dataset import Dataset
+from sfumato.distributed import gather, shard
+from sfumato.errors import UserError
+from sfumato.modalities.base import Labelable, Labeler, Modality
+from sfumato.model import Model
+from sfumato.sampling import Sampling
+from sfumato.tasks.inputs import (
+    display_name,
+    item_metadata,
+    model_labels,
+    report_progress,
+    require,
+    sample_latents,
+    source_settings,
+)
+from sfumato.types import UNKNOWN, Progress
+
+DEFAULT_CLASS_SIZE = 1_000  # minimum number of items per class if the user gives none
+PSEUDO_LABEL_BATCH = 1_000  # unlabelled items that are classified at a time
+MIN_ROUND, MAX_ROUND = 200, 4_000  # generated items per round
+MAX_TRIES_PER_ITEM = 50  # maximum number of items generated per missing item of a class
+MIN_MISSING = 4  # the limit assumes at least this many missing items per class
+RATE_TRIES = 1_000  # generated items of a class after which its acceptance rate is checked
+MAX_TRIES_PER_SUCCESS = 200  # the class is given up if fewer than one in this many was accepted
+
+
+@dataclass
+class LabelledItems:
+    """Items (N, ...) that have a class each.
+
+    Attributes:
+        items: Items (N, ...).
+        metadata: A row per item, with its `label`.
+    """
+
+    items: Tensor
+    metadata: list[dict[str, Any]]
+
+
+@dataclass
+class LabelledSource(LabelledItems):
+    """The labelled items of a source, and what is needed to add others.
+
+    Attributes:
+        modality: Modality of the items.
+        labeler: Classifies unlabelled and generated items.
+        unlabelled: Data sets, each with the indices of its unlabelled items.
+        statistics: Number of unlabelled items, and notes of the reader.
+    """
+
+    modality: Modality[Any]
+    labeler: Labeler
+    unlabelled: list[tuple[Dataset, Tensor]]
+    statistics: dict[str, Any]
+
+    def shortfall(self, size: int | None) -> Tensor:
+        """Number of items that each class lacks (K,); classes without any labelled item lack none.
+
+        `size` is the requested number of items per class; None: that of the largest class, at least
+        `DEFAULT_CLASS_SIZE`.
+        """
+        counts = _class_counts(self.labeler.labels, len(self.labeler.names))
+        size = max(DEFAULT_CLASS_SIZE, int(counts.max())) if size is None else size
+        return (size - counts).clamp_min(0).where(counts > 0, 0)
+
+
+def read_labelled(
+    model: Path | str | Model,
+    loaded: Model,
+    source: str | Path,
+    unlabelled: Path | str | None,
+    target: str | None,
+    overrides: Sequence[str],
+    skip_bad: bool,
+    progress: Progress | None,
+) -> LabelledSource:
+    """Read the labelled source and further unlabelled items, and check that there are at least two classes."""
+    modality, config = loaded.modality, loaded.config
+    labelable = require(loaded, Labelable[Any], "augment")
+
+    def read(path: str | Path, labels: bool = True) -> Dataset:
+        settings = source_settings(model, overrides, skip_bad, labels)
+        data = modality.read(str(path), settings, config.spec)[0]
+        modality.check_compatible(display_name(model), config.shape, config.spec, path, data)
+        return data
+
+    data = read(source)
+    if data.labels is not None and config.label_names:
+        data = data.relabel(model_labels(loaded, data), config.label_names, data.notes)
+    further = [] if unlabelled is None else [_without_labels(read(unlabelled, labels=False))]
+    labeler = labelable.labeler(data, further, config.label_names, target, str(loaded.device), progress)
+    labelled = (labeler.labels != UNKNOWN).nonzero().flatten()
+    if len({int(k) for k in labeler.labels[labelled]}) < 2:
+        found = "one class only" if len(labelled) else "no labels"
+        raise UserError(f"{source}: has {found}; items of two classes or more are needed", code=1)
+    unlabelled_items = [(data, (labeler.labels == UNKNOWN).nonzero().flatten())]
+    unlabelled_items += [(other, torch.arange(len(other))) for other in further]
+    count = sum(len(index) for _, index in unlabelled_items)
+    metadata = _with_labels(modality, labeler, data, labelled, labeler.labels[labelled])
+    statistics = ({"unlabelled": count} if count else {}) | ({"notes": data.notes} if data.notes else {})
+    return LabelledSource(data.batch(labelled).data, metadata, modality, labeler, unlabelled_items, statistics)
+
+
+def _without_labels(data: Dataset) -> Dataset:
+    """The same items without labels."""
+    return data.relabel(None, list(data.label_names), data.notes)
+
+
+def _with_labels(
+    modality: Modality[Any], labeler: Labeler, data: Dataset, index: Tensor, labels: Tensor
+) -> list[dict[str, Any]]:
+    """Metadata of the items `index` (B,), with these class numbers (B,) as labels."""
+    values = modality.label_values(labeler.names)
+    metadata = item_metadata(modality, data, [int(i) for i in index])
+    return [row | {"label": values[int(k)]} for row, k in zip(metadata, labels, strict=True)]
+
+
+def pseudo_label(
+    labelled: LabelledSource, shortfall: Tensor, seed: int, progress: Progress | None
+) -> tuple[LabelledItems, Tensor]:
+    """Unlabelled items with a confident prediction, in random order, until all classes are full; and the new shortfall.
+
+    Args:
+        labelled: The labeler and the unlabelled items.
+        shortfall: Number of items that each class lacks (K,).
+        seed: Seed of the order.
+        progress: Called with the stage, the amount done, and the total.
+    """
+    modality, labeler, total = labelled.modality, labelled.labeler, int(shortfall.sum())
+    parts, metadata = [labelled.items[:0]], list[dict[str, Any]]()
+    for data, index in _shuffled_batches(labelled.unlabelled, seed):
+        if not shortfall.any():
+            break
+        items = data.batch(index).data
+        labels = labeler.pseudo_label(items)
+        chosen = _first_of_each_class(labels, shortfall)
+        chosen = chosen[~labeler.duplicates.filter_generated(labeler.embed(items[chosen]))]
+        shortfall = shortfall - _class_counts(labels[chosen], len(shortfall))
+        parts.append(items[chosen])
+        rows = _with_labels(modality, labeler, data, index[chosen], labels[chosen])
+        metadata += [row | {"guessed": True} for row in rows]
+        report_progress(progress, "pseudo-label", total - int(shortfall.sum()), total)
+    return LabelledItems(torch.cat(parts), metadata), shortfall
+
+
+def _shuffled_batches(unlabelled: Sequence[tuple[Dataset, Tensor]], seed: int) -> Iterator[tuple[Dataset, Tensor]]:
+    """Shuffled indices of each data set, `PSEUDO_LABEL_BATCH` at a time."""
+    for data, index in unlabelled:
+        shuffled = index[torch.randperm(len(index), generator=step_generator(seed, "guess", 0))]
+        for first in range(0, len(shuffled), PSEUDO_LABEL_BATCH):
+            yield data, shuffled[first : first + PSEUDO_LABEL_BATCH]
+
+
+@dataclass
+class ItemGenerator:
+    """Generates items of requested classes; item i has the noise of its number."""
+
+    model: Model
+    labeler: Labeler
+    sampling: Sampling
+    seed: int
+    batch: int
+
+    def __call__(self, numbers: Sequence[int], labels: Tensor | None) -> Tensor:
+        """The items (N, ...) with these numbers and classes (N,), split between processes."""
+        local, model = shard(len(numbers)), self.model
+        local_labels = None if labels is None else labels[local]
+        latents = sample_latents(model, [numbers[i] for i in local], local_labels, self.sampling, self.seed, self.batch)
+        empty = torch.empty(0, *model.config.shape)  # a process may have no items
+        return gather(torch.cat([empty, *map(model.decode, latents)]), len(numbers))
+
+
+@dataclass
+class Generated:
+    """Accepted generated items.
+
+    Attributes:
+        items: Accepted items (N, ...).
+        labels: Their classes (N,).
+        numbers: Their item numbers.
+        tried: Number of generated items.
+        rejected: Number of rejected items by reason.
+        shortfall: Number of items that each class lacks in the end.
+    """
+
+    items: Tensor
+    labels: Tensor
+    numbers: list[int] = field(default_factory=list[int])
+    tried: int = 0
+    rejected: Counter[str] = field(default_factory=Counter[str])
+    shortfall: list[int] = field(default_factory=list[int])
+
+    def add(self, items: Tensor, labels: Tensor, numbers: Sequence[int], chosen: Tensor) -> None:
+        """Accept the `chosen` (K,) of the items (N, ...)."""
+        self.items = torch.cat([self.items.to(items), items[chosen]])
+        self.labels = torch.cat([self.labels, labels[chosen]])
+        self.numbers += [numbers[int(i)] for i in chosen]
+
+    def metadata(self, values: Sequence[Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """A row per item; `values` are the labels of the classes."""
+        labelled = zip(self.labels, self.numbers, strict=True)
+        return [{"label": values[int(k)], "item": i, **settings} for k, i in labelled]
+
+    def statistics(self, labeler: Labeler) -> dict[str, Any]:
+        """How many items were accepted, generated, rejected and are still missing."""
+        shortfall = {name: count for name, count in zip(labeler.names, self.shortfall, strict=True) if count}
+        counts = {"made": len(self.items), "tried": self.tried, "refused": dict(self.rejected)}
+        return counts | ({"short": shortfall} if shortfall else {})
+
+
+def fill_classes(generate: ItemGenerator, shortfall: Tensor, progress: Progress | None) -> Generated:
+    """Generate items until every class is full or given up.
+
+    A class is given up after `MAX_TRIES_PER_ITEM` tries per missing item, or earlier if after `RATE_TRIES` its
+    acceptance rate is too low.
+
+    Args:
+        generate: Generator of items, and the labeler that accepts them.
+        shortfall: Number of items that each class lacks (K,).
+        progress: Called with the stage, the amount done, and the total.
+    """
+    total, labeler = int(shortfall.sum()), generate.labeler
+    limit = MAX_TRIES_PER_ITEM * shortfall.clamp_min(MIN_MISSING)
+    accepted, tried = torch.zeros(len(shortfall)), torch.zeros(len(shortfall))  # items per class
+    generated = Generated(torch.empty(0, *generate.model.config.shape), torch.empty(0, dtype=torch.long))
+    while (needed := _next_tries(shortfall, accepted, tried, limit)).any():
+        requested = _requested_labels(needed) if labeler.conditional else None
+        size = int(needed.max().clamp(MIN_ROUND, MAX_ROUND)) if requested is None else len(requested)
+        numbers = range(generated.tried, generated.tried + size)
+        items = generate(numbers, requested)
+        labels = _accepted_labels(labeler, items, requested, shortfall, generated.rejected)
+        accepted += _class_counts(labels, len(shortfall))
+        tried += size if requested is None else _class_counts(requested, len(shortfall))
+        chosen = _first_of_each_class(labels, shortfall)
+        duplicate = labeler.duplicates.filter_generated(labeler.embed(items[chosen]))
+        generated.rejected["double"] += int(duplicate.sum())
+        generated.add(items, labels, numbers, chosen[~duplicate])
+        generated.tried += size
+        shortfall = shortfall - _class_counts(labels[chosen[~duplicate]], len(shortfall))
+        report_progress(progress, "augment", total - int(shortfall.sum()), total)
+    generated.shortfall = [int(count) for count in shortfall]
+    return generated
+
+
+def _next_tries(shortfall: Tensor, accepted: Tensor, tried: Tensor, limit: Tensor) -> Tensor:
+    """Number of items of each class to generate next (K,), at most `RATE_TRIES`; 0 for full and given-up classes.
+
+    Args:
+        shortfall: Number of missing items (K,).
+        accepted: Number of accepted items (K,).
+        tried: Number of generated items (K,).
+        limit: Maximum number of generated items (K,).
+    """
+    needed = (shortfall * (tried + 1) / (accepted + 1)).ceil().clamp_max(RATE_TRIES).minimum(limit - tried)
+    rare = (tried >= RATE_TRIES) & (accepted * MAX_TRIES_PER_SUCCESS < tried)
+    return needed.masked_fill(rare, 0).clamp_min(0).long()
+
+
+def _requested_labels(needed: Tensor) -> Tensor:
+    """Class numbers with `needed` (K,) of each class, scaled down to about `MAX_ROUND` in all, in alternating order."""
+    share = min(1.0, MAX_ROUND / int(needed.sum()))
+    counts = [math.ceil(int(count) * share) for count in needed]
+    ranked = sorted((rank, k) for k, count in enumerate(counts) for rank in range(count))
+    return torch.tensor([k for _, k in ranked])
+
+
+def _accepted_labels(
+    labeler: Labeler, items: Tensor, requested: Tensor | None, shortfall: Tensor, rejected: Counter[str]
+) -> Tensor:
+    """The class of each item (N,), `UNKNOWN` for rejected items and full classes; counts rejections by reason."""
+    labels = labeler.predict(items)
+    accepted = labels != UNKNOWN if requested is None else labels == requested
+    rejected["label"] += int((~accepted).sum())
+    accepted &= shortfall[labels] > 0
+    index = accepted.nonzero().flatten()
+    copied = labeler.duplicates.of_real(labeler.embed(items[index]))
+    rejected["copy"] += int(copied.sum())
+    accepted[index[copied]] = False
+    return torch.where(accepted, labels, UNKNOWN)
+
+
+def _class_counts(labels: Tensor, classes: int) -> Tensor:
+    """Number of items of each class (K,)."""
+    return torch.bincount(labels[labels != UNKNOWN], minlength=classes)
+
+
+def _first_of_each_class(labels: Tensor, limit: Tensor) -> Tensor:
+    """Indices (M,) of the first items of each class, at most `limit` (K,) of it, in order."""
+    parts = [(labels == k).nonzero().flatten()[: int(count)] for k, count in enumerate(limit)]
+    return torch.cat(parts).sort().values
