@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -56,7 +56,6 @@ class Cond:
     tokens: Tensor | None = None
     mask: Tensor | None = None
     concat: Tensor | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 def batch_limit(shape: Sequence[int], max_items: int, max_numbers: int = 2**24) -> int:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sfumato.core.denoiser import append_dims_as
+from sfumato.core.sampler import Denoise
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
 GuidanceWeight = Callable[[Tensor], Tensor]
 Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 

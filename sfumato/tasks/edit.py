@@ -10,7 +10,7 @@ from sfumato.tasks.outputs import Result
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfumato.core.guidance import Denoise
+    from sfumato.core.sampler import Denoise
     from sfumato.model import Model
     from sfumato.sampling import Sampling
     from sfumato.types import Progress

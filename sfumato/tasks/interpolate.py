@@ -11,7 +11,7 @@ from sfumato.tasks.outputs import ITEMS_PER_SHEET, Result
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfumato.core.guidance import Denoise
+    from sfumato.core.sampler import Denoise
     from sfumato.model import Model
     from sfumato.sampling import Sampling
     from sfumato.types import Progress

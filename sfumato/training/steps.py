@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from sfumato.codecs import Codec
-from sfumato.codecs.losses import AdversarialGate, adaptive_weight, hinge_d, hinge_g
+from sfumato.codecs.losses import AdversarialGate, adaptive_weight, frozen, hinge_d, hinge_g
 from sfumato.conditioners import Conditioner
 from sfumato.core import Denoiser, Objective
 from sfumato.training.budget import StepBudget
@@ -152,9 +152,8 @@ class CodecStep(TrainStep):
     def _adversarial_term(self, x_hat: Tensor, loss: Tensor, step: int, terms: Losses) -> Tensor:
         """The weighted adversarial term; its gradient reaches the codec but not the discriminator's weights."""
         assert self.discriminator is not None and self.gate is not None
-        self.discriminator.requires_grad_(False)
-        terms["adversarial"] = hinge_g(self.discriminator(x_hat)).mean()
-        self.discriminator.requires_grad_(True)
+        with frozen(self.discriminator):
+            terms["adversarial"] = hinge_g(self.discriminator(x_hat)).mean()
         balance = adaptive_weight(loss, terms["adversarial"], x_hat, maximum=100.0)
         return self.adversarial_weight * self.gate(step) * balance * terms["adversarial"]
 
