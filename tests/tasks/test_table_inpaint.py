@@ -222,7 +222,7 @@ def test_a_few_step_model_inpaints_fixed_cells_with_the_steps_of_its_teacher(
 ):
     seen: list[Sampling] = []
     inpainter = lambda model, mask, labels, sampling, *rest: seen.append(sampling) or (lambda items, fixed: fixed)
-    monkeypatch.setattr(sys.modules["sfumato.tasks.inpaint"], "_Conditional", inpainter)
+    monkeypatch.setattr(sys.modules["sfumato.tasks.inpaint"], "_FixedValues", inpainter)
     config = SimpleNamespace(
         distilled={"steps": 12, "grid": "both_ends", "guidance": 1.2} if default.sampler == JUMP else None
     )
