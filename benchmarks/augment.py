@@ -24,7 +24,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -98,15 +97,12 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=augmentation.steps, pct_start=0.2)
     net.train()
     for _ in range(augmentation.steps):
-        batch = data.batch(next(order))
-        x, y = batch.data, batch.label
-        assert y is not None
+        x, y = labelled_batch(data, next(order))
         weights = torch.ones(len(y))
         if more is not None and other_order is not None:
-            other = more.batch(next(other_order))
-            assert other.label is not None
-            x, y = torch.cat([x, other.data]), torch.cat([y, other.label])
-            weights = torch.cat([weights, torch.full((len(other.data),), weight)])
+            other_x, other_y = labelled_batch(more, next(other_order))
+            x, y = torch.cat([x, other_x]), torch.cat([y, other_y])
+            weights = torch.cat([weights, torch.full((len(other_x),), weight)])
         x = augment_batch(x, augmentation, generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=best_precision("cpu") == "bf16"):
             logits = net(x)
@@ -117,6 +113,12 @@ def train(
         optimizer.step()
         schedule.step()
     return net.eval()
+
+
+def labelled_batch(data: ImageDataset | ConcatDataset, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The images (B, C, H, W) and class numbers (B,) of the items `index` (B,)."""
+    assert data.labels is not None
+    return data.batch(index).data, torch.from_numpy(data.labels[index.numpy()])
 
 
 @torch.no_grad()
@@ -151,7 +153,7 @@ def draw_labels(data: ImageDataset, labels: int, seed: int) -> ImageDataset:
     for k in range(data.classes):
         index = rng.permutation(np.flatnonzero(data.labels == k))[: labels or None]
         kept[index] = k
-    return replace(data, labels=kept)
+    return data.relabel(kept, list(data.label_names), data.notes)
 
 
 def write_source(data: ImageDataset, path: Path, seed: int) -> None:
@@ -241,7 +243,9 @@ def pseudo_labelled(part: ImageDataset) -> ImageDataset | None:
     """All unlabelled images with the teacher's pseudo-labels; None if there are none."""
     assert part.labels is not None
     unlabelled = part.subset(np.flatnonzero(part.labels < 0))
-    return replace(unlabelled, labels=predict_all(teacher(part), unlabelled)) if len(unlabelled) else None
+    if not len(unlabelled):
+        return None
+    return unlabelled.relabel(predict_all(teacher(part), unlabelled), list(part.label_names), part.notes)
 
 
 def labelled_part(data: ImageDataset) -> ImageDataset:

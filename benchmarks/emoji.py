@@ -29,6 +29,7 @@ from quality import fit_once, print_all
 from torch import Tensor
 
 import sfumato
+from sfumato.data.conditions import LABEL, Labels
 from sfumato.modalities.image.classifier import Classifier, fit_classifier, predict
 from sfumato.modalities.image.dataset import ImageDataset
 from sfumato.modalities.image.metrics import psnr
@@ -87,7 +88,8 @@ def style_classifier(emoji: Emoji) -> Classifier:
     """A classifier of the style of an image."""
     x = np.concatenate([emoji.train[style] for style in STYLES])
     labels = np.concatenate([np.full(len(emoji.train[style]), k) for k, style in enumerate(STYLES)])
-    return fit_classifier(ImageDataset(x, "RGB", labels=labels), len(STYLES), steps=STEPS)
+    data = ImageDataset(x, "RGB", conditions={LABEL: Labels(labels, list(STYLES))})
+    return fit_classifier(data, len(STYLES), steps=STEPS)
 
 
 def train_model(emoji: Emoji, options: argparse.Namespace) -> Path:
@@ -111,10 +113,10 @@ def table(options: argparse.Namespace) -> Iterator[str]:
     source, target = STYLES
     x, truth = (tensor(emoji.test[style]) for style in STYLES)
     given = write_images(options.out / "given", x, overwrite=True)
-    transferred = sfumato.transfer(run, given, source_label=source, label=target, budget=options.search).items
-    edited = {s: sfumato.edit(run, given, label=target, strength=s).items for s in STRENGTHS}
+    transferred = sfumato.transfer(run, given, source_label=source, label=target, budget=options.search).items.stack()
+    edited = {s: sfumato.edit(run, given, label=target, strength=s).items.stack() for s in STRENGTHS}
     best = max(edited, key=lambda strength: psnr(edited[strength], truth))
-    coded = sfumato.reconstruct(run, write_images(options.out / "truth", truth, overwrite=True)).items
+    coded = sfumato.reconstruct(run, write_images(options.out / "truth", truth, overwrite=True)).items.stack()
     results = {"transfer": transferred, f"edit at {best}": edited[best], "nothing": x, "coded": coded, "truth": truth}
     yield "| method | style | retrieval | PSNR |"
     yield "|---|---|---|---|"

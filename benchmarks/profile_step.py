@@ -165,7 +165,7 @@ def inner_parts(step: TrainStep) -> dict[str, nn.Module]:
         modules |= {"encoder": step.codec.encoder, "bottleneck": step.codec.bottleneck, "decoder": step.codec.decoder}
         modules |= {"perceptual network": step.perceptual, "discriminator": step.discriminator}
     if isinstance(step, DiffusionStep):
-        modules |= {"denoiser": step.denoiser.net, "conditioner": step.conditioner}
+        modules |= {"denoiser": step.model.denoiser.net, "conditioner": step.model.conditioner}
     return {name: module for name, module in modules.items() if module is not None}
 
 

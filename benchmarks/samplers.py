@@ -27,8 +27,9 @@ from sfumato.metrics import extract, frechet, reference
 from sfumato.modalities.image.evaluator import ImageEvaluator
 from sfumato.modalities.image.metrics import GeneratedImages
 from sfumato.model import Model, load
-from sfumato.sampling import Sampling
+from sfumato.sampling import Sampling, new_conditions
 from sfumato.storage import read_json
+from sfumato.types import Latent
 
 EVALUATIONS = (4, 6, 8, 10, 15, 20, 30, 60)  # of the denoiser
 SAMPLERS = "euler:uniform,heun:uniform,dpmpp_2m:uniform,unipc:uniform,unipc:both_ends,abm2:uniform,abm2:both_ends"
@@ -48,13 +49,12 @@ def make_distance(model: Model, source: str) -> Distance:
 def sample(model: Model, sampling: Sampling, items: int, batch: int) -> tuple[Tensor, Tensor]:
     """Latents and images of the first items, class-balanced."""
     model.config.sample |= {"precision": sampling.precision}  # the decoder's too
-    labels = model.balanced_labels(range(items), 0)
+    raw = new_conditions(model.conditioner, range(items), 0)
     parts = [
-        model.sample(index.tolist(), None if labels is None else labels[index], sampling=sampling)
-        for index in torch.arange(items).split(batch)
+        model.sample(index.tolist(), raw.select(index), sampling=sampling) for index in torch.arange(items).split(batch)
     ]
-    z = torch.cat(parts)
-    return z, model.decode(z)
+    latent = Latent.concat(parts)
+    return latent.z, model.decode(latent).stack()
 
 
 def steps_for(sampler: str, evaluations: int) -> int:

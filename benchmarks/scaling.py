@@ -50,12 +50,13 @@ class Point(NamedTuple):
 
 def synthetic(count: int, side: int, channels: int) -> Any:
     """Noise images in ten classes."""
+    from sfumato.data.conditions import LABEL, Labels
     from sfumato.modalities.image.dataset import ImageDataset
 
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (count, side, side, channels), np.uint8)
-    names = [str(k) for k in range(10)]
-    return ImageDataset(pixels, {1: "L", 3: "RGB"}[channels], None, np.arange(count) % 10, names)
+    labels = Labels(np.arange(count) % 10, [str(k) for k in range(10)])
+    return ImageDataset(pixels, {1: "L", 3: "RGB"}[channels], conditions={LABEL: labels})
 
 
 def planned_run(train: Any, held: Any, folder: Path, spec: Spec) -> Any:
@@ -102,6 +103,7 @@ def probe_images(spec: Spec) -> dict[str, float]:
     from sfumato.training.batches import DataBatches, LatentBatches
     from sfumato.training.build import new_model
     from sfumato.training.stages import encode_all, encoded_subset
+    from sfumato.types import Raw
 
     seconds: dict[str, float] = {}
 
@@ -123,10 +125,10 @@ def probe_images(spec: Spec) -> dict[str, float]:
         steps = iter(range(10**9))
         timed("first batch of images", lambda: batches.batch(next(steps)))
         timed("a batch of images", lambda: batches.batch(next(steps)), TIMED_BATCHES)
-        z = timed("encode", lambda: encode_all(run, model, encoded_subset(run)))
-        latents = LatentBatches(z, None, settings.denoiser, 0, "cpu")
-        latents.batch(0)
-        timed("a batch of latents", lambda: latents.batch(next(steps)), TIMED_BATCHES)
+        latents = timed("encode", lambda: encode_all(run, model, encoded_subset(run)))
+        batches = LatentBatches(latents, Raw(), settings.denoiser, 0, "cpu")
+        batches.batch(0)
+        timed("a batch of latents", lambda: batches.batch(next(steps)), TIMED_BATCHES)
         samples = held.subset(torch.arange(min(len(held), 500)))
         pooled = NamedExtractor("pooled", lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 4))
         timed("measure 500 samples", lambda: image_report(samples, train, held, pooled))

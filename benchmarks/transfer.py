@@ -34,6 +34,7 @@ from scipy import ndimage
 from torch import Tensor
 
 import sfumato
+from sfumato.data.conditions import LABEL, Labels
 from sfumato.modalities.image.classifier import Classifier, fit_classifier, predict
 from sfumato.modalities.image.dataset import ImageDataset
 from sfumato.modalities.image.metrics import psnr
@@ -115,8 +116,12 @@ def styled(train: ImageDataset) -> tuple[Pixels, list[str], NDArray[np.int64]]:
 def train_classifiers(images: Pixels, names: Sequence[str], digits: NDArray[np.int64]) -> Classifiers:
     """Train both on real images in all styles."""
     styles = np.array([list(STYLES).index(name) for name in names])
-    sets = [ImageDataset(images[..., None], "L", labels=labels) for labels in (digits, styles)]
-    return Classifiers(*(fit_classifier(data, int(data.labels.max()) + 1, steps=STEPS) for data in sets))  # type: ignore[union-attr]
+    classes = [str(k) for k in range(int(digits.max()) + 1)]
+    sets = [
+        ImageDataset(images[..., None], "L", conditions={LABEL: labels})
+        for labels in (Labels(digits, classes), Labels(styles, list(STYLES)))
+    ]
+    return Classifiers(*(fit_classifier(data, data.classes, steps=STEPS) for data in sets))
 
 
 def score(classifiers: Classifiers, x: Tensor, truth: Tensor, digits: Tensor, style: str) -> Scores:
@@ -138,8 +143,8 @@ def methods(run: Path, digits: Path, source: str, target: str, scorer: Scorer) -
         "moments only": {"strength": 0.0, "rounds": 0, "align": 0},
     }
     for name, extra in options.items():
-        yield name, scorer(sfumato.transfer(run, digits, source_label=source, label=target, **extra).items)
-    edited = {s: scorer(sfumato.edit(run, digits, label=target, strength=s).items) for s in STRENGTHS}
+        yield name, scorer(sfumato.transfer(run, digits, source_label=source, label=target, **extra).items.stack())
+    edited = {s: scorer(sfumato.edit(run, digits, label=target, strength=s).items.stack()) for s in STRENGTHS}
     best = max(edited, key=lambda strength: edited[strength].psnr)
     yield f"edit at {best}", edited[best]
 
@@ -154,19 +159,19 @@ def table(options: argparse.Namespace) -> Iterator[str]:
     np.savez(source, images=images, labels=np.array(names))
     fit_once(lambda: source, run, {"set": options.set}, options)
     classifiers = train_classifiers(images, names, digits)
-    batch = test.batch(np.arange(options.items))
-    assert batch.label is not None
+    assert test is not None and test.labels is not None
+    given, digit_classes = test.batch(np.arange(options.items)).data, torch.from_numpy(test.labels[: options.items])
     yield "| from | to | method | label | style | PSNR |"
     yield "|---|---|---|---|---|---|"
     pairs = [(a, b) for a, b in [("plain", s) for s in STYLES] + [(s, "plain") for s in STYLES] if a != b]
     for start, end in pairs:
-        x, truth = (from_pixels(STYLES[style](pixels(batch.data))) for style in (start, end))
+        x, truth = (from_pixels(STYLES[style](pixels(given))) for style in (start, end))
         for name, items in (("given", x), ("truth", truth)):
             np.savez(options.out / f"{name}.npz", images=pixels(items))
-        coded = sfumato.reconstruct(run, options.out / "truth.npz").items
+        coded = sfumato.reconstruct(run, options.out / "truth.npz").items.stack()
 
         def scorer(items: Tensor, truth: Tensor = truth, end: str = end) -> Scores:
-            return score(classifiers, items, truth, batch.label, end)  # type: ignore[arg-type]
+            return score(classifiers, items, truth, digit_classes, end)
 
         results = methods(run, options.out / "given.npz", start, end, scorer)
         for name, scores in [*results, ("nothing", scorer(x)), ("coded", scorer(coded)), ("truth", scorer(truth))]:

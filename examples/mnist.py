@@ -14,6 +14,8 @@ import sfumato
 from sfumato.apps.progress import ProgressLine
 from sfumato.modalities.image.read import read_source
 from sfumato.modalities.image.write import sample_sheet
+from sfumato.sampling import new_conditions
+from sfumato.types import Latent
 
 
 def draw_curves(run: Path, width: int = 800, height: int = 240) -> Image.Image:
@@ -34,22 +36,20 @@ def draw_curves(run: Path, width: int = 800, height: int = 240) -> Image.Image:
 
 def main(source="mnist", budget="5m", out="runs/mnist-example", steps=None, overrides: Sequence[str] = ()) -> Path:
     """Train (for `steps` instead of `budget`, if given), show each part, and return the folder of pictures."""
-    run, pictures = Path(out), Path(out) / "pictures"
+    run, pictures, budget = Path(out), Path(out) / "pictures", None if steps else budget
     if not (run / "model.json").is_file():
-        given, line = None if steps else budget, ProgressLine()
-        sfumato.fit(source, budget=given, steps=steps, out=run, overrides=overrides, progress=line)
+        sfumato.fit(source, budget=budget, steps=steps, out=run, overrides=overrides, progress=ProgressLine())
     model = sfumato.load(run)
     pictures.mkdir(exist_ok=True)
     draw_curves(run).save(pictures / "loss.png")
 
     x = read_source(source)[1].batch(range(8)).data  # held-out images (8, C, H, W)
-    z = model.encode(x)  # latents (8, *latent_shape) of zero mean and unit variance
-    eps, path = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)), []
-    noised = [model.denoiser.add_noise(z, eps, torch.full((8,), t)) for t in (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1)]
-    labels = model.balanced_labels(range(8), seed=0)
-    model.sample(range(8), labels, on_step=lambda i, t, z_t, z_hat: path.append(z_t.cpu()))
-    for name, states in {"forward": noised, "reverse": path, "reconstructions": [z]}.items():
-        columns = ([x] if name == "reconstructions" else []) + [model.decode(z_t) for z_t in states]  # a row per item
+    z = model.encode(x).z  # latents (8, *latent_shape) of zero mean and unit variance
+    eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    noised = [model.denoiser.schedule(t).add_noise(z, eps) for t in (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1)]
+    path = [step.z for step in model.steps(range(8), new_conditions(model.conditioner, range(8), seed=0))]
+    for name, states in {"forward": noised, "reverse": path, "reconstructions": [z]}.items():  # a row per item
+        columns = ([x] if name == "reconstructions" else []) + [model.decode(Latent(z_t)).stack() for z_t in states]
         sample_sheet(torch.stack(columns, 1).flatten(0, 1), len(columns)).save(pictures / f"{name}.png")
     model.generate(100, seed=0, sheet=pictures / "samples.png", overwrite=True)
     return pictures

@@ -69,7 +69,11 @@ class DataSettings(Section):
         default=None, description="Pillow colour mode; detected when not given"
     )
     label_from: str | None = Field(
-        default=None, description="regular expression for file names; its first group is the label"
+        default=None,
+        description="regular expression for file names; its first group is the label, its named groups are conditions",
+    )
+    label_column: Names = Field(
+        default=(), description="columns of the images' metadata that are conditions, such as digit,age; default label"
     )
     categorical: Names = Field(
         default=(), description="columns to treat as categorical although they hold numbers, such as zip,grade"

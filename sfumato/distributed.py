@@ -1,9 +1,13 @@
 """Distributed processes: rank, shards of the items, and gathering results."""
 
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from sfumato.types import Items
+
+ItemsT = TypeVar("ItemsT", Tensor, Items)
 
 
 def rank_and_size(device: str = "cpu") -> tuple[int, int]:
@@ -32,12 +36,13 @@ def shard(n: int) -> list[int]:
     return list(range(n))[rank * n // count : (rank + 1) * n // count]
 
 
-def gather(items: Tensor, n: int) -> Tensor:
+def gather(items: ItemsT, n: int) -> ItemsT:
     """Concatenate the items of all processes, (n, ...), in the order of their numbers."""
     if rank_and_size()[1] == 1:
         return items
     from accelerate.utils import gather_object  # pyright: ignore[reportMissingTypeStubs]
 
-    gathered = torch.cat(cast("list[Tensor]", gather_object([items])))
+    parts: Any = gather_object([items])
+    gathered: Any = torch.cat(parts) if isinstance(items, Tensor) else Items.concat(parts)
     assert len(gathered) == n
     return gathered

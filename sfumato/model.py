@@ -3,34 +3,36 @@
 # torch's and safetensors' own annotations are incomplete:
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 # pyright: reportMissingTypeStubs=false
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sfumato import __version__
 from sfumato.codecs import Codec
 from sfumato.conditioners import Conditioner, make_conditioner
 from sfumato.core import (
     SAMPLERS,
+    BoundDenoiser,
     ConsistencyStep,
+    Denoise,
     Denoiser,
-    GuideTerm,
     Noise,
     Step,
+    TrajectoryDenoiser,
+    autoguidance,
     cfg,
     initial_noise,
     interval,
+    make_prediction,
     make_schedule,
-    sample,
+    steps,
     time_grid,
 )
 from sfumato.core.rng import item_generator
-from sfumato.core.sampler import Denoise, NoiseFn, StepCallback
+from sfumato.core.sampler import NoiseFn, SamplingStep
 from sfumato.errors import UserError
 from sfumato.hardware import default_device, has_bf16
 from sfumato.modalities import find_modality
@@ -38,41 +40,35 @@ from sfumato.modalities.base import Modality
 from sfumato.nn import make_net
 from sfumato.registry import choose
 from sfumato.sampling import JUMP, Sampling, choose_sampling
-from sfumato.storage import load_part, read_json, save_part, write_json, write_tensors
-from sfumato.types import Latent, batch_limit
+from sfumato.storage import (
+    CONFIGURED_PARTS,
+    ModelConfig,
+    load_part,
+    read_config,
+    save_part,
+    write_config,
+    write_tensors,
+)
+from sfumato.types import Items, Latent, Raw, batch_limit
 
-FORMAT_VERSION = 2  # version of `model.json`; in version 1, `spec` was called `mode`
-PARTS = ("codec", "conditioner", "denoiser")
 CODEC_BATCH = 256  # items per call of the codec; fewer where items are large
 
 
-@dataclass
-class ModelConfig:
-    """The contents of `model.json` and the configuration of each part.
+class ConditionalDenoiser(nn.Module):
+    """A denoiser and the conditioner it was trained with.
 
     Args:
-        modality: Name of the modality.
-        shape: Shape of an item.
-        spec: What an item's numbers mean, JSON-compatible ("L", "RGB", the columns of a table).
-        label_names: Class names; empty without classes.
-        codec: Constructor arguments of the codec.
-        conditioner: Name and constructor arguments of the conditioner.
-        denoiser: `net` (name and arguments), `schedule` (name and arguments) and `predict`.
-        sample: Sampling defaults: the fields of `Sampling`.
-        distilled: The teacher's sampler, steps, grid, guidance and autoguidance if this is a few-step model, else None.
-        guide: Training step of the guide (a weaker denoiser, for autoguidance); None without one.
+        denoiser: The denoiser.
+        conditioner: Raw conditions -> condition of its network.
     """
 
-    modality: str
-    shape: tuple[int, ...]
-    spec: Any
-    label_names: list[str]
-    codec: dict[str, Any]
-    conditioner: dict[str, Any]
-    denoiser: dict[str, Any]
-    sample: dict[str, Any] = field(default_factory=dict[str, Any])
-    distilled: dict[str, Any] | None = None
-    guide: int | None = None
+    def __init__(self, denoiser: Denoiser, conditioner: Conditioner) -> None:
+        super().__init__()
+        self.denoiser, self.conditioner = denoiser, conditioner
+
+    def bind(self, raw: Raw, count: int, mask: Tensor | None = None) -> BoundDenoiser:
+        """The denoiser of `count` items with these conditions and the mask (B, N) of their tokens."""
+        return self.denoiser.bind(self.conditioner(raw, count), mask)
 
 
 class Model:
@@ -86,29 +82,37 @@ class Model:
         self.config = config
         self.modality: Modality[Any] = find_modality(config.modality)
         self.codec: Codec = self.modality.codec_class(**config.codec)
-        self.conditioner: Conditioner = make_conditioner(**config.conditioner)
-        schedule, predict = make_schedule(**config.denoiser["schedule"]), config.denoiser["predict"]
-        two_times = config.distilled is not None
-        self.denoiser = Denoiser(
-            self._net(), schedule, predict, two_times=two_times, layout=self.codec.categorical_layout
-        )
-        self.guide = None if config.guide is None else self._new_guide()
+        self.main = self._conditional_denoiser()
+        self.guide = None if config.guide is None else self._conditional_denoiser()
         self.device = torch.device("cpu")
         self.folder: Path | None = None  # the folder it was loaded from or trained in
 
-    def _net(self) -> nn.Module:
-        """A new network, as configured."""
-        options = {key: value for key, value in self.config.denoiser["net"].items() if key != "name"}
-        name, shape = self.config.denoiser["net"]["name"], self.codec.latent_shape
-        return make_net(name, latent_shape=shape, cond_dim=self.conditioner.dim, **options)
+    @property
+    def denoiser(self) -> Denoiser:
+        """The denoiser."""
+        return self.main.denoiser
 
-    def _new_guide(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"net": self._net(), "conditioner": make_conditioner(**self.config.conditioner)})
+    @property
+    def conditioner(self) -> Conditioner:
+        """The conditioner of the denoiser."""
+        return self.main.conditioner
+
+    def _conditional_denoiser(self) -> ConditionalDenoiser:
+        """A new conditioner and denoiser, as configured."""
+        conditioner, config, codec = make_conditioner(self.config.conditioner), self.config.denoiser, self.codec
+        options = {key: value for key, value in config["net"].items() if key != "name"}
+        options |= {"cond_dim": conditioner.dim, "token_dim": conditioner.token_dim, "channels_last": codec.tokens}
+        options |= {"segments": codec.segments} if config["net"]["name"] == "mlp" else {}
+        net = make_net(config["net"]["name"], latent_shape=codec.latent_shape, **options)
+        prediction = make_prediction(config["predict"], codec.categorical_layout())
+        denoiser_class = Denoiser if self.config.distilled is None else TrajectoryDenoiser
+        denoiser = denoiser_class(net, make_schedule(**config["schedule"]), prediction, codec.segments)
+        return ConditionalDenoiser(denoiser, conditioner)
 
     def add_guide(self, weights: dict[str, Tensor], step: int) -> None:
-        """Add a guide: the averaged weights of `net` and `conditioner` after training step `step`."""
-        self.config.guide, self.guide = step, self._new_guide().to(self.device)
-        self.guide.load_state_dict(weights)
+        """Add a guide: the averaged weights of denoiser and conditioner after training step `step`."""
+        self.config.guide, self.guide = step, self._conditional_denoiser().to(self.device)
+        self.guide.load_state_dict({**self.main.state_dict(), **weights})  # buffers are the model's
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -148,6 +152,8 @@ class Model:
         self.device = torch.device(device)
         for part in self.parts.values():
             part.to(self.device)
+        for part in (self.main, *([] if self.guide is None else [self.guide])):  # with the codec's statistics there
+            part.denoiser.prediction = make_prediction(self.config.denoiser["predict"], self.codec.categorical_layout())
         return self
 
     def eval(self) -> "Model":
@@ -163,147 +169,162 @@ class Model:
         return nullcontext()
 
     @torch.no_grad()
-    def encode(self, x: Tensor) -> Tensor:
-        """Encode data x (N, ...) to latents (N, *latent_shape), on the CPU."""
-        parts = x.split(batch_limit(self.config.shape, CODEC_BATCH))
-        return torch.cat([self.codec.encode(part.to(self.device)).z.cpu() for part in parts])
+    def encode(self, items: Items | Tensor) -> Latent:
+        """Encode items to latents (N, *latent_shape), on the CPU."""
+        items, size = items if isinstance(items, Items) else Items(items), batch_limit(self.config.shape, CODEC_BATCH)
+        parts = list[Latent]()
+        for first in range(0, len(items), size):
+            x, mask = items[first : first + size].pad()
+            latent = self.codec.encode(x.to(self.device), None if mask is None else mask.to(self.device))
+            parts.append(latent.to("cpu"))
+        return Latent.concat(parts)
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Tensor:
-        """Decode latents z (N, *latent_shape) to data (N, ...), on the CPU."""
-        parts = z.split(batch_limit(self.config.shape, CODEC_BATCH))
-        with self.autocast():
-            return torch.cat([self.codec.decode(Latent(part.to(self.device))).cpu() for part in parts])
+    def decode(self, latent: Latent) -> Items:
+        """Decode latents (N, *latent_shape) to items, on the CPU."""
+        parts, size = list[Items](), batch_limit(self.config.shape, CODEC_BATCH)
+        for first in range(0, len(latent), size):
+            part = latent[first : first + size].to(self.device)
+            mask = self.codec.data_mask(part.mask)
+            with self.autocast():
+                x = self.codec.decode(part).cpu()
+            parts.append(Items.unpad(x, mask))
+        return Items.concat(parts)
 
-    def autoencode(self, x: Tensor) -> Tensor:
-        """Encode and decode data x (N, ...): its reconstruction."""
-        return self.decode(self.encode(x))
+    def autoencode(self, items: Items | Tensor) -> Items:
+        """Encode and decode items: their reconstructions."""
+        return self.decode(self.encode(items))
 
-    @torch.no_grad()
     def sample(
         self,
         items: Sequence[int],
-        label: Tensor | None = None,
+        raw: Raw | None = None,
         *,
         seed: int = 0,
         sampling: Sampling | None = None,
-        on_step: StepCallback | None = None,
-    ) -> Tensor:
-        """Sample latents z (B, *latent_shape) of new items.
+        given: tuple[Latent, Sequence[int]] | None = None,
+    ) -> Latent:
+        """Sample latents (B, *latent_shape) of new items: the last of `steps`, which has the arguments."""
+        mask = self.draw_mask(items, seed) if given is None else given[0].mask
+        *_, last = self.steps(items, raw, seed=seed, sampling=sampling, mask=mask, given=given)
+        z = last.z if mask is None else torch.where(mask.to(last.z.device)[..., None], last.z, 0)
+        return Latent(z, mask if mask is None else mask.to(z.device))
+
+    @torch.no_grad()
+    def steps(
+        self,
+        items: Sequence[int],
+        raw: Raw | None = None,
+        *,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        mask: Tensor | None = None,
+        given: tuple[Latent, Sequence[int]] | None = None,
+    ) -> Iterator[SamplingStep]:
+        """Sample latents of new items, step by step.
 
         Args:
             items: Item numbers (B,); item i gets the same noise whatever the batch, the device or the processes.
-            label: Class numbers (B,); None for the null condition.
+            raw: Their conditions; None for the null condition.
             seed: Seed of the noise.
             sampling: Sampler, steps and guidance (default: those chosen by `fit`).
-            on_step: Called as (i, t, z, ẑ) after each step.
+            mask: (B, N), the tokens that items have; None if all have all of them.
+            given: Latents of items of several segments, and the numbers of the segments that are given, not sampled.
         """
-        sampling = sampling or self.sampling
-        schedule = self.denoiser.schedule
-        noise = self.noise(items, seed)
-        denoise = self.denoise(label, len(items), sampling)
+        raw, sampling, schedule = Raw() if raw is None else raw, sampling or self.sampling, self.denoiser.schedule
+        noise = self.noise(items, seed, mask=mask)
         grid = time_grid(schedule, sampling.steps, sampling.grid)
-        rule = self.step_rule(label, len(items), sampling)
-        with self.autocast():
-            return sample(denoise, schedule, initial_noise(schedule, noise), grid, rule, noise, on_step)
+        if given is not None:
+            grid = self.denoiser.segments.grid(grid, given[1])
+        levels = [self.denoiser.segments.spread(level) for level in schedule.levels(grid)]
+        z = initial_noise(levels[0], noise)
+        if given is not None:
+            fixed = self.denoiser.segments.positions(given[1]).to(z.device)
+            z = torch.where(fixed[:, None], given[0].z.to(z), z)
+        mask = mask if mask is None else mask.to(self.device)
+        denoise = self.denoise(raw, len(items), sampling, mask)
+        iterator = steps(denoise, levels, z, self.step_rule(raw, len(items), sampling, mask), noise)
+        while True:
+            with self.autocast():
+                step = next(iterator, None)
+            if step is None:
+                return
+            yield step
 
-    def noise(self, items: Sequence[int], seed: int = 0, stream: str = "noise") -> NoiseFn:
+    def draw_mask(self, items: Sequence[int], seed: int) -> Tensor | None:
+        """The tokens (B, N) of new items, as many as training items have; None if all have all of them."""
+        if not self.codec.tokens:
+            return None
+        observed = self.codec.lengths.cpu()
+        draws = torch.stack([torch.rand((), generator=item_generator(seed, item, "length")) for item in items])
+        return self.codec.length_mask(observed[(draws * len(observed)).long()])
+
+    def noise(self, items: Sequence[int], seed: int = 0, stream: str = "noise", mask: Tensor | None = None) -> NoiseFn:
         """The noise source of items: each call draws new noise (B, *latent_shape) on the model's device.
 
         Args:
             items: Item numbers (B,).
             seed: Seed of the noise.
             stream: Name of the random stream; "noise" is the one of new items, others are independent of it.
+            mask: (B, N), the tokens that items have.
         """
-        noise = Noise(seed, items, self.codec.latent_shape, stream)
+        shape = self.codec.latent_shape if mask is None else (mask.shape[1], *self.codec.latent_shape[1:])
+        noise = Noise(seed, items, shape, stream, mask)
         return lambda: noise().to(self.device)
 
-    def denoise(self, label: Tensor | None, count: int, sampling: Sampling | None = None) -> Denoise:
-        """The denoiser (z, t) -> ẑ of a batch, with its condition and guidance bound.
+    def denoise(self, raw: Raw, count: int, sampling: Sampling | None = None, mask: Tensor | None = None) -> Denoise:
+        """The denoiser (z, level) -> ẑ of a batch, with its conditions and guidance bound.
 
         Args:
-            label: Class numbers (B,); None for the null condition.
+            raw: The conditions of the batch; empty for the null condition.
             count: Batch size B.
             sampling: Its guidance, interval and autoguidance apply (default: those chosen by `fit`).
+            mask: (B, N), the tokens that items have.
         """
         sampling = sampling or self.sampling
-        if sampling.guidance == 1 or label is None:
-            return self._denoise(label, count, sampling.autoguidance)
+        conditional = self._autoguided(raw, count, sampling.autoguidance, mask)
+        if sampling.guidance == 1 or not raw.values:
+            return conditional
         weight = interval(sampling.guidance, *sampling.interval) if sampling.interval else sampling.guidance
-        null = self._denoise(None, count, sampling.autoguidance)
-        return cfg(self._denoise(label, count, sampling.autoguidance), null, weight)
+        return cfg(conditional, self._autoguided(Raw(), count, sampling.autoguidance, mask), weight)
 
-    def step_rule(self, label: Tensor | None, count: int, sampling: Sampling | None = None) -> Step:
-        """The step rule of a sampler for a batch; that of a few-step model has the condition bound.
+    def _autoguided(self, raw: Raw, count: int, weight: float, mask: Tensor | None) -> Denoise:
+        """The denoiser with its conditions bound, with autoguidance and without classifier-free guidance."""
+        bound = self.main.bind(raw, count, mask)
+        if self.guide is None or weight == 1:
+            return bound
+        return autoguidance(bound, self.guide.bind(raw, count, mask), weight)
+
+    def step_rule(self, raw: Raw, count: int, sampling: Sampling | None = None, mask: Tensor | None = None) -> Step:
+        """The step rule of a sampler for a batch; that of a few-step model has the conditions bound.
 
         Args:
-            label: Class numbers (B,); None for the null condition.
+            raw: The conditions of the batch.
             count: Batch size B.
             sampling: Its sampler applies (default: the one chosen by `fit`).
+            mask: (B, N), the tokens that items have.
         """
         name = (sampling or self.sampling).sampler
-        if name != JUMP or not self.denoiser.two_times:
-            return choose(SAMPLERS, "sampler", name)
-        return self.consistency_step(label, count)
+        if name != JUMP or not isinstance(self.denoiser, TrajectoryDenoiser):
+            return SAMPLERS.get(name) or choose(SAMPLERS, "sampler", name)
+        return self.consistency_step(raw, count, mask)
 
-    def consistency_step(self, label: Tensor | None, count: int) -> ConsistencyStep:
-        """The consistency step of a few-step model for a batch of `count` items with labels (B,) or None."""
-        cond = self.conditioner(label, count)
-        return ConsistencyStep(lambda z, t: self.denoiser(z, t, cond, s=torch.zeros_like(t)))
-
-    def _denoise(self, label: Tensor | None, count: int, autoguidance: float) -> Denoise:
-        """The denoiser with its condition bound, with autoguidance and without classifier-free guidance."""
-        cond, guide = self.conditioner(label, count), None
-        if self.guide is not None and autoguidance != 1:
-            guide = GuideTerm(self.guide["net"], self.guide["conditioner"](label, count), autoguidance)
-        return lambda z, t: self.denoiser(z, t, cond, guide=guide)
-
-    def balanced_labels(self, items: Sequence[int], seed: int) -> Tensor | None:
-        """Class-balanced labels (B,): every class once per round, in random order; None without classes.
-
-        An item's class depends on the seed and its number alone.
-        """
-        classes = self.conditioner.classes
-        if not classes:
-            return None
-        rounds = {
-            k: torch.randperm(classes, generator=item_generator(seed, k, "label"))
-            for k in {item // classes for item in items}
-        }
-        return torch.tensor([int(rounds[item // classes][item % classes]) for item in items])
-
-    def class_number(self, label: str) -> int:
-        """The number of the class named (or numbered) `label`."""
-        names = self.config.label_names
-        if not names:
-            raise UserError(f"label '{label}': this model was trained without labels")
-        number = find_class(names, label)
-        if number is not None:
-            return number
-        shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-        raise UserError(f"label '{label}' is unknown to the model: it knows {shown}")
+    def consistency_step(self, raw: Raw, count: int, mask: Tensor | None = None) -> ConsistencyStep:
+        """The consistency step of a few-step model for a batch of `count` items with these conditions."""
+        denoiser, cond = self.denoiser, self.conditioner(raw, count)
+        assert isinstance(denoiser, TrajectoryDenoiser)
+        end = denoiser.schedule(0.0)
+        return ConsistencyStep(lambda z, level: denoiser(z, level, cond, mask, end))
 
     def save(self, folder: str | Path) -> None:
         """Write `model.json`, and `config.json` and `model.safetensors` of each part."""
         folder = Path(folder)
-        for name in PARTS:
+        for name in CONFIGURED_PARTS:
             save_part(folder / name, self.parts[name], getattr(self.config, name))
         if self.guide is not None:
             (folder / "guide").mkdir(exist_ok=True)
             write_tensors(folder / "guide" / "model.safetensors", self.guide.state_dict())
-        metadata = {
-            "format": FORMAT_VERSION,
-            "sfumato": __version__,
-            "modality": self.config.modality,
-            "shape": list(self.config.shape),
-            "spec": self.config.spec,
-            "label_names": self.config.label_names,
-            "latent_shape": list(self.codec.latent_shape),
-            "sample": self.config.sample,
-            **({"distilled": self.config.distilled} if self.config.distilled else {}),
-            **({} if self.config.guide is None else {"guide": self.config.guide}),
-        }
-        write_json(folder / "model.json", metadata)
+        write_config(folder, self.config, self.codec.latent_shape)
 
     def generate(self, n: int = 64, **settings: Any) -> Any:
         """Generate new items; see `sfumato.generate`."""
@@ -347,14 +368,6 @@ class Model:
         return getattr(sfumato, name)(self, *args, **settings)
 
 
-def find_class(names: Sequence[str], label: str) -> int | None:
-    """The number of the class named `label`, or numbered `label` if no class name is a number; None if unknown."""
-    if label in names:
-        return list(names).index(label)
-    by_number = label.isdecimal() and int(label) < len(names) and not any(name.isdecimal() for name in names)
-    return int(label) if by_number else None
-
-
 def load(folder: str | Path, device: str | None = None) -> Model:
     """Load the model in a folder.
 
@@ -366,29 +379,12 @@ def load(folder: str | Path, device: str | None = None) -> Model:
         UserError: There is no model, its files are damaged, or another version of sfumato wrote it.
     """
     folder = Path(folder)
-    if not (folder / "model.json").is_file():
-        unfinished = (folder / "run.json").is_file()
-        hint = "its training has not finished: continue it with --resume" if unfinished else "there is no model.json"
-        raise UserError(f"no model in '{folder}': {hint}")
-    metadata = read_json(folder / "model.json")
-    check_format(metadata.get("format"), folder)
-    keys = ("modality", "shape", "spec", "label_names", "sample")
-    configs = {name: read_json(folder / name / "config.json") for name in PARTS}
+    config, rename = read_config(folder)
     try:
-        fields: dict[str, Any] = {key: metadata[key] for key in keys} | configs | {"shape": tuple(metadata["shape"])}
-        fields |= {"distilled": metadata.get("distilled"), "guide": metadata.get("guide")}
-        model = Model(ModelConfig(**fields))
+        model = Model(config)
     except (KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         raise UserError(f"{folder}: its JSON files do not describe a model ({error!r})", code=1) from None
     for name, module in model.parts.items():
-        load_part(folder / name, module)
+        load_part(folder / name, module, rename)
     model.folder = folder
     return model.eval().to(device or default_device())
-
-
-def check_format(number: object, folder: Path) -> None:
-    """Refuse a `model.json` of another format than `FORMAT`."""
-    if number == 1:
-        raise UserError(f"{folder}: this model was written by an older sfumato and must be trained again")
-    if number != FORMAT_VERSION:
-        raise UserError(f"{folder}/model.json: format {number} is unknown; update sfumato")

@@ -1,8 +1,17 @@
-"""Sampling settings: sampler, steps, guidance."""
+"""How new items are sampled: sampler, steps and guidance, and their conditions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from sfumato.conditioners import Conditioner, ConditionValue, constant_conditions
+from sfumato.core import SAMPLERS, item_generator
+from sfumato.errors import UserError
+from sfumato.registry import choose
+from sfumato.types import Raw
 
 JUMP = "jump"  # multistep consistency sampling; few-step models only
 
@@ -61,10 +70,6 @@ def choose_sampling(
     Raises:
         UserError: The model does not support one of these settings.
     """
-    from sfumato.core.sampler import SAMPLERS
-    from sfumato.errors import UserError
-    from sfumato.registry import choose
-
     grid = None
     if sampler == JUMP and distilled is None:
         raise UserError(f"--sampler {JUMP} needs a few-step model; make one with: sfumato distill MODEL --out RUN")
@@ -82,3 +87,59 @@ def choose_sampling(
         raise UserError(f"--autoguidance {autoguidance:g}: this model was trained without a guide; {remedy}")
     overrides = {"steps": steps, "guidance": guidance, "sampler": sampler, "autoguidance": autoguidance, "grid": grid}
     return replace(defaults, **{key: value for key, value in overrides.items() if value is not None})
+
+
+def balanced_labels(classes: int, items: Sequence[int], seed: int) -> Tensor:
+    """Class numbers (B,): every class once per round, in random order.
+
+    An item's class depends on the seed and its number alone.
+    """
+    rounds = {
+        k: torch.randperm(classes, generator=item_generator(seed, k, "label"))
+        for k in {item // classes for item in items}
+    }
+    return torch.tensor([int(rounds[item // classes][item % classes]) for item in items])
+
+
+def new_conditions(
+    conditioner: Conditioner, items: Sequence[int], seed: int, values: Mapping[str, ConditionValue] | None = None
+) -> Raw:
+    """The conditions of new items: the requested ones, and for the others those of similar training items.
+
+    If none is requested, the classes of the primary label are balanced. Texts that are not requested are unknown.
+
+    Args:
+        conditioner: The model's conditioner.
+        items: Item numbers (B,), on which the random choices depend.
+        seed: Seed of these choices.
+        values: The requested values, the same for all items.
+    """
+    raw = constant_conditions(conditioner, values or {}, len(items))
+    if not values and conditioner.primary_label is not None:
+        raw = raw.with_value(conditioner.primary_label, balanced_labels(conditioner.classes, items, seed))
+    return complete_conditions(conditioner, raw, items, seed)
+
+
+def preview_conditions(conditioner: Conditioner, items: Sequence[int], seed: int) -> Raw:
+    """The conditions of items in a picture: classes of the primary label in their order, others as in training."""
+    name = conditioner.primary_label
+    raw = Raw() if name is None else Raw({name: torch.arange(len(items)) % conditioner.classes})
+    return complete_conditions(conditioner, raw, items, seed)
+
+
+def complete_conditions(conditioner: Conditioner, known: Raw, items: Sequence[int], seed: int) -> Raw:
+    """The known conditions of items (B,) and, for the others, those of training items with the same labels."""
+    if conditioner.observed is None:
+        return known
+    draws = [float(torch.rand((), generator=item_generator(seed, item, "conditions"))) for item in items]
+    return conditioner.observed.complete(known, torch.tensor(draws))
+
+
+def random_conditions(conditioner: Conditioner, count: int, generator: Generator) -> Raw:
+    """Random conditions of `count` items; as in training, some are dropped."""
+    raw = Raw()
+    if conditioner.primary_label is not None:
+        raw = Raw({conditioner.primary_label: torch.randint(conditioner.classes, (count,), generator=generator)})
+    if conditioner.observed is not None:
+        raw = conditioner.observed.complete(raw, torch.rand(count, generator=generator))
+    return raw.drop(conditioner.draw_dropout(count, generator))

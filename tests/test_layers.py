@@ -95,7 +95,7 @@ def test_a_constant_has_one_home():
     for path in PACKAGE:
         for name in constants(path):
             homes[name].add(location(path))
-    assert "PARTS" in homes
+    assert "CONFIGURED_PARTS" in homes
     assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
 
 

@@ -113,7 +113,7 @@ def command(
             ProgressLine(quiet or not is_first_process()) as progress,
         ):
             positional = [values[field.name] for field in fields if field.positional]
-            options = {field.name: values[field.name] for field in fields if not field.positional}
+            options = {field.name: _given(field, values[field.name]) for field in fields if not field.positional}
             result = task(*positional, **options, **dict.fromkeys(progress_names, progress))
             if is_first_process():
                 show(report(result, values), as_json)
@@ -149,6 +149,11 @@ def _parameter(field: Field, required: bool) -> click.Parameter:
     flag, metavar = FLAGS.get(field.name, (default_flag, "PATH" if field.path else None))
     common |= {"help": field.help, "metavar": metavar, "show_default": True}
     return click.Option([field.name, flag], is_flag=type_ is bool, multiple=field.many, **common)
+
+
+def _given(field: Field, value: Any) -> Any:
+    """The value of an option: its default if it may be given several times and is not given."""
+    return field.default if field.many and not value else value
 
 
 def _argument_help(field: Field) -> str:

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-TYPES_BY_NAME: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "Path": Path}
+TYPES_BY_NAME: dict[str, Any] = {
+    **{"str": str, "int": int, "float": float, "bool": bool, "Path": Path},
+    **{"Sequence[str]": Sequence[str]},
+}
 REQUIRED = inspect.Parameter.empty
 
 
@@ -28,7 +31,7 @@ class Field:
         default: The default value; `REQUIRED` without one.
         help: Its description.
         positional: Whether it is a positional argument.
-        many: Whether it may be given several times.
+        many: Whether it may be given several times, such as `str | Sequence[str]`.
         path: Whether it is a file or folder (such as `Path | str`, whose type is `str`).
     """
 
@@ -65,8 +68,8 @@ def _field(parameter: inspect.Parameter, helps: dict[str, str]) -> Field | None:
     members = _members(parameter.annotation)
     if not members:
         return None
-    many = get_origin(members[0]) in (list, Sequence)
-    choices = get_args(members[0]) if many else members
+    many = any(_is_list(member) for member in members)
+    choices = [part for member in members for part in (get_args(member) if _is_list(member) else (member,))]
     type_ = str if str in choices else choices[0]
     positional = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
     help = helps.get(parameter.name, "")
@@ -84,5 +87,9 @@ def _members(annotation: Any) -> list[Any]:
 
 def _is_composite(member: Any) -> bool:
     """Whether it is a choice, or a list of types that can be typed."""
-    is_list = get_origin(member) in (list, Sequence) and get_args(member)[0] in TYPES_BY_NAME.values()
+    is_list = _is_list(member) and get_args(member)[0] in TYPES_BY_NAME.values()
     return is_list or get_origin(member) is Literal
+
+
+def _is_list(member: Any) -> bool:
+    return get_origin(member) in (list, Sequence)

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from sfumato.core.schedule import NoiseLevel, append_dims_as
 from sfumato.types import CategoricalLayout
 
 SIGMA_FLOOR = 1e-3  # smallest noise level used; the posterior is one-hot by then
@@ -35,7 +36,7 @@ def log_softmax(logits: Tensor, widths: tuple[int, ...]) -> Tensor:
     return logits - total.log().index_select(1, group)
 
 
-def log_probabilities(layout: CategoricalLayout, f: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+def log_probabilities(layout: CategoricalLayout, f: Tensor, z_t: Tensor, level: NoiseLevel) -> Tensor:
     """The posterior log P(k | z_t) of every level, (B, D - start).
 
     Terms of the squared distance that are equal for all levels of a group cancel; only the part of e_k remains.
@@ -44,13 +45,12 @@ def log_probabilities(layout: CategoricalLayout, f: Tensor, z_t: Tensor, alpha: 
         layout: Positions, prior p and scale s of the categories.
         f: The network's output (B, D).
         z_t: Noisy latents (B, D).
-        alpha: (B,), float64.
-        sigma: (B,), float64.
+        level: The noise level.
     """
     p, s = layout.mean.to(z_t), layout.std.to(z_t)
     f, z_t = f[:, layout.start :], z_t[:, layout.start :]
-    sigma = sigma.clamp_min(SIGMA_FLOOR)
-    c_z, c_p = (c.to(z_t)[:, None] for c in (alpha / sigma**2, alpha**2 / sigma**2))
+    alpha, sigma = level.alpha, level.sigma.clamp_min(SIGMA_FLOOR)
+    c_z, c_p = (append_dims_as(c, z_t) for c in (alpha / sigma**2, alpha**2 / sigma**2))
     log_likelihood = c_z * z_t / s + c_p * (p / s**2)
     return log_softmax(f + p.clamp_min(PRIOR_FLOOR).log() + log_likelihood, layout.widths)
 

@@ -9,15 +9,16 @@ References:
     Consistency Trajectory Models, https://arxiv.org/abs/2310.02279 (one network for f and for the denoiser).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sfumato.core.denoiser import append_dims, append_dims_as
-from sfumato.core.sampler import SAMPLERS, Denoise, Evaluate, NoiseFn, NoiseLevel, Sampler, State, StepResult
-from sfumato.core.schedule import Schedule, as_time
+from sfumato.core.denoiser import Denoise
+from sfumato.core.sampler import SAMPLERS, NoiseFn, Sampler, State, StepResult
+from sfumato.core.schedule import NoiseLevel, append_dims
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ConsistencyStep(Sampler):
     r"""Evaluate f, then add new noise up to time s: $z_s = \alpha_s f(z, t) + \sigma_s w$; at s = 0 return f.
 
     Args:
-        consistency: (z, t) -> f(z, t); replaces the denoiser.
+        consistency: (z, level) -> f(z, t); replaces the denoiser.
     """
 
     consistency: Denoise
@@ -35,17 +36,17 @@ class ConsistencyStep(Sampler):
         return True
 
     def advance(
-        self, evaluate: Evaluate, z: Tensor, at_t: NoiseLevel, at_s: NoiseLevel, noise: NoiseFn | None, state: State
+        self, denoise: Denoise, z: Tensor, at_t: NoiseLevel, at_s: NoiseLevel, noise: NoiseFn | None, state: State
     ) -> StepResult:
         if noise is None:
             raise ValueError("consistency steps need `noise`")
-        z_hat = evaluate(z, at_t)
-        return append_dims_as(at_s.alpha, z) * z_hat + append_dims_as(at_s.sigma, z) * noise().to(z), None, z_hat
+        z_hat = denoise(z, at_t)
+        return at_s.add_noise(z_hat, noise().to(z)), None, z_hat
 
     def __call__(
-        self, denoise: Denoise, schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, noise: NoiseFn | None, state: State
+        self, denoise: Denoise, z: Tensor, at_t: NoiseLevel, at_s: NoiseLevel, noise: NoiseFn | None, state: State
     ) -> StepResult:
-        return super().__call__(self.consistency, schedule, z, t, s, noise, state)
+        return super().__call__(self.consistency, z, at_t, at_s, noise, state)
 
 
 @dataclass
@@ -104,17 +105,17 @@ def jitter(grid: Tensor, shift: Tensor) -> Tensor:
     return torch.cat([ends[:1], shifted, ends[1:]])
 
 
-def integrate_trajectories(denoise: Denoise, schedule: Schedule, z: Tensor, grid: Tensor) -> Trajectories:
-    """Solve the probability flow from z (N, ...) along decreasing times (K + 1, N) by UniPC: one evaluation per step.
+def integrate_trajectories(denoise: Denoise, levels: Sequence[NoiseLevel], z: Tensor) -> Trajectories:
+    """Solve the probability flow from z (N, ...) along K + 1 noise levels (N,) by UniPC: one evaluation per step.
 
     Stored latents include the corrector of the next evaluation, except the last one before the end.
     """
     step, state = SAMPLERS["unipc"], None
     latents: list[Tensor] = []
     z_hats: list[Tensor] = []
-    for t, s in pairwise(as_time(grid)):
-        z_s, state, z_hat = step(denoise, schedule, z, t, s, None, state)
+    for at_t, at_s in pairwise(levels):
+        z_s, state, z_hat = step(denoise, z, at_t, at_s, None, state)
         latents.append(z if state is None else state.z)
         z_hats.append(z_hat)
         z = z_s
-    return Trajectories(as_time(grid), torch.stack([*latents, z]), torch.stack(z_hats))
+    return Trajectories(torch.stack([level.t for level in levels]), torch.stack([*latents, z]), torch.stack(z_hats))

@@ -1,4 +1,4 @@
-"""Guidance: wrappers of `denoise(z, t) -> z_hat`. One formula, z_hat = lerp(reference, conditional, w); w = 1 is off.
+"""Guidance: wrappers of `denoise(z, level) -> z_hat`. One formula, lerp(reference, conditional, w); w = 1 is off.
 
 For example `cfg(conditional, null, interval(2.0, 0.1, 0.8), rescale(0.7))`.
 """
@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sfumato.core.denoiser import append_dims_as
-from sfumato.core.sampler import Denoise
+from sfumato.core.denoiser import BoundDenoiser, Denoise
+from sfumato.core.schedule import NoiseLevel, append_dims
 
 GuidanceWeight = Callable[[Tensor], Tensor]
 Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -17,7 +17,7 @@ Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def lerp(reference: Tensor, conditional: Tensor, w: Tensor) -> Tensor:
     """Return reference + w (conditional - reference), with w over the leading axes."""
-    return torch.lerp(reference, conditional, append_dims_as(w, conditional))
+    return torch.lerp(reference, conditional, append_dims(w.to(conditional), conditional))
 
 
 def rescale(phi: float, combine: Combine = lerp) -> Combine:
@@ -61,9 +61,27 @@ def cfg(
         Ho and Salimans, Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598.
     """
 
-    def guided(z: Tensor, t: Tensor) -> Tensor:
-        weight = w(t) if callable(w) else torch.as_tensor(w)
-        z_hat = conditional(z, t)
-        return z_hat if bool((weight == 1).all()) else combine(reference(z, t), z_hat, weight)
+    def guided(z: Tensor, level: NoiseLevel) -> Tensor:
+        weight = w(level.t) if callable(w) else torch.as_tensor(w)
+        z_hat = conditional(z, level)
+        return z_hat if bool((weight == 1).all()) else combine(reference(z, level), z_hat, weight)
+
+    return guided
+
+
+def autoguidance(strong: BoundDenoiser, weak: BoundDenoiser, w: float) -> Denoise:
+    """Autoguidance: extrapolate a denoiser away from a weaker one that predicts the same; w = 1 is off.
+
+    The network outputs F are extrapolated, not z_hat, so that for categories the guided F still gives probabilities.
+
+    References:
+        Karras et al., Guiding a Diffusion Model with a Bad Version of Itself, https://arxiv.org/abs/2406.02507.
+    """
+    if w == 1:
+        return strong
+
+    def guided(z: Tensor, level: NoiseLevel) -> Tensor:
+        f = torch.lerp(weak.network_output(z, level), strong.network_output(z, level), w)
+        return strong.denoiser.prediction.expectation(f, z, level)
 
     return guided

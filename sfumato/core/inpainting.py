@@ -2,7 +2,7 @@ r"""Inpainting: wrappers of a step or a denoiser that fix the observed part of t
 
 `Replace` and `Resample` wrap a step (RePaint); `reconstruction_guidance` wraps a denoiser, which then returns the
 posterior mean given the observed data. Example:
-`sample(reconstruction_guidance(denoise, ...), schedule, z, grid, Resample(SAMPLERS["ddpm"], 3), noise)`.
+`sample(reconstruction_guidance(denoise, ...), levels, z, Resample(SAMPLERS["ddpm"], 3), noise)`.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sfumato.core.denoiser import append_dims_as
-from sfumato.core.sampler import Denoise, NoiseFn, State, Step, StepResult
-from sfumato.core.schedule import Schedule
+from sfumato.core.denoiser import Denoise
+from sfumato.core.sampler import NoiseFn, State, Step, StepResult
+from sfumato.core.schedule import NoiseLevel, Schedule, append_dims_as
 from sfumato.errors import UserError
 
 TensorMap = Callable[[Tensor], Tensor]
@@ -56,11 +56,10 @@ class Replace:
     observed: Tensor
 
     def __call__(
-        self, denoise: Denoise, schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, noise: NoiseFn | None, state: State
+        self, denoise: Denoise, z: Tensor, at_t: NoiseLevel, at_s: NoiseLevel, noise: NoiseFn | None, state: State
     ) -> StepResult:
-        z_s, _, z_hat = self.step(denoise, schedule, z, t, s, noise, None)
-        alpha, sigma = (append_dims_as(c, z) for c in schedule(s))
-        return torch.where(self.observed, alpha * self.z + sigma * _sample_noise(noise, z), z_s), None, z_hat
+        z_s, _, z_hat = self.step(denoise, z, at_t, at_s, noise, None)
+        return torch.where(self.observed, at_s.add_noise(self.z, _sample_noise(noise, z)), z_s), None, z_hat
 
 
 @dataclass(frozen=True)
@@ -81,15 +80,14 @@ class Resample:
     repeats: int
 
     def __call__(
-        self, denoise: Denoise, schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, noise: NoiseFn | None, state: State
+        self, denoise: Denoise, z: Tensor, at_t: NoiseLevel, at_s: NoiseLevel, noise: NoiseFn | None, state: State
     ) -> StepResult:
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
-        ratio = alpha_t / alpha_s
-        std = (sigma_t**2 - (ratio * sigma_s) ** 2).clamp_min(0).sqrt()
-        result = self.step(denoise, schedule, z, t, s, noise, None)
+        ratio = at_t.alpha / at_s.alpha
+        std = (at_t.sigma**2 - (ratio * at_s.sigma) ** 2).clamp_min(0).sqrt()
+        result = self.step(denoise, z, at_t, at_s, noise, None)
         for _ in range(self.repeats - 1):
             z = append_dims_as(ratio, z) * result[0] + append_dims_as(std, z) * _sample_noise(noise, z)
-            result = self.step(denoise, schedule, z, t, s, noise, None)
+            result = self.step(denoise, z, at_t, at_s, noise, None)
         return result
 
 
@@ -131,7 +129,6 @@ def linearize(function: TensorMap, z: Tensor) -> tuple[Tensor, TensorMap, Tensor
 
 def reconstruction_guidance(
     denoise: Denoise,
-    schedule: Schedule,
     decode: Callable[[Tensor], Tensor],
     x: Tensor,
     observed: Tensor,
@@ -146,8 +143,7 @@ def reconstruction_guidance(
     of unit variance; r^2 is an estimate otherwise.
 
     Args:
-        denoise: (z, t) -> z_hat, with conditions and guidance bound.
-        schedule: The noise schedule.
+        denoise: (z, level) -> z_hat, with conditions and guidance bound.
         decode: D, differentiable: latents (B, ...) to items.
         x: Items (B, ...); only the observed part is used.
         observed: Mask of the observed part, bool, broadcasts with x.
@@ -163,9 +159,9 @@ def reconstruction_guidance(
     def decode_observed(z: Tensor) -> Tensor:
         return decode(z) * observed
 
-    def conditioned(z: Tensor, t: Tensor) -> Tensor:
-        z_hat = denoise(z, t)
-        alpha, sigma = (append_dims_as(c, z) for c in schedule(t))
+    def conditioned(z: Tensor, level: NoiseLevel) -> Tensor:
+        z_hat = denoise(z, level)
+        alpha, sigma = append_dims_as(level.alpha, z), append_dims_as(level.sigma, z)
         r2, s2 = sigma**2 / (alpha**2 + sigma**2), append_dims_as(std**2, z)
         decoded, jvp, vjp = linearize(decode_observed, z_hat)
         residual = r2 * vjp(x * observed - decoded)

@@ -6,17 +6,16 @@ reconstruction are inverse to each other at any number of steps, not only in the
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from sfumato.core.denoiser import append_dims_as
-from sfumato.core.grid import time_grid
-from sfumato.core.sampler import SAMPLERS, Denoise, NoiseFn, State, Step, StepResult, sample
-from sfumato.core.schedule import Schedule
+from sfumato.core.denoiser import Denoise
+from sfumato.core.sampler import SAMPLERS, NoiseFn, State, Step, StepResult, sample, time_grid
+from sfumato.core.schedule import NoiseLevel, Schedule, append_dims_as
 
 MIN_NOISE_RATIO = 0.01  # sigma / alpha where inversion starts: invisible noise
 MAX_FIXED_POINT_ITERATIONS = 24  # per solver step
@@ -95,40 +94,38 @@ class InverseStep:
     step: Step
 
     def __call__(
-        self, denoise: Denoise, schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, noise: NoiseFn | None, state: State
+        self, denoise: Denoise, z: Tensor, at_t: NoiseLevel, at_s: NoiseLevel, noise: NoiseFn | None, state: State
     ) -> StepResult:
-        initial, _, z_hat = self.step(denoise, schedule, z, t, s, noise, None)
+        initial, _, z_hat = self.step(denoise, z, at_t, at_s, noise, None)
 
         def correct(z_s: Tensor) -> Tensor:
-            return z_s + z - self.step(denoise, schedule, z_s, s, t, noise, None)[0]
+            return z_s + z - self.step(denoise, z_s, at_s, at_t, noise, None)[0]
 
         return fixed_point(correct, initial), None, z_hat
 
 
-def invert(denoise: Denoise, schedule: Schedule, z: Tensor, grid: Tensor) -> Tensor:
-    """The noisy latents at time grid[0] that Heun's method takes to z along the same grid.
+def invert(denoise: Denoise, levels: Sequence[NoiseLevel], z: Tensor) -> Tensor:
+    """The noisy latents at the first level that Heun's method takes to z along the levels.
 
     Args:
-        denoise: (z, t) -> z_hat, under the condition of z.
-        schedule: The noise schedule.
-        z: Clean latents (B, ...); alpha z is taken as the flow's value at grid[-1].
-        grid: Decreasing times that end above 0, as from `inversion_grid`.
+        denoise: (z, level) -> z_hat, under the condition of z.
+        levels: Noise levels from noise to data that end above t = 0, as those of an `inversion_grid`.
+        z: Clean latents (B, ...); alpha z is taken as the flow's value at the last level.
 
     Returns:
-        (B, ...), with the variance alpha^2 + sigma^2 of `initial_noise` if grid[0] is 1.
+        (B, ...), with the variance alpha^2 + sigma^2 of `initial_noise` if the first level is at t = 1.
 
     References:
         Song et al., DDIM, https://arxiv.org/abs/2010.02502 (section 4.3); Pan et al., Effective Real Image Editing with
         Accelerated Iterative Diffusion Inversion, https://arxiv.org/abs/2309.04907 (fixed points, Anderson).
     """
-    alpha = append_dims_as(schedule.alpha(grid[-1:]), z)
-    return sample(denoise, schedule, alpha * z, grid.flip(0), InverseStep(SAMPLERS["heun"]))
+    alpha = append_dims_as(levels[-1].alpha, z)
+    return sample(denoise, levels[::-1], alpha * z, InverseStep(SAMPLERS["heun"]))
 
 
-def integrate_to_data(denoise: Denoise, schedule: Schedule, z: Tensor, grid: Tensor, sampler: str = "heun") -> Tensor:
-    """Clean latents (B, ...) from z at time grid[0]; the inverse of `invert` on the same grid and condition."""
-    alpha = append_dims_as(schedule.alpha(grid[-1:]), z)
-    return sample(denoise, schedule, z, grid, sampler) / alpha
+def integrate_to_data(denoise: Denoise, levels: Sequence[NoiseLevel], z: Tensor, sampler: str = "heun") -> Tensor:
+    """Clean latents (B, ...) from z at the first level; the inverse of `invert` on the same levels and condition."""
+    return sample(denoise, levels, z, sampler) / append_dims_as(levels[-1].alpha, z)
 
 
 def slerp(a: Tensor, b: Tensor, w: Tensor) -> Tensor:

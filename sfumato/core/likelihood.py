@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from sfumato.core.denoiser import append_dims_as
-from sfumato.core.sampler import Denoise
-from sfumato.core.schedule import Schedule
+from sfumato.core.denoiser import Denoise
+from sfumato.core.schedule import Schedule, append_dims_as
 
 NOISE_FRACTIONS = (0.1, 0.8)  # sigma / (alpha + sigma) at the ends of the integral over the log-SNR
 QUADRATURE_POINTS = 8  # midpoints of that integral, each with noise of its own
@@ -24,9 +23,8 @@ def noise_prediction_error(denoise: Denoise, schedule: Schedule, z: Tensor, u: T
     """The squared error (B,) in predicting a given noise, at a fraction u (B,) of the way from high to low log-SNR."""
     high, low = _logsnr_range()
     logsnr = high + (low - high) * u
-    t = schedule.inverse_logsnr(logsnr)
-    alpha, sigma = (append_dims_as(value, z) for value in schedule(t))
-    error = (denoise(alpha * z + sigma * noise, t) - z) * append_dims_as(torch.exp(logsnr / 2), z)
+    level = schedule(schedule.inverse_logsnr(logsnr))
+    error = (denoise(level.add_noise(z, noise), level) - z) * append_dims_as(torch.exp(logsnr / 2), z)
     return error.square().flatten(1).sum(1)
 
 
@@ -41,7 +39,7 @@ def class_log_likelihood_ratio(
     items get the same noise, so an item's result does not depend on its batch.
 
     Args:
-        conditional: (z, t) -> z_hat under the class.
+        conditional: (z, level) -> z_hat under the class.
         alternatives: The same under other conditions.
         schedule: The noise schedule.
         z: Clean latents (B, ...).

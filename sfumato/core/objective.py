@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from sfumato.core.categorical import cross_entropy, log_probabilities
-from sfumato.core.denoiser import Denoiser, append_dims_as
-from sfumato.core.schedule import Schedule
+from sfumato.core.denoiser import Denoiser
+from sfumato.core.schedule import NoiseLevel, Schedule, append_dims_as
 from sfumato.registry import build
-from sfumato.types import Cond
+from sfumato.types import Cond, Latent
 
-Distance = Callable[[Tensor, Tensor], Tensor]
 LossWeight = Callable[[Tensor], Tensor]
+
+LOGSNR_LIMIT = 40.0  # largest |log-SNR| that is weighted: a weight e^lambda at t = 0 must be finite in float32
 
 
 def uniform(logsnr: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class TimeSampling(nn.Module):
         return None
 
     def update_with_losses(self, t: Tensor, loss: Tensor) -> None:
-        """Record the losses (B,) at times t (B, ...)."""
+        """Record the losses at times t, both (B,) or (B, S)."""
 
 
 def _normal(u: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class Adaptive(TimeSampling):
 
     @torch.no_grad()
     def update_with_losses(self, t: Tensor, loss: Tensor) -> None:
-        unweighted = loss.detach().double().cpu().reshape(-1, *(1,) * (t.ndim - 1)) / self.importance_weight(t)
+        unweighted = loss.detach().double().cpu() / self.importance_weight(t)
         k = self._bin(t).flatten()
         count = torch.bincount(k, minlength=self.bins)
         total = torch.zeros(self.bins, dtype=torch.float64).index_add_(0, k, unweighted.flatten() ** 2)
@@ -224,39 +224,12 @@ def make_time_sampling(name: str, **settings: object) -> TimeSampling:
     return build(TIME_SAMPLINGS, "time density", name, settings)
 
 
-def squared(a: Tensor, b: Tensor) -> Tensor:
-    """(a - b)^2, elementwise."""
-    return (a - b) ** 2
-
-
-def masked_mean(value: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""The mean of each item over its unmasked positions.
-
-    Args:
-        value: (B, ...).
-        mask: (B, N), true where an item has data; over the grid of channels-first (B, C, \*grid), or over the second
-            axis of (B, N, ...).
-
-    Returns:
-        (B,)
-    """
-    if mask is None:
-        return value.flatten(1).mean(1)
-    grid = value.shape[2:] if value.ndim > 2 else value.shape[1:]
-    if math.prod(grid) == mask.shape[1]:
-        value = value.reshape(len(value), -1, mask.shape[1]).mean(1)  # (B, N)
-    else:
-        value = value.reshape(len(value), mask.shape[1], -1).mean(2)
-    return torch.where(mask, value, 0).sum(1) / mask.sum(1).clamp_min(1)
-
-
 class Objective(nn.Module):
     r"""Mean over t of $w(\lambda_t) \, \|\hat z - z\|^2$ per item.
 
     Args:
         weight: w as a function of lambda, or its name in `LOSS_WEIGHTS`.
         times: The density of t, or its name in `TIME_SAMPLINGS`.
-        distance: Replaces the squared error: (z_hat, z) -> elementwise distance, such as a cross-entropy.
 
     Raises:
         UserError: Unknown name.
@@ -266,15 +239,13 @@ class Objective(nn.Module):
         self,
         weight: str | LossWeight = "uniform",
         times: str | TimeSampling = "uniform",
-        distance: Distance | None = None,
     ) -> None:
         super().__init__()
         self.weight = make_weight(weight) if isinstance(weight, str) else weight
         self.times = make_time_sampling(times) if isinstance(times, str) else times
-        self.distance = distance
 
     def sample_times(self, schedule: Schedule, shape: Sequence[int], generator: Generator) -> Tensor:
-        """Draw times for a batch, (B,) or (B, N), float64 on the CPU.
+        """Draw times for a batch, (B,) or (B, S) for S segments, float64 on the CPU.
 
         The B times are stratified, one in each quantile of the density, in random order, which lowers the variance of
         the loss (Kingma et al., Variational Diffusion Models, https://arxiv.org/abs/2107.00630, appendix I.1).
@@ -283,56 +254,35 @@ class Objective(nn.Module):
         offset = torch.rand(1, *shape[1:], generator=generator, dtype=torch.float64)
         return self.times((rank + offset) / shape[0], schedule)
 
-    def loss(
-        self,
-        denoiser: Denoiser,
-        z: Tensor,
-        cond: Cond | None,
-        mask: Tensor | None,
-        t: Tensor,
-        eps: Tensor,
-    ) -> Tensor:
-        """The loss of each item.
+    def loss(self, denoiser: Denoiser, latent: Latent, cond: Cond | None, level: NoiseLevel, eps: Tensor) -> Tensor:
+        """The loss of each item, or of each of its segments: a mean over valid positions.
 
         Args:
             denoiser: The `Denoiser`.
-            z: Clean latents (B, ...).
+            latent: Clean latents (B, ...).
             cond: The condition.
-            mask: (B, N), true where a padded item has data.
-            t: Times (B,), or more leading axes of z.
+            level: Noise levels (B,), or (B, S) for the segments of the denoiser.
             eps: Standard normal noise in the shape of z.
 
         Returns:
-            (B,), float32.
+            In the shape of the level, float32.
         """
-        z = z.to(eps.dtype)  # the cache may store bf16
-        z_t = denoiser.add_noise(z, eps, t)
-        logsnr = denoiser.schedule.logsnr(t)
-        weight = self.weight(logsnr)
-        if self.distance is None:
-            weight = weight * denoiser.coefficients(t, t.ndim)[1] ** 2
-            f = denoiser.network_output(z_t, t, cond, mask)
-            error = self._categorical_loss(squared(f, denoiser.target(z, eps, t)), denoiser, f, z_t, t, z)
-        else:
-            error = self.distance(denoiser(z_t, t, cond, mask), z)
-        return masked_mean(self._weighted(error, weight, logsnr, self.times.importance_weight(t)), mask)
+        z = latent.z.to(eps.dtype)  # the cache may store bf16
+        level = denoiser.segments.spread(level)
+        z_t = level.add_noise(z, eps)
+        f = denoiser.network_output(z_t, level, cond, latent.mask)
+        weight = self.weight(level.logsnr.clamp(-LOGSNR_LIMIT, LOGSNR_LIMIT))
+        error = denoiser.prediction.loss(f, z, eps, z_t, level, weight)
+        return denoiser.segments.mean(self._corrected(error, level), latent.mask)
 
-    @staticmethod
-    def _categorical_loss(error: Tensor, denoiser: Denoiser, f: Tensor, z_t: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """Replace errors (B, D) at categories by twice the cross-entropy, so that all errors are -2 log P."""
-        layout = denoiser.layout()
-        if layout is None:
-            return error
-        ce = cross_entropy(layout, log_probabilities(layout, f, z_t, *denoiser.schedule(t)), z)
-        return torch.cat([error[:, : layout.start], 2 * ce], 1)
-
-    def _weighted(self, error: Tensor, weight: Tensor, logsnr: Tensor, correction: Tensor | None) -> Tensor:
-        error = append_dims_as(weight, error) * error
+    def _corrected(self, error: Tensor, level: NoiseLevel) -> Tensor:
+        """Weighted errors (B, ...) under the learned uncertainty and the importance weight of their times."""
         if isinstance(self.weight, Learned):
-            u = append_dims_as(self.weight.uncertainty(logsnr), error)
+            u = append_dims_as(self.weight.uncertainty(level.logsnr), error)
             error = error * torch.exp(-u) + u
+        correction = self.times.importance_weight(level.t)
         return error if correction is None else append_dims_as(correction, error) * error
 
     def update_with_losses(self, t: Tensor, loss: Tensor) -> None:
-        """Update adaptive times with the losses (B,) at t, after a step."""
+        """Update adaptive times with the losses at t, both (B,) or (B, S), after a step."""
         self.times.update_with_losses(t, loss)

@@ -46,17 +46,30 @@ class Noise:
         items: Numbers of the items in the batch.
         shape: Shape of one item.
         stream: Name of the stream; different streams are independent.
+        mask: (B, N) for items of tokens (N, ...): only true positions get noise, the others zeros. An item's noise does
+            not depend on how far it is padded.
     """
 
-    def __init__(self, seed: int, items: Sequence[int], shape: Sequence[int], stream: str = "noise") -> None:
-        self.shape = tuple(shape)
+    def __init__(
+        self,
+        seed: int,
+        items: Sequence[int],
+        shape: Sequence[int],
+        stream: str = "noise",
+        mask: Tensor | None = None,
+    ) -> None:
+        self.shape, self.mask = tuple(shape), None if mask is None else mask.cpu()
         self.generators = [item_generator(seed, item, stream) for item in items]
 
     def __call__(self) -> Tensor:
         """The next noise, (B, *shape), float32 on the CPU."""
-        noise = torch.empty(len(self.generators), *self.shape)
-        for item, generator in zip(noise, self.generators, strict=True):
-            item.normal_(generator=generator)
+        noise = torch.zeros(len(self.generators), *self.shape)
+        for i, generator in enumerate(self.generators):
+            if self.mask is None:
+                noise[i].normal_(generator=generator)
+            else:
+                count = int(self.mask[i].sum())
+                noise[i, self.mask[i]] = torch.randn(count, *self.shape[1:], generator=generator)
         return noise
 
 

@@ -1,14 +1,15 @@
 r"""Noise schedules: the coefficients of z_t = alpha_t z + sigma_t eps.
 
 Time runs from 0 (data) to 1 (noise). All results are float64 on the CPU, in the shape of t; cast them afterwards.
-The log signal-to-noise ratio is $\lambda_t = \log(\alpha_t^2 / \sigma_t^2)$, clipped to +-`LOGSNR_LIMIT`.
+Everything at one time is one value, the `NoiseLevel` that a schedule returns: computed once, then handed on.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,102 @@ from torch import Tensor
 from sfumato.errors import UserError
 from sfumato.registry import build
 
-LOGSNR_LIMIT = 40.0  # largest |log-SNR|
-_LOG_FLOOR = math.exp(-LOGSNR_LIMIT)  # smallest alpha or sigma in a logarithm; far below exp(-LOGSNR_LIMIT / 2)
+COEFFICIENT_FLOOR = 1e-20  # smallest alpha and sigma of a noise level, so that quotients and logarithms stay finite
+
+
+class NoiseLevel(NamedTuple):
+    r"""The schedule at one time, float64 on the CPU.
+
+    Attributes:
+        t: The time: a scalar for a whole batch, (B,) for each item, or (B, N) or (1, N) for each position.
+        alpha: The coefficient of the data, in the shape of t, above zero.
+        sigma: The coefficient of the noise, in the shape of t, above zero.
+        logsnr: The log signal-to-noise ratio $\lambda = \log(\alpha^2 / \sigma^2)$, finite everywhere.
+    """
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    logsnr: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "NoiseLevel":
+        """The level with a function of shapes, such as indexing, applied to all four values."""
+        return NoiseLevel(*map(function, self))
+
+    def add_noise(self, z: Tensor, eps: Tensor) -> Tensor:
+        r"""$z_t = \alpha_t z + \sigma_t \epsilon$, in the dtype of z."""
+        return append_dims_as(self.alpha, z) * z + append_dims_as(self.sigma, z) * eps
+
+
+def append_dims(value: Tensor, like: Tensor) -> Tensor:
+    """Append axes of size 1 up to `like.ndim`, on its device: (B,) or (B, N) -> (B, 1, ...) or (B, N, 1, ...).
+
+    A scalar stays as it is: it broadcasts with any shape and promotes neither dtype nor device.
+    """
+    return value if value.ndim == 0 else value.to(like.device).reshape(value.shape + (1,) * (like.ndim - value.ndim))
+
+
+def append_dims_as(value: Tensor, like: Tensor) -> Tensor:
+    """`append_dims` after a cast to the dtype of `like`."""
+    return value if value.ndim == 0 else append_dims(value.to(like.dtype), like)
+
+
+def masked_mean(value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean of each item (B,) of elements (B, ...); of tokens (B, N, D) over the positions of a mask (B, N)."""
+    if mask is None:
+        return value.flatten(1).mean(1)
+    value = torch.where(mask, value.mean(2), 0)  # (B, N)
+    return value.sum(1) / mask.sum(1).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Consecutive segments of the positions of a latent (B, N, ...), such as an image and its text.
+
+    Marginal, conditional and joint sampling of a joint model differ only in the times of its segments.
+
+    Args:
+        lengths: Positions of each segment; empty if the latent has one time.
+
+    References:
+        Bao et al., UniDiffuser, https://arxiv.org/abs/2303.06555 (section 3.2).
+    """
+
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def index(self) -> Tensor:
+        """The segment of every position (N,)."""
+        return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+
+    def positions(self, segments: Sequence[int]) -> Tensor:
+        """Whether each position is in one of these segments (N,), bool."""
+        return torch.isin(self.index, torch.tensor(segments))
+
+    def grid(self, grid: Tensor, given: Sequence[int]) -> Tensor:
+        """Times (steps + 1, 1, S): the given segments stay at t = 0, the others follow a grid (steps + 1,)."""
+        times = grid[:, None, None].repeat(1, 1, len(self.lengths))
+        times[..., list(given)] = 0
+        return times
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """The shape of the times of a batch: (B,), or (B, S) for S segments."""
+        return (batch, len(self.lengths)) if self.lengths else (batch,)
+
+    def spread(self, level: NoiseLevel) -> NoiseLevel:
+        """A level of every segment (B, S) as one of every position (B, N); other levels stay as they are."""
+        if not self.lengths or level.t.ndim < 2:
+            return level
+        assert level.t.shape[-1] == len(self.lengths), (level.t.shape, self.lengths)
+        return level.map(lambda value: value[..., self.index])
+
+    def mean(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The mean of elements (B, ...) over each segment (B, S), or over each item (B,) without segments."""
+        if not self.lengths:
+            return masked_mean(value, mask)
+        parts = torch.split(value, list(self.lengths), 1)
+        masks = [None for _ in parts] if mask is None else torch.split(mask, list(self.lengths), 1)
+        return torch.stack([masked_mean(*pair) for pair in zip(parts, masks, strict=True)], 1)
 
 
 def as_time(t: Tensor | float) -> Tensor:
@@ -51,15 +146,15 @@ class Schedule(ABC):
     def inverse_logsnr(self, logsnr: Tensor | float) -> Tensor:
         """The time at which the log signal-to-noise ratio has this value, or the nearest value that it reaches."""
 
-    def __call__(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Both coefficients, (alpha_t, sigma_t)."""
-        return self.alpha(t), self.sigma(t)
+    def __call__(self, t: Tensor | float) -> NoiseLevel:
+        """The noise level at time t (any shape)."""
+        t = as_time(t)
+        alpha, sigma = self.alpha(t).clamp_min(COEFFICIENT_FLOOR), self.sigma(t).clamp_min(COEFFICIENT_FLOOR)
+        return NoiseLevel(t, alpha, sigma, 2 * (alpha.log() - sigma.log()))
 
-    def logsnr(self, t: Tensor | float) -> Tensor:
-        r"""The log signal-to-noise ratio $\lambda_t = \log(\alpha_t^2 / \sigma_t^2)$, finite everywhere."""
-        alpha, sigma = self(t)
-        half_logsnr = alpha.clamp_min(_LOG_FLOOR).log() - sigma.clamp_min(_LOG_FLOOR).log()
-        return (2 * half_logsnr).clamp(-LOGSNR_LIMIT, LOGSNR_LIMIT)
+    def levels(self, grid: Tensor) -> list[NoiseLevel]:
+        """The noise levels of a time grid (steps + 1, ...), in its order."""
+        return [self(t) for t in grid]
 
     def dalpha(self, t: Tensor | float) -> Tensor:
         """The time derivative of alpha."""

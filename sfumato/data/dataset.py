@@ -2,16 +2,16 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from sfumato.types import UNKNOWN, Batch
-
-Index = Sequence[int] | NDArray[np.integer] | Tensor
+from sfumato.data.conditions import LABEL, Index, Known, Labels, Texts, primary_label
+from sfumato.types import UNKNOWN, Batch, Raw
 
 
 def permutation(count: int, seed: int) -> NDArray[np.int64]:
@@ -34,18 +34,23 @@ def _apportion(total: int, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class Dataset(Protocol):
-    """Items of one shape, served as batches, with their labels, captions and file names.
+    """Items, of one shape or of several lengths, served as batches, with their conditions and file names.
 
     Attributes:
         min_held_out: Minimum number of held-out items if the requested share is smaller; at most a quarter of all.
-        labels: Class numbers (N,) int64, `UNKNOWN` where an item has none; or None.
-        label_names: Name of each class.
-        captions: A text per item, or None.
+        conditions: What is known of the items, by name: labels, numbers and texts, of N items each. Training embeds
+            them all. The primary label is the one named `label`, else the first; tasks balance and evaluate it.
+        labels: Class numbers (N,) int64 of the primary label, `UNKNOWN` where an item has none; or None.
+        label_names: Name of each of its classes.
+        captions: A text per item, None where it is unknown; or None.
         names: File name (or other origin) per item, or None.
         notes: Messages to the user about how the data were read.
     """
 
     min_held_out: ClassVar[int]
+
+    @property
+    def conditions(self) -> Mapping[str, Known]: ...
 
     @property
     def labels(self) -> NDArray[np.int64] | None: ...
@@ -54,7 +59,7 @@ class Dataset(Protocol):
     def label_names(self) -> Sequence[str]: ...
 
     @property
-    def captions(self) -> Sequence[str] | None: ...
+    def captions(self) -> Sequence[str | None] | None: ...
 
     @property
     def names(self) -> Sequence[str] | None: ...
@@ -64,7 +69,7 @@ class Dataset(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one item."""
+        """Shape of one item; of the longest, if they have several lengths."""
         ...
 
     @property
@@ -74,7 +79,7 @@ class Dataset(Protocol):
 
     @property
     def classes(self) -> int:
-        """Number of classes; 0 without labels, or with a single class."""
+        """Number of classes of the primary label; 0 without labels, or with a single class."""
         ...
 
     @property
@@ -103,7 +108,7 @@ class Dataset(Protocol):
         ...
 
     def relabel(self, labels: NDArray[np.int64] | None, label_names: list[str], notes: list[str]) -> Self:
-        """The same items with other labels (N,) and notes."""
+        """The same items with other values (N,) of the primary label, or without any label, and other notes."""
         ...
 
     def describe(self) -> list[str]:
@@ -132,9 +137,82 @@ class Fingerprinted(ABC):
         self._fingerprint = hashlib.sha256(parent.fingerprint.encode() + index.tobytes()).hexdigest()
 
 
-class Unlabelled:
-    """A data set whose items have no labels, captions or names."""
+@dataclass(eq=False, kw_only=True)
+class Conditioned:
+    """A data set whose items have conditions and names; labels and captions are among the conditions.
 
+    Args:
+        conditions: What is known of the items, by name.
+        names: File name (or other origin) per item, or None.
+        notes: What the user should know about how the data were read.
+    """
+
+    conditions: dict[str, Known] = field(default_factory=dict[str, Known])
+    names: list[str] | None = None
+    notes: list[str] = field(default_factory=list[str])
+
+    @property
+    def _primary(self) -> Labels | None:
+        name = primary_label(self.conditions)
+        known = None if name is None else self.conditions[name]
+        return known if isinstance(known, Labels) else None
+
+    @property
+    def _captions(self) -> Texts | None:
+        return next((known for known in self.conditions.values() if isinstance(known, Texts)), None)
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class numbers (N,) of the primary label; None without labels."""
+        return None if self._primary is None else self._primary.numbers
+
+    @property
+    def label_names(self) -> Sequence[str]:
+        """Name of each class of the primary label."""
+        return [] if self._primary is None else self._primary.names
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the primary label; 0 without labels, or with one class only."""
+        return len(self.label_names) if len(self.label_names) > 1 else 0
+
+    @property
+    def labelled(self) -> bool:
+        """Whether some items have a label."""
+        return self.labels is not None and bool((self.labels != UNKNOWN).any())
+
+    @property
+    def captions(self) -> Sequence[str | None] | None:
+        """The first texts among the conditions; None without texts."""
+        return None if self._captions is None else self._captions.texts
+
+    @property
+    def further_conditions(self) -> dict[str, Known]:
+        """All conditions but the primary label and the captions."""
+        return {n: known for n, known in self.conditions.items() if known not in (self._primary, self._captions)}
+
+    def raw(self, index: Index) -> Raw:
+        """The conditions of the items `index` (B,)."""
+        return Raw({name: known.raw(index) for name, known in self.conditions.items()})
+
+    def relabel(self, labels: NDArray[np.int64] | None, label_names: list[str], notes: list[str]) -> Self:
+        """The same items with other values (N,) of the primary label, or without any label, and other notes."""
+        if labels is None:
+            kept = {name: known for name, known in self.conditions.items() if not isinstance(known, Labels)}
+            return replace(self, conditions=kept, notes=notes)
+        name = primary_label(self.conditions) or LABEL
+        return replace(self, conditions={**self.conditions, name: Labels(labels, label_names)}, notes=notes)
+
+    def describe(self) -> list[str]:
+        """The conditions and their kinds in one line, if there are several."""
+        found = [f"{name} ({known.describe()})" for name, known in self.conditions.items()]
+        return [f"conditions: {', '.join(found)}"] if len(found) > 1 else []
+
+
+class Unlabelled:
+    """A data set whose items have no conditions and no names."""
+
+    conditions: Mapping[str, Known] = MappingProxyType({})
     labels: None = None
     label_names: Sequence[str] = ()
     captions: None = None
@@ -156,7 +234,7 @@ def partly_labelled(labels: NDArray[np.int64] | None) -> bool:
 
 
 def split(data: DatasetT, fraction: float = 0.1, cap: int = 5000) -> tuple[DatasetT, DatasetT]:
-    """Training and held-out part: a deterministic function of the content, stratified by class.
+    """Training and held-out part: a deterministic function of the content, stratified by the primary label.
 
     Args:
         data: At least two items.
@@ -168,10 +246,11 @@ def split(data: DatasetT, fraction: float = 0.1, cap: int = 5000) -> tuple[Datas
     count = max(1, round(len(data) * fraction), min(data.min_held_out, len(data) // 4))
     count = min(count, cap, len(data) - 1)
     held = order[:count]
-    if data.labels is not None:
-        sizes = np.unique(data.labels, return_counts=True)[1]
+    labels = data.labels
+    if labels is not None:
+        sizes = np.unique(labels, return_counts=True)[1]
         seats = _apportion(count, sizes)
-        grouped = order[np.argsort(data.labels[order], kind="stable")]  # by class, shuffled within each
+        grouped = order[np.argsort(labels[order], kind="stable")]  # by class, shuffled within each
         rank = np.arange(len(data)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         held = grouped[rank < np.repeat(seats, sizes)] if seats.sum() else held
     kept = np.ones(len(data), dtype=bool)

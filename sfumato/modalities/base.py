@@ -21,7 +21,7 @@ from sfumato.config import CodecSettings, DataSettings, Settings
 from sfumato.data.dataset import Dataset, split
 from sfumato.errors import UserError
 from sfumato.metrics import Extractor, NearDuplicates
-from sfumato.types import Progress
+from sfumato.types import Items, Progress
 
 D = TypeVar("D", bound=Dataset)
 D_contra = TypeVar("D_contra", contravariant=True)
@@ -55,12 +55,12 @@ class Strata:
 
     Args:
         names: Name of each stratum.
-        assign: Items (N, ...) -> stratum of each item (N,), -1 for none.
+        assign: Items -> stratum of each item (N,), -1 for none.
         fixed: Values that all items of a stratum share (strata, ...), NaN where they are free.
     """
 
     names: list[str]
-    assign: Callable[[Tensor], Tensor]
+    assign: Callable[[Items], Tensor]
     fixed: Tensor
 
 
@@ -80,8 +80,8 @@ class Evaluator(Protocol[D_contra]):
         """
         ...
 
-    def reconstruction_metrics(self, x: Tensor, x_hat: Tensor) -> dict[str, float]:
-        """Reconstruction metrics of x̂ (N, ...) against x (N, ...)."""
+    def reconstruction_metrics(self, x: Items, x_hat: Items) -> dict[str, float]:
+        """Reconstruction metrics of items x̂ against x."""
         ...
 
 
@@ -107,16 +107,16 @@ class Labeler(Protocol):
     @cached_property
     def duplicates(self) -> NearDuplicates: ...
 
-    def predict(self, items: Tensor) -> Tensor:
-        """Predicted class (N,) of each item (N, ...), `UNKNOWN` for implausible items."""
+    def predict(self, items: Items) -> Tensor:
+        """Predicted class (N,) of each item, `UNKNOWN` for implausible items."""
         ...
 
-    def pseudo_label(self, items: Tensor) -> Tensor:
-        """Predicted class (N,) of unlabelled items (N, ...), `UNKNOWN` below the confidence threshold."""
+    def pseudo_label(self, items: Items) -> Tensor:
+        """Predicted class (N,) of unlabelled items, `UNKNOWN` below the confidence threshold."""
         ...
 
-    def embed(self, items: Tensor) -> Tensor:
-        """Embeddings (N, D) of items (N, ...); near-duplicates are close to each other."""
+    def embed(self, items: Items) -> Tensor:
+        """Embeddings (N, D) of items; near-duplicates are close to each other."""
         ...
 
 
@@ -134,6 +134,7 @@ class Modality(ABC, Generic[D]):
         min_items: Minimum number of items per set that the evaluator compares.
         example_output: Example of an output path, for model cards and hints.
         jump_grid: Time grid of a few-step model.
+        uses_texts: Whether a text condition of the data is a condition of the model.
     """
 
     name: ClassVar[str]
@@ -143,6 +144,7 @@ class Modality(ABC, Generic[D]):
     min_items: ClassVar[int]
     example_output: ClassVar[str]
     jump_grid: ClassVar[str] = "data"
+    uses_texts: ClassVar[bool] = False
 
     @abstractmethod
     def recognises(self, source: str) -> bool:
@@ -162,8 +164,8 @@ class Modality(ABC, Generic[D]):
         """
 
     @abstractmethod
-    def from_samples(self, items: Tensor, labels: Tensor | None, spec: Any, label_names: list[str]) -> D:
-        """Generated items (N, ...) with labels (N,) as a data set, with the values that reading them back gives."""
+    def from_samples(self, items: Items, labels: Tensor | None, spec: Any, label_names: list[str]) -> D:
+        """Generated items with labels (N,) as a data set, with the values that reading them back gives."""
 
     @abstractmethod
     def plan(self, given: Settings, context: PlanContext, seconds: float) -> Settings:
@@ -184,25 +186,25 @@ class Modality(ABC, Generic[D]):
 
     @abstractmethod
     def reconstruction_metrics(
-        self, x: Tensor, x_hat: Tensor, spec: Any, features: Extractor | None = None
+        self, x: Items, x_hat: Items, spec: Any, features: Extractor | None = None
     ) -> dict[str, float]:
-        """Reconstruction metrics of x̂ (N, ...) against x (N, ...); with features also distances of the two sets."""
+        """Reconstruction metrics of items x̂ against x; with features also distances of the two sets."""
 
     @abstractmethod
-    def write(self, out: Path, items: Tensor, metadata: list[dict[str, Any]], spec: Any, overwrite: bool) -> None:
-        """Write items (N, ...) so that `read` with this spec returns them.
+    def write(self, out: Path, items: Items, metadata: list[dict[str, Any]], spec: Any, overwrite: bool) -> None:
+        """Write items so that `read` with this spec returns them.
 
         `metadata` is the label, seed, settings and origin of each item; a format without room for it leaves it out.
         """
 
     @abstractmethod
-    def preview(self, items: Tensor, spec: Any, reconstructed: Tensor | None = None, columns: int | None = None) -> Any:
-        """A picture (PIL) of items (N, ...), or of originals beside their reconstructions.
+    def preview(self, items: Items, spec: Any, reconstructed: Items | None = None, columns: int | None = None) -> Any:
+        """A picture (PIL) of items, or of originals beside their reconstructions.
 
         Args:
             items: The items.
             spec: What the values mean.
-            reconstructed: Items (N, ...) to show beside them.
+            reconstructed: Items to show beside them.
             columns: Items, or panels, per row.
         """
 
@@ -253,8 +255,8 @@ class Maskable(ABC, Generic[D]):
             UserError: The masks are missing or do not fit the items.
         """
 
-    def fill_writer(self, out: Path, source: str, spec: Any, overwrite: bool) -> Callable[[Tensor], None] | None:
-        """A writer of the source with missing values filled in from items (N, ...); None to `write` the items."""
+    def fill_writer(self, out: Path, source: str, spec: Any, overwrite: bool) -> Callable[[Items], None] | None:
+        """A writer of the source with missing values filled in from items; None to `write` the items."""
         return None
 
 
@@ -262,8 +264,8 @@ class Animatable(ABC):
     """Items can be the frames of an animation."""
 
     @abstractmethod
-    def animation(self, path: Path) -> Callable[[Tensor], None]:
-        """A writer of items (N, ...) as frames of one file; raises a UserError for a format without frames."""
+    def animation(self, path: Path) -> Callable[[Items], None]:
+        """A writer of items as frames of one file; raises a UserError for a format without frames."""
 
 
 class Conditional(ABC):

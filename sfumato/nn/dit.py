@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.nn.layers import (
     Attention,
+    CrossAttention,
     Embedding,
     FeedForward,
     add_concat,
-    channel_count,
+    channels_and_grid,
+    from_grid,
     modulate,
     norm,
     rotary_angles,
-    spatial_shape,
+    to_grid,
     zero_init,
 )
 from sfumato.types import Cond
@@ -55,6 +58,8 @@ def unpatchify(h: Tensor, grid: Sequence[int], patch: Sequence[int], shape: Sequ
 class DiTBlock(nn.Module):
     """Attention and feed-forward, each with shift, scale and gate from the embedding (adaLN-zero).
 
+    Between them come the condition tokens by cross-attention, as in PixArt-alpha (Chen et al. 2023, arXiv:2310.00426).
+
     Args:
         width: Channels W.
         heads: Attention heads.
@@ -62,6 +67,7 @@ class DiTBlock(nn.Module):
         swiglu: Use SwiGLU instead of GELU.
         embedding_dim: Length E of the embedding.
         skip: Whether to add the output of an earlier block through a linear layer that starts at zero.
+        token_dim: Length D of a condition token; 0 for no cross-attention.
     """
 
     def __init__(
@@ -73,10 +79,12 @@ class DiTBlock(nn.Module):
         swiglu: bool = True,
         embedding_dim: int = 256,
         skip: bool = False,
+        token_dim: int = 0,
     ) -> None:
         super().__init__()
         self.modulation = zero_init(nn.Linear(embedding_dim, 6 * width))
         self.attention = Attention(width, heads)
+        self.cross_attention = CrossAttention(width, heads, token_dim) if token_dim else None
         self.feed_forward = FeedForward(width, expansion, swiglu)
         self.skip = zero_init(nn.Linear(width, width)) if skip else None
 
@@ -84,28 +92,30 @@ class DiTBlock(nn.Module):
         self,
         x: Tensor,
         e: Tensor,
+        cond: Cond,
         angles: Tensor | None = None,
         mask: Tensor | None = None,
         earlier: Tensor | None = None,
     ) -> Tensor:
-        """Map tokens x (B, N, W), modulated by e (B, 1, E) or (B, N, E)."""
+        """Map tokens x (B, N, W), modulated by e (B, 1, E) or (B, N, E), with the tokens of `cond`."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(e).chunk(6, dim=-1)
         if self.skip is not None and earlier is not None:
             x = x + self.skip(earlier)
         x = torch.addcmul(x, gate_a, self.attention(modulate(norm(x), shift_a, scale_a), angles, mask))
+        if self.cross_attention is not None and cond.tokens is not None:
+            x = x + self.cross_attention(norm(x), cond.tokens, cond.mask)
         return torch.addcmul(x, gate_f, self.feed_forward(modulate(norm(x), shift_f, scale_f)))
 
 
 class DiT(nn.Module):
     """Diffusion transformer on latents with one to three grid axes (Peebles and Xie 2023, arXiv:2212.09748).
 
-    Queries and keys are normalised; long skips follow U-ViT (Bao et al. 2023, arXiv:2209.12152). Condition tokens are
-    prepended to the sequence. The grid may differ from the one in `latent_shape`, but with learned positions it must
-    not be larger.
+    Queries and keys are normalised; long skips follow U-ViT (Bao et al. 2023, arXiv:2209.12152). Every block reads the
+    condition tokens by cross-attention. The grid may differ from the one in `latent_shape`, but with learned positions
+    it must not be larger.
 
     Args:
-        latent_shape: Shape of a latent: (C, *grid), (*grid, C) with `channels_last`, or (D,): one channel on D
-            positions.
+        latent_shape: Shape of a latent: (C, *grid), (N, D) with `channels_last`, or (D,): one channel on D positions.
         cond_dim: Length of `Cond.vector`; 0 for none.
         width: Channels W of a token.
         depth: Number of blocks.
@@ -119,8 +129,8 @@ class DiT(nn.Module):
         embedding_dim: Length E of the embedding of clocks and condition vector.
         clocks: Number K of clocks (time inputs).
         concat: Channels of `Cond.concat`.
-        token_dim: Length D of a token of `Cond.tokens`; 0 for none.
-        channels_last: Whether the channel axis of a latent is its last.
+        token_dim: Length of a token of `Cond.tokens`; 0 for none.
+        channels_last: Whether a latent is tokens (N, D). N is the largest number; there may be fewer.
 
     Raises:
         UserError: If the width is not a multiple of 2 * heads, or `positions` is unknown.
@@ -151,23 +161,18 @@ class DiT(nn.Module):
             raise UserError(f"width={width} must be a multiple of 2 * heads = {2 * heads}; change width or heads")
         if positions not in POSITIONS:
             raise UserError(f"positions={positions!r} is unknown; choose one of {', '.join(POSITIONS)}")
-        if channels_last:
-            latent_shape = (latent_shape[-1], *latent_shape[:-1])
-        shape, channels = spatial_shape(latent_shape), channel_count(latent_shape)
+        channels, shape = channels_and_grid(latent_shape, channels_last)
         self.patch = (patch,) * len(shape) if isinstance(patch, int) else tuple(patch)
-        self.channels, self.concat, self.channels_last = channels, concat, channels_last
+        self.concat, self.token_dim, self.channels_last = concat, token_dim, channels_last
         self.head_dim, self.theta = width // heads, theta if positions != "learned" else 0.0
         grid = [-(-size // p) for size, p in zip(shape, self.patch, strict=True)]
         # the positional embedding, under the name that saved weights have
         self.places = nn.Parameter(0.02 * torch.randn(*grid, width)) if positions != "rope" else None
         self.embedding = Embedding(embedding_dim, clocks, cond_dim)
         self.z_in = nn.Linear((channels + concat) * math.prod(self.patch), width)
-        self.tokens_in = nn.Linear(token_dim, width) if token_dim else None
         has_skip = [skips and i >= (depth + 1) // 2 for i in range(depth)]
-        self.blocks = nn.ModuleList(
-            DiTBlock(width, heads, expansion=expansion, swiglu=swiglu, embedding_dim=embedding_dim, skip=skip)
-            for skip in has_skip
-        )
+        block = partial(DiTBlock, width, heads, expansion=expansion, swiglu=swiglu, embedding_dim=embedding_dim)
+        self.blocks = nn.ModuleList(block(skip=skip, token_dim=token_dim) for skip in has_skip)
         self.modulation = zero_init(nn.Linear(embedding_dim, 2 * width))
         self.z_out = zero_init(nn.Linear(width, channels * math.prod(self.patch)))
 
@@ -175,33 +180,34 @@ class DiT(nn.Module):
         """Map latents to an output of the same shape.
 
         Args:
-            z: Latents (B, *latent_shape).
-            clocks: Clocks (B, K), or (B, N, K) for each token or for each grid position; a patch then takes the
-                clocks of its first position.
+            z: Latents (B, *latent_shape), or of another grid.
+            clocks: Clocks (B, K), or (B, N, K) for each patch or for each position; a patch then takes the clocks of
+                its first position.
             cond: The condition: `vector` (B, cond_dim), `tokens` (B, M, token_dim) with `mask` (B, M), and `concat`
                 (B, concat, *grid), always channels first.
-            mask: (B, N), true where a grid position has data; other positions are read as zeros and not attended to.
+            mask: (B, N), true where a position has data; other positions are read as zeros and not attended to.
         """
         cond = cond or Cond()
-        x = z.movedim(-1, 1) if self.channels_last else z
-        x = x.reshape(x.shape[0], self.channels, *spatial_shape(x.shape[1:]))  # (B, C, *shape)
+        assert self.token_dim or cond.tokens is None, "got condition tokens, but the network was built with token_dim=0"
+        x = add_concat(to_grid(z, self.channels_last), cond.concat, self.concat, mask)  # (B, C, *shape)
         shape = x.shape[2:]
-        h, grid, attended = self._tokens(x, cond, mask)  # (B, N, W)
+        h, grid = self._patch_tokens(x)  # (B, N, W)
         e = self.embedding(self._token_clocks(clocks, shape, math.prod(grid)), cond.vector)
         e = e[:, None] if e.ndim == 2 else e  # (B, 1 or N, E)
-        h = self._run_blocks(h, e, grid, cond, attended)
+        h = self._run_blocks(h, e, grid, cond, self._attended(mask, shape))
         shift, scale = self.modulation(e).chunk(2, dim=-1)
         h = self.z_out(modulate(norm(h), shift, scale))  # (B, N, C P)
-        x = unpatchify(h, grid, self.patch, shape)
-        return (x.movedim(1, -1) if self.channels_last else x).reshape(z.shape)
+        return from_grid(unpatchify(h, grid, self.patch, shape), z.shape, self.channels_last)
 
-    def _tokens(self, x: Tensor, cond: Cond, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
-        attended = None
-        if mask is not None:
-            mask = mask.reshape(-1, 1, *x.shape[2:])
-            x = torch.where(mask, x, 0)
-            attended = patchify(mask.to(torch.uint8), self.patch)[0].sum(-1) > 0  # (B, N)
-        h, grid = patchify(add_concat(x, cond.concat, self.concat), self.patch)
+    def _attended(self, mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+        """Whether each patch has data in any position of the mask (B, prod(shape))."""
+        if mask is None:
+            return None
+        return patchify(mask.reshape(-1, 1, *shape).to(torch.uint8), self.patch)[0].sum(-1) > 0
+
+    def _patch_tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The tokens (B, N, W) of the patches of x (B, C, *shape), with their positions, and the size of their grid."""
+        h, grid = patchify(x, self.patch)
         h = self.z_in(h)
         if self.places is not None:
             assert all(n <= limit for n, limit in zip(grid, self.places.shape, strict=False)), (
@@ -209,7 +215,7 @@ class DiT(nn.Module):
             )
             positions = self.places[tuple(slice(n) for n in grid)].flatten(0, -2)
             h = h + positions.to(h.dtype)
-        return h, grid, attended
+        return h, grid
 
     def _token_clocks(self, clocks: Tensor, shape: Sequence[int], count: int) -> Tensor:
         if clocks.ndim == 2 or clocks.shape[1] == count:
@@ -219,34 +225,9 @@ class DiT(nn.Module):
 
     def _run_blocks(self, h: Tensor, e: Tensor, grid: Sequence[int], cond: Cond, attended: Tensor | None) -> Tensor:
         angles = rotary_angles(grid, self.head_dim, self.theta, h.device) if self.theta else None
-        cond_length = 0 if cond.tokens is None else cond.tokens.shape[1]
-        if cond.tokens is not None:
-            assert self.tokens_in is not None, "got condition tokens, but the network was built with token_dim=0"
-            e = _join_embedding(e, attended, cond_length)
-            attended = _join_mask(cond.mask, attended, h, cond_length)
-            h = torch.cat((self.tokens_in(cond.tokens.to(h.dtype)).to(h.dtype), h), dim=1)  # (B, M + N, W)
-            angles = None if angles is None else F.pad(angles, (0, 0, cond_length, 0))
         outputs: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            h = block(h, e, angles, attended, outputs.pop() if block.skip is not None else None)
+            h = block(h, e, cond, angles, attended, outputs.pop() if block.skip is not None else None)
             if i < len(self.blocks) // 2:
                 outputs.append(h)
-        return h[:, cond_length:]
-
-
-def _join_embedding(e: Tensor, attended: Tensor | None, cond_length: int) -> Tensor:
-    """Give condition tokens the mean embedding of the latent tokens, if each of those has its own."""
-    if e.shape[1] == 1:
-        return e
-    weight = torch.ones_like(e[..., :1]) if attended is None else attended[..., None].to(e.dtype)
-    mean = (e * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
-    return torch.cat((mean.expand(-1, cond_length, -1), e), dim=1)
-
-
-def _join_mask(cond_mask: Tensor | None, attended: Tensor | None, h: Tensor, cond_length: int) -> Tensor | None:
-    """Concatenate the masks of condition tokens (B, M) and latent tokens (B, N); a missing one is all true."""
-    if cond_mask is None and attended is None:
-        return None
-    cond_mask = h.new_ones(h.shape[0], cond_length, dtype=torch.bool) if cond_mask is None else cond_mask
-    attended = h.new_ones(h.shape[:2], dtype=torch.bool) if attended is None else attended
-    return torch.cat((cond_mask, attended), dim=1)
+        return h

@@ -24,24 +24,44 @@ def zero_init(layer: Layer) -> Layer:
     return layer
 
 
-def spatial_shape(latent_shape: Sequence[int]) -> tuple[int, ...]:
-    """The grid of a latent (C, *grid); a vector (D,) counts as one channel on a grid of D positions."""
-    return tuple(latent_shape[1:]) if len(latent_shape) > 1 else (latent_shape[0],)
+def channels_and_grid(latent_shape: Sequence[int], channels_last: bool = False) -> tuple[int, tuple[int, ...]]:
+    """The channels C and the grid of a latent (C, *grid), or of tokens (N, D): D channels on N positions.
+
+    A vector (D,) is one channel on a grid of D positions.
+
+    Args:
+        latent_shape: Shape of a latent.
+        channels_last: Whether the latent is tokens.
+    """
+    if len(latent_shape) == 1:
+        return 1, (latent_shape[0],)
+    if channels_last:
+        return latent_shape[-1], tuple(latent_shape[:-1])
+    return latent_shape[0], tuple(latent_shape[1:])
 
 
-def channel_count(latent_shape: Sequence[int]) -> int:
-    """The channels C of a latent (C, *grid); one for a vector (D,)."""
-    return latent_shape[0] if len(latent_shape) > 1 else 1
+def to_grid(z: Tensor, channels_last: bool) -> Tensor:
+    """Latents as (B, C, *grid) (see `channels_and_grid`): vectors (B, D), grids, or, with `channels_last`, tokens."""
+    if z.ndim == 2:
+        return z[:, None]
+    return z.movedim(-1, 1) if channels_last else z
 
 
-def add_concat(z: Tensor, concat: Tensor | None, channels: int) -> Tensor:
-    """Append the `channels` of `Cond.concat` to z (B, C, *grid), or as many zeros where there is none."""
+def from_grid(h: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    """The inverse of `to_grid`: h (B, C, *grid) as latents of the shape that `to_grid` took."""
+    return (h.movedim(1, -1) if channels_last else h).reshape(shape)
+
+
+def add_concat(x: Tensor, concat: Tensor | None, channels: int, mask: Tensor | None = None) -> Tensor:
+    """Append the `channels` of `Cond.concat` to x (B, C, *grid), or as many zeros where there is none.
+
+    The result is zero at the positions where the mask (B, N) is false.
+    """
     assert channels or concat is None, "got condition channels, but the network was built with concat=0"
-    if not channels:
-        return z
-    if concat is None:
-        concat = z.new_zeros(z.shape[0], channels, *z.shape[2:])
-    return torch.cat((z, concat.to(z.dtype)), dim=1)
+    if channels:
+        concat = x.new_zeros(len(x), channels, *x.shape[2:]) if concat is None else concat
+        x = torch.cat((x, concat.to(x.dtype)), dim=1)
+    return x if mask is None else torch.where(mask.reshape(-1, 1, *x.shape[2:]), x, 0)
 
 
 def fourier(clocks: Tensor, frequencies: Tensor) -> Tensor:
@@ -146,6 +166,14 @@ def rotate(h: Tensor, angles: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
+def attention_mask(mask: Tensor) -> Tensor:
+    """A mask of tokens (B, N) as attention takes it, (B, 1, 1, N).
+
+    An item whose mask is all false may attend to everything, because a softmax over nothing is not a number.
+    """
+    return (mask | ~mask.any(1, keepdim=True))[:, None, None]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with normalised queries and keys and optional rotary positions.
 
@@ -177,9 +205,45 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        attended = None if mask is None else mask[:, None, None, :]
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=attended)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else attention_mask(mask))
         return self.out(h.transpose(1, 2).flatten(2))  # (B, N, W)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention to condition tokens, with normalised queries and keys; its output starts at zero.
+
+    Args:
+        width: Channels W.
+        heads: Number of heads; must divide W.
+        token_dim: Length D of a condition token.
+    """
+
+    def __init__(self, width: int, heads: int, token_dim: int) -> None:
+        super().__init__()
+        assert width % heads == 0, f"{heads} heads do not split {width} channels"
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(token_dim, 2 * width)
+        self.q_norm, self.k_norm = QKNorm(width // heads), QKNorm(width // heads)
+        self.out = zero_init(nn.Linear(width, width))
+
+    def forward(self, h: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What each position reads from the condition tokens.
+
+        Args:
+            h: Positions (B, N, W).
+            tokens: Condition tokens (B, M, D).
+            mask: (B, M), true where a token may be attended to, or None. An item with none gets exactly zero.
+
+        Returns:
+            (B, N, W).
+        """
+        q = self.q(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+        k, v = self.kv(tokens.to(h.dtype)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else attention_mask(mask))
+        h = self.out(h.transpose(1, 2).flatten(2))  # (B, N, W)
+        return h if mask is None else torch.where(mask.any(1)[:, None, None], h, 0)
 
 
 class FeedForward(nn.Module):

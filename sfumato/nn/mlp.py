@@ -2,12 +2,23 @@
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.nn.layers import Embedding, add_concat, channel_count, modulate, norm, spatial_shape, zero_init
+from sfumato.errors import UserError
+from sfumato.nn.layers import (
+    Embedding,
+    add_concat,
+    channels_and_grid,
+    from_grid,
+    modulate,
+    norm,
+    to_grid,
+    zero_init,
+)
 from sfumato.types import Cond
 
 
@@ -53,7 +64,7 @@ class ResMLP(nn.Module):
     small ones. It takes 3 E / (3 E + 2 expansion W) of the operations, so the embedding dimension E is small.
 
     Args:
-        latent_shape: Shape of a latent, (C, *grid) or (D,).
+        latent_shape: Shape of a latent: (C, *grid), (N, D) with `channels_last`, or (D,).
         cond_dim: Length of `Cond.vector`; 0 for none.
         width: Channels W of the residual stream.
         depth: Number of blocks.
@@ -61,8 +72,13 @@ class ResMLP(nn.Module):
         embedding_dim: Length E of the embedding of clocks and condition.
         swiglu: Use SwiGLU blocks.
         clocks: Number K of clocks (time inputs).
-        segments: Number N of segments with their own clocks (B, N, K); clocks (B, K) apply to all segments.
+        segments: Lengths of the consecutive segments of positions that have clocks of their own; empty for one segment.
         concat: Channels of `Cond.concat`.
+        token_dim: Must be 0: condition tokens are not supported.
+        channels_last: Whether a latent is tokens (N, D). N is the largest number; fewer are padded with zeros.
+
+    Raises:
+        UserError: If `token_dim` is not 0.
     """
 
     def __init__(
@@ -76,14 +92,19 @@ class ResMLP(nn.Module):
         embedding_dim: int = 128,
         swiglu: bool = False,
         clocks: int = 1,
-        segments: int = 1,
+        segments: Sequence[int] = (),
         concat: int = 0,
+        token_dim: int = 0,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.depth, self.segments, self.concat = depth, segments, concat
-        size, positions = math.prod(latent_shape), math.prod(spatial_shape(latent_shape))
-        self.channels = channel_count(latent_shape)
-        self.embedding = Embedding(embedding_dim, clocks * segments, cond_dim)
+        if token_dim:
+            raise UserError("network 'mlp' cannot take text or other token conditions; use dit or unet")
+        self.depth, self.concat, self.channels_last = depth, concat, channels_last
+        self.channels, self.grid = channels_and_grid(latent_shape, channels_last)
+        self.starts = [0, *accumulate(segments[:-1])]  # first position of each segment
+        size, positions = math.prod(latent_shape), math.prod(self.grid)
+        self.embedding = Embedding(embedding_dim, clocks * len(self.starts), cond_dim)
         self.modulation = zero_init(nn.Linear(embedding_dim, (3 * depth + 2) * width))
         self.z_in = nn.Linear(size + concat * positions, width)
         self.blocks = nn.ModuleList(MLPBlock(width, expansion, swiglu) for _ in range(depth))
@@ -93,29 +114,33 @@ class ResMLP(nn.Module):
         """Map latents to an output of the same shape.
 
         Args:
-            z: Latents (B, *latent_shape).
-            clocks: Clocks (B, K), or (B, N, K) with N = `segments`.
-            cond: The condition: `vector` (B, cond_dim) and `concat` (B, concat, *grid); tokens are not supported.
-            mask: (B, N), true where a grid position has data; other positions are read as zeros.
+            z: Latents (B, *latent_shape), or fewer tokens.
+            clocks: Clocks (B, K), or (B, N, K) for each position; a segment takes those of its first position.
+            cond: The condition: `vector` (B, cond_dim) and `concat` (B, concat, *grid), always channels first.
+            mask: (B, N), true where a position has data; other positions are read as zeros.
         """
         cond = cond or Cond()
         assert cond.tokens is None, "ResMLP does not support condition tokens"
         e = self.embedding(self._flat_clocks(clocks), cond.vector)  # (B, E)
         *modulations, shift, scale = self.modulation(e).chunk(3 * self.depth + 2, dim=-1)  # (B, W) each
-        x = self.z_in(self._flat_input(z, cond.concat, mask))  # (B, W)
+        x = add_concat(to_grid(z, self.channels_last), cond.concat, self.concat, mask)  # (B, C, *grid)
+        x = self.z_in(self._pad(x).flatten(1))  # (B, W)
         for i, block in enumerate(self.blocks):
             x = block(x, *modulations[3 * i : 3 * i + 3])
-        return self.z_out(modulate(norm(x), shift, scale)).reshape(z.shape)
+        h = self.z_out(modulate(norm(x), shift, scale)).unflatten(1, (self.channels, *self.grid))
+        return from_grid(h[..., : z.shape[1]] if self.channels_last else h, z.shape, self.channels_last)
 
     def _flat_clocks(self, clocks: Tensor) -> Tensor:
+        """The clocks of all S segments (B, K S), those of the first clock first."""
         if clocks.ndim == 2:
-            clocks = clocks[:, None].expand(-1, self.segments, -1)
-        assert clocks.shape[1] == self.segments, f"got clocks for {clocks.shape[1]} segments, not {self.segments}"
-        return clocks.flatten(1)  # (B, N K)
+            return clocks[..., None].expand(-1, -1, len(self.starts)).flatten(1)
+        assert clocks.shape[1] > self.starts[-1], f"got clocks for {clocks.shape[1]} positions, fewer than the segments"
+        return torch.stack([clocks[:, start] for start in self.starts], -1).flatten(1)
 
-    def _flat_input(self, z: Tensor, concat: Tensor | None, mask: Tensor | None) -> Tensor:
-        grid = z.shape[2:] if z.ndim > 2 else z.shape[1:]
-        z = z.reshape(z.shape[0], self.channels, *grid)
-        if mask is not None:
-            z = torch.where(mask.reshape(-1, 1, *grid), z, 0)
-        return add_concat(z, concat, self.concat).flatten(1)
+    def _pad(self, x: Tensor) -> Tensor:
+        """Pad tokens x (B, D, n) with zeros up to the largest number N; other latents stay as they are."""
+        if not self.channels_last:
+            return x
+        missing = self.grid[-1] - x.shape[-1]
+        assert missing >= 0, f"got {x.shape[-1]} tokens, but the network was built for at most {self.grid[-1]}"
+        return F.pad(x, (0, missing)) if missing else x

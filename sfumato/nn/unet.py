@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -12,12 +13,14 @@ from sfumato.errors import UserError
 from sfumato.nn.layers import (
     CONVS,
     Attention,
+    CrossAttention,
     Embedding,
     add_concat,
-    channel_count,
+    channels_and_grid,
+    from_grid,
     modulate,
     norm,
-    spatial_shape,
+    to_grid,
     zero_init,
 )
 from sfumato.types import Cond
@@ -34,7 +37,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise (B, C, *grid) over the positions where the mask (B, 1, *grid) is one; the others become zero."""
         if mask is None:
-            return super().forward(input)
+            # the method of nn.GroupNorm refuses a group of one value, which the lowest level of a short item can have
+            return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
         h = (input * mask).float().unflatten(1, (self.num_groups, -1))  # (B, G, C / G, *grid)
         keep, axes = mask.float()[:, None], tuple(range(2, h.ndim))
         count = (keep.sum(axes, keepdim=True) * h.shape[2]).clamp(min=1)
@@ -72,7 +76,7 @@ class ResBlock(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """A residual block, followed by self-attention over all positions unless `heads` is zero.
+    """A residual block, followed by attention among all positions and to condition tokens unless `heads` is zero.
 
     Args:
         axes: Number of grid axes.
@@ -80,23 +84,38 @@ class UNetBlock(nn.Module):
         channels: Output channels.
         embedding_dim: Length E of the embedding.
         heads: Attention heads, or zero.
+        token_dim: Length D of a condition token; 0 for no attention to them.
     """
 
-    def __init__(self, axes: int, channels_in: int, channels: int, embedding_dim: int, heads: int) -> None:
+    def __init__(
+        self, axes: int, channels_in: int, channels: int, embedding_dim: int, heads: int, token_dim: int = 0
+    ) -> None:
         super().__init__()
         self.residual = ResBlock(axes, channels_in, channels, embedding_dim)
         self.attention = Attention(channels, heads) if heads else None
         if self.attention is not None:
             zero_init(self.attention.out)
+        self.cross_attention = CrossAttention(channels, heads, token_dim) if heads and token_dim else None
 
-    def forward(self, x: Tensor, e: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map x (B, C, *grid), modulated by e (B, *grid or ones, E)."""
+    def forward(self, x: Tensor, e: Tensor, cond: Cond, mask: Tensor | None = None) -> Tensor:
+        """Map x (B, C, *grid), modulated by e (B, *grid or ones, E), with the tokens of `cond`."""
         x = self.residual(x, e, mask)
-        if self.attention is None:
-            return x
-        keep = None if mask is None else mask.flatten(1) > 0
-        h = self.attention(norm(x.flatten(2).transpose(1, 2)), mask=keep)  # (B, N, C)
-        return x + h.transpose(1, 2).reshape(x.shape)
+        if self.attention is not None:
+            keep = None if mask is None else mask.flatten(1) > 0
+            x = x + _unflatten(self.attention(_positions(x), mask=keep), x)
+        if self.cross_attention is not None and cond.tokens is not None:
+            x = x + _unflatten(self.cross_attention(_positions(x), cond.tokens, cond.mask), x)
+        return x
+
+
+def _positions(x: Tensor) -> Tensor:
+    """The positions of x (B, C, *grid), normalised, (B, N, C)."""
+    return norm(x.flatten(2).transpose(1, 2))
+
+
+def _unflatten(h: Tensor, x: Tensor) -> Tensor:
+    """Positions h (B, N, C) on the grid of x (B, C, *grid)."""
+    return h.transpose(1, 2).reshape(x.shape)
 
 
 class UNet(nn.Module):
@@ -105,7 +124,8 @@ class UNet(nn.Module):
     Each level halves the grid, rounding up, and the decoder restores the same sizes, so a grid of any size works.
 
     Args:
-        latent_shape: Shape of a latent: (C, *grid) with one to three axes, or (D,): one channel on D positions.
+        latent_shape: Shape of a latent: (C, *grid) with one to three axes, (N, D) with `channels_last`, or (D,): one
+            channel on D positions.
         cond_dim: Length of `Cond.vector`; 0 for none.
         width: Channels of the first level.
         depth: Blocks per level, in the encoder and again in the decoder.
@@ -115,9 +135,11 @@ class UNet(nn.Module):
         embedding_dim: Length of the embedding of clocks and condition.
         clocks: Number K of clocks (time inputs).
         concat: Channels of `Cond.concat`.
+        token_dim: Length of a token of `Cond.tokens`; 0 for none.
+        channels_last: Whether a latent is tokens (N, D). N is the largest number; there may be fewer.
 
     Raises:
-        UserError: If the width is not a multiple of 2 * heads.
+        UserError: If the width is not a multiple of 2 * heads, or no level has attention to read condition tokens.
     """
 
     def __init__(
@@ -133,33 +155,33 @@ class UNet(nn.Module):
         embedding_dim: int = 256,
         clocks: int = 1,
         concat: int = 0,
+        token_dim: int = 0,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         if width % (2 * heads):
             raise UserError(f"width={width} must be a multiple of 2 * heads = {2 * heads}; change width or heads")
-        grid, self.channels = spatial_shape(latent_shape), channel_count(latent_shape)
-        axes, conv = len(grid), CONVS[len(grid)]
-        self.depth, self.concat = depth, concat
+        channels, grid = channels_and_grid(latent_shape, channels_last)
+        conv = CONVS[len(grid)]
+        self.depth, self.concat, self.token_dim, self.channels_last = depth, concat, token_dim, channels_last
         sizes = [width * m for m in multipliers]
-        levels = list(enumerate(sizes))
-        attention_heads = [
-            heads if math.prod(-(-n // 2**i) for n in grid) <= max_attention_positions else 0 for i, _ in levels
-        ]
+        positions = [math.prod(-(-n // 2**i) for n in grid) for i in range(len(sizes))]  # of each level
+        if token_dim and positions[-1] > max_attention_positions:
+            raise UserError(
+                f"max_attention_positions={max_attention_positions} leaves no level with attention to condition "
+                f"tokens; it must be at least {positions[-1]}"
+            )
+        levels = [(c, heads if n <= max_attention_positions else 0) for c, n in zip(sizes, positions, strict=True)]
+        block = partial(UNetBlock, len(grid), embedding_dim=embedding_dim, token_dim=token_dim)
         self.embedding = Embedding(embedding_dim, clocks, cond_dim)
-        self.z_in = conv(self.channels + concat, width, 3, padding=1)
-        self.down = nn.ModuleList(
-            UNetBlock(axes, c, c, embedding_dim, attention_heads[i]) for i, c in levels for _ in range(depth)
-        )
+        self.z_in = conv(channels + concat, width, 3, padding=1)
+        self.down = nn.ModuleList(block(c, c, heads=h) for c, h in levels for _ in range(depth))
         self.shrink = nn.ModuleList(conv(a, b, 3, stride=2, padding=1) for a, b in pairwise(sizes))
-        self.middle = nn.ModuleList(
-            UNetBlock(axes, sizes[-1], sizes[-1], embedding_dim, h) for h in (attention_heads[-1], 0)
-        )
-        self.up = nn.ModuleList(
-            UNetBlock(axes, 2 * c, c, embedding_dim, attention_heads[i]) for i, c in levels[::-1] for _ in range(depth)
-        )
+        self.middle = nn.ModuleList(block(sizes[-1], sizes[-1], heads=h) for h in (levels[-1][1], 0))
+        self.up = nn.ModuleList(block(2 * c, c, heads=h) for c, h in levels[::-1] for _ in range(depth))
         self.grow = nn.ModuleList(conv(a, b, 3, padding=1) for a, b in pairwise(sizes[::-1]))
         self.norm_out = GroupNorm(width)
-        self.z_out = zero_init(conv(width, self.channels, 3, padding=1))
+        self.z_out = zero_init(conv(width, channels, 3, padding=1))
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -170,23 +192,23 @@ class UNet(nn.Module):
         """Map latents to an output of the same shape.
 
         Args:
-            z: Latents (B, *latent_shape).
-            clocks: Clocks (B, K), or (B, N, K) for each grid position.
-            cond: The condition: `vector` (B, cond_dim) and `concat` (B, concat, *grid); tokens are not supported.
-            mask: (B, N), true where a grid position has data; other positions are read as zeros.
+            z: Latents (B, *latent_shape), or of another grid.
+            clocks: Clocks (B, K), or (B, N, K) for each position.
+            cond: The condition: `vector` (B, cond_dim), `tokens` (B, M, token_dim) with `mask` (B, M), and `concat`
+                (B, concat, *grid), always channels first.
+            mask: (B, N), true where a position has data; other positions are read as zeros and not attended to.
         """
         cond = cond or Cond()
-        assert cond.tokens is None, "UNet does not support condition tokens"
-        x = z.reshape(z.shape[0], self.channels, *spatial_shape(z.shape[1:]))  # (B, C, *grid)
+        assert self.token_dim or cond.tokens is None, "got condition tokens, but the network was built with token_dim=0"
+        x = add_concat(to_grid(z, self.channels_last), cond.concat, self.concat, mask)  # (B, C, *grid)
         masks = self._level_masks(x, mask)
         es = self._level_embeddings(self.embedding(clocks, cond.vector), x.shape[2:])
-        x = x if mask is None else torch.where(mask.reshape(-1, 1, *x.shape[2:]), x, 0)
-        h = add_concat(x, cond.concat, self.concat)
-        h, skips = self._encode(_masked(h, masks[0]), es, masks)
+        h, skips = self._encode(x, es, cond, masks)
         for block in self.middle:
-            h = block(h, es[-1], masks[-1])
-        h = self._decode(h, skips, es, masks)
-        return self.z_out(F.silu(self.norm_out(h, masks[0]))).reshape(z.shape)
+            h = block(h, es[-1], cond, masks[-1])
+        h = self._decode(h, skips, es, cond, masks)
+        h = self.z_out(F.silu(self.norm_out(h, masks[0])))
+        return from_grid(h, z.shape, self.channels_last)
 
     def _level_masks(self, x: Tensor, mask: Tensor | None) -> list[Tensor] | list[None]:
         levels = len(self.shrink) + 1
@@ -208,23 +230,27 @@ class UNet(nn.Module):
             es.append(es[-1][(slice(None), *[slice(None, None, 2)] * len(grid))])
         return es
 
-    def _encode(self, h: Tensor, es: list[Tensor], masks: list[Tensor] | list[None]) -> tuple[Tensor, list[Tensor]]:
+    def _encode(
+        self, h: Tensor, es: list[Tensor], cond: Cond, masks: list[Tensor] | list[None]
+    ) -> tuple[Tensor, list[Tensor]]:
         h, skips = self.z_in(h), []
         for level, (e, mask) in enumerate(zip(es, masks, strict=True)):
             if level:
                 h = self.shrink[level - 1](_masked(h, masks[level - 1]))
             for block in self.down[level * self.depth : (level + 1) * self.depth]:
-                h = block(h, e, mask)
+                h = block(h, e, cond, mask)
                 skips.append(h)
         return h, skips
 
-    def _decode(self, h: Tensor, skips: list[Tensor], es: list[Tensor], masks: list[Tensor] | list[None]) -> Tensor:
+    def _decode(
+        self, h: Tensor, skips: list[Tensor], es: list[Tensor], cond: Cond, masks: list[Tensor] | list[None]
+    ) -> Tensor:
         for step, (e, mask) in enumerate(zip(es[::-1], masks[::-1], strict=True)):
             if step:
                 size = skips[-1].shape[2:]
                 h = self.grow[step - 1](_masked(F.interpolate(h, size=size), mask))
             for block in self.up[step * self.depth : (step + 1) * self.depth]:
-                h = block(torch.cat((h, skips.pop()), dim=1), e, mask)
+                h = block(torch.cat((h, skips.pop()), dim=1), e, cond, mask)
         return h
 
 

@@ -76,11 +76,10 @@ def augment(
     """
     import time
 
-    import torch
-
     from sfumato.tasks.augmentation import ItemGenerator, LabelledItems, fill_classes, pseudo_label, read_labelled
     from sfumato.tasks.inputs import check_counts, open_model
     from sfumato.tasks.outputs import check_outputs, write_items
+    from sfumato.types import Items
 
     start = time.perf_counter()
     check_counts(n=n, steps=steps, batch=batch)
@@ -93,10 +92,8 @@ def augment(
         pseudo_labelled, shortfall = pseudo_label(labelled, shortfall, seed, progress)
     generator = ItemGenerator(loaded, labelled.labeler, sampling, seed, batch)
     generated = fill_classes(generator, shortfall, progress)
-    items = torch.cat([labelled.items, pseudo_labelled.items, generated.items])
-    values = labelled.modality.label_values(labelled.labeler.names)
-    metadata = labelled.metadata + pseudo_labelled.metadata
-    metadata += generated.metadata(values, vars(sampling) | {"seed": seed})
+    items = Items.concat([labelled.items, pseudo_labelled.items, generated.items])
+    metadata = labelled.metadata + pseudo_labelled.metadata + generated.metadata(generator)
     shown = generated.items[:ITEMS_PER_SHEET]
     write_items(loaded, items, metadata, out, sheet if len(shown) else None, overwrite, shown)
     statistics: dict[str, Any] = {

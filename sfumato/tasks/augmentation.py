@@ -11,22 +11,26 @@ import torch
 from torch import Tensor
 
 from sfumato.core import step_generator
+from sfumato.data.conditions import LABEL
 from sfumato.data.dataset import Dataset
 from sfumato.distributed import gather, shard
 from sfumato.errors import UserError
-from sfumato.modalities.base import Labelable, Labeler, Modality
+from sfumato.modalities.base import Labelable, Labeler
 from sfumato.model import Model
-from sfumato.sampling import Sampling
+from sfumato.sampling import Sampling, complete_conditions
+from sfumato.tasks.conditions import condition_metadata, matching_name
 from sfumato.tasks.inputs import (
+    batch_items,
     display_name,
     item_metadata,
     model_labels,
+    read_parts,
     report_progress,
     require,
     sample_latents,
     source_settings,
 )
-from sfumato.types import UNKNOWN, Progress
+from sfumato.types import UNKNOWN, Items, Progress, Raw
 
 DEFAULT_CLASS_SIZE = 1_000  # minimum number of items per class if the user gives none
 PSEUDO_LABEL_BATCH = 1_000  # unlabelled items that are classified at a time
@@ -39,14 +43,14 @@ MAX_TRIES_PER_SUCCESS = 200  # the class is given up if fewer than one in this m
 
 @dataclass
 class LabelledItems:
-    """Items (N, ...) that have a class each.
+    """N items that have a class each.
 
     Attributes:
-        items: Items (N, ...).
-        metadata: A row per item, with its `label`.
+        items: The items.
+        metadata: A row per item, with its class.
     """
 
-    items: Tensor
+    items: Items
     metadata: list[dict[str, Any]]
 
 
@@ -55,13 +59,13 @@ class LabelledSource(LabelledItems):
     """The labelled items of a source, and what is needed to add others.
 
     Attributes:
-        modality: Modality of the items.
+        model: The model.
         labeler: Classifies unlabelled and generated items.
         unlabelled: Data sets, each with the indices of its unlabelled items.
         statistics: Number of unlabelled items, and notes of the reader.
     """
 
-    modality: Modality[Any]
+    model: Model
     labeler: Labeler
     unlabelled: list[tuple[Dataset, Tensor]]
     statistics: dict[str, Any]
@@ -93,15 +97,15 @@ def read_labelled(
 
     def read(path: str | Path, labels: bool = True) -> Dataset:
         settings = source_settings(model, overrides, skip_bad, labels)
-        data = modality.read(str(path), settings, config.spec)[0]
+        data = read_parts(modality, str(path), settings, overrides, config.spec)[0]
         modality.check_compatible(display_name(model), config.shape, config.spec, path, data)
         return data
 
-    data = read(source)
+    data = given = read(source)
     if data.labels is not None and config.label_names:
-        data = data.relabel(model_labels(loaded, data), config.label_names, data.notes)
+        given = data.relabel(model_labels(loaded, data), config.label_names, data.notes)
     further = [] if unlabelled is None else [_without_labels(read(unlabelled, labels=False))]
-    labeler = labelable.labeler(data, further, config.label_names, target, str(loaded.device), progress)
+    labeler = labelable.labeler(given, further, config.label_names, target, str(loaded.device), progress)
     labelled = (labeler.labels != UNKNOWN).nonzero().flatten()
     if len({int(k) for k in labeler.labels[labelled]}) < 2:
         found = "one class only" if len(labelled) else "no labels"
@@ -109,9 +113,10 @@ def read_labelled(
     unlabelled_items = [(data, (labeler.labels == UNKNOWN).nonzero().flatten())]
     unlabelled_items += [(other, torch.arange(len(other))) for other in further]
     count = sum(len(index) for _, index in unlabelled_items)
-    metadata = _with_labels(modality, labeler, data, labelled, labeler.labels[labelled])
+    metadata = _with_labels(loaded, labeler, data, labelled, labeler.labels[labelled])
     statistics = ({"unlabelled": count} if count else {}) | ({"notes": data.notes} if data.notes else {})
-    return LabelledSource(data.batch(labelled).data, metadata, modality, labeler, unlabelled_items, statistics)
+    items = batch_items(data, _integers(labelled))
+    return LabelledSource(items, metadata, loaded, labeler, unlabelled_items, statistics)
 
 
 def _without_labels(data: Dataset) -> Dataset:
@@ -119,13 +124,21 @@ def _without_labels(data: Dataset) -> Dataset:
     return data.relabel(None, list(data.label_names), data.notes)
 
 
-def _with_labels(
-    modality: Modality[Any], labeler: Labeler, data: Dataset, index: Tensor, labels: Tensor
-) -> list[dict[str, Any]]:
+def _with_labels(model: Model, labeler: Labeler, data: Dataset, index: Tensor, labels: Tensor) -> list[dict[str, Any]]:
     """Metadata of the items `index` (B,), with these class numbers (B,) as labels."""
-    values = modality.label_values(labeler.names)
-    metadata = item_metadata(modality, data, [int(i) for i in index])
-    return [row | {"label": values[int(k)]} for row, k in zip(metadata, labels, strict=True)]
+    name, values = _label_name(model), model.modality.label_values(labeler.names)
+    old_name = matching_name(model.conditioner, data, name)
+    metadata = item_metadata(model.modality, data, _integers(index))
+    for row, k in zip(metadata, labels, strict=True):
+        if old_name != name:
+            row.pop(old_name, None)
+        row[name] = values[int(k)]
+    return metadata
+
+
+def _label_name(model: Model) -> str:
+    """The name of the classes in the metadata."""
+    return model.conditioner.primary_label or LABEL
 
 
 def pseudo_label(
@@ -139,21 +152,21 @@ def pseudo_label(
         seed: Seed of the order.
         progress: Called with the stage, the amount done, and the total.
     """
-    modality, labeler, total = labelled.modality, labelled.labeler, int(shortfall.sum())
+    labeler, total = labelled.labeler, int(shortfall.sum())
     parts, metadata = [labelled.items[:0]], list[dict[str, Any]]()
     for data, index in _shuffled_batches(labelled.unlabelled, seed):
         if not shortfall.any():
             break
-        items = data.batch(index).data
+        items = batch_items(data, _integers(index))
         labels = labeler.pseudo_label(items)
         chosen = _first_of_each_class(labels, shortfall)
-        chosen = chosen[~labeler.duplicates.filter_generated(labeler.embed(items[chosen]))]
+        chosen = chosen[~labeler.duplicates.filter_generated(labeler.embed(items.select(chosen)))]
         shortfall = shortfall - _class_counts(labels[chosen], len(shortfall))
-        parts.append(items[chosen])
-        rows = _with_labels(modality, labeler, data, index[chosen], labels[chosen])
+        parts.append(items.select(chosen))
+        rows = _with_labels(labelled.model, labeler, data, index[chosen], labels[chosen])
         metadata += [row | {"guessed": True} for row in rows]
         report_progress(progress, "pseudo-label", total - int(shortfall.sum()), total)
-    return LabelledItems(torch.cat(parts), metadata), shortfall
+    return LabelledItems(Items.concat(parts), metadata), shortfall
 
 
 def _shuffled_batches(unlabelled: Sequence[tuple[Dataset, Tensor]], seed: int) -> Iterator[tuple[Dataset, Tensor]]:
@@ -174,13 +187,24 @@ class ItemGenerator:
     seed: int
     batch: int
 
-    def __call__(self, numbers: Sequence[int], labels: Tensor | None) -> Tensor:
-        """The items (N, ...) with these numbers and classes (N,), split between processes."""
-        local, model = shard(len(numbers)), self.model
-        local_labels = None if labels is None else labels[local]
-        latents = sample_latents(model, [numbers[i] for i in local], local_labels, self.sampling, self.seed, self.batch)
-        empty = torch.empty(0, *model.config.shape)  # a process may have no items
-        return gather(torch.cat([empty, *map(model.decode, latents)]), len(numbers))
+    def __call__(self, numbers: Sequence[int], labels: Tensor | None) -> Items:
+        """The items with these N numbers and classes (N,), split between processes.
+
+        Other conditions of the model are those of training items of the same class.
+        """
+        raw, local = self.conditions(numbers, labels), shard(len(numbers))
+        raw_local = raw.select(torch.tensor(local, dtype=torch.int64))
+        own = [numbers[i] for i in local]
+        latents = sample_latents(self.model, own, raw_local, self.sampling, self.seed, self.batch)
+        empty = Items(torch.empty(0, *self.model.config.shape))  # a process may have no items
+        return gather(Items.concat([empty, *map(self.model.decode, latents)]), len(numbers))
+
+    def conditions(self, numbers: Sequence[int], labels: Tensor | None) -> Raw:
+        """The conditions of the items with these N numbers and classes (N,)."""
+        conditioner = self.model.conditioner
+        name = conditioner.primary_label
+        known = Raw() if labels is None or name is None else Raw({name: labels})
+        return complete_conditions(conditioner, known, numbers, self.seed)
 
 
 @dataclass
@@ -188,7 +212,7 @@ class Generated:
     """Accepted generated items.
 
     Attributes:
-        items: Accepted items (N, ...).
+        items: Accepted items.
         labels: Their classes (N,).
         numbers: Their item numbers.
         tried: Number of generated items.
@@ -196,23 +220,30 @@ class Generated:
         shortfall: Number of items that each class lacks in the end.
     """
 
-    items: Tensor
+    items: Items
     labels: Tensor
     numbers: list[int] = field(default_factory=list[int])
     tried: int = 0
     rejected: Counter[str] = field(default_factory=Counter[str])
     shortfall: list[int] = field(default_factory=list[int])
 
-    def add(self, items: Tensor, labels: Tensor, numbers: Sequence[int], chosen: Tensor) -> None:
-        """Accept the `chosen` (K,) of the items (N, ...)."""
-        self.items = torch.cat([self.items.to(items), items[chosen]])
+    def add(self, items: Items, labels: Tensor, numbers: Sequence[int], chosen: Tensor) -> None:
+        """Accept the `chosen` (K,) of N items."""
+        self.items = Items.concat([self.items, items.select(chosen)])
         self.labels = torch.cat([self.labels, labels[chosen]])
-        self.numbers += [numbers[int(i)] for i in chosen]
+        self.numbers += [numbers[i] for i in _integers(chosen)]
 
-    def metadata(self, values: Sequence[Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
-        """A row per item; `values` are the labels of the classes."""
-        labelled = zip(self.labels, self.numbers, strict=True)
-        return [{"label": values[int(k)], "item": i, **settings} for k, i in labelled]
+    def metadata(self, generate: ItemGenerator) -> list[dict[str, Any]]:
+        """A row per item: its conditions, number and settings."""
+        if not self.numbers:
+            return []
+        model, labeler = generate.model, generate.labeler
+        raw = generate.conditions(self.numbers, self.labels if labeler.conditional else None)
+        name, values = _label_name(model), model.modality.label_values(labeler.names)
+        settings = vars(generate.sampling) | {"seed": generate.seed}
+        rows = condition_metadata(model, raw, len(self.numbers))
+        items = zip(rows, self.labels, self.numbers, strict=True)
+        return [row | {name: values[int(k)], "item": i, **settings} for row, k, i in items]
 
     def statistics(self, labeler: Labeler) -> dict[str, Any]:
         """How many items were accepted, generated, rejected and are still missing."""
@@ -235,7 +266,7 @@ def fill_classes(generate: ItemGenerator, shortfall: Tensor, progress: Progress 
     total, labeler = int(shortfall.sum()), generate.labeler
     limit = MAX_TRIES_PER_ITEM * shortfall.clamp_min(MIN_MISSING)
     accepted, tried = torch.zeros(len(shortfall)), torch.zeros(len(shortfall))  # items per class
-    generated = Generated(torch.empty(0, *generate.model.config.shape), torch.empty(0, dtype=torch.long))
+    generated = Generated(Items(torch.empty(0, *generate.model.config.shape)), torch.empty(0, dtype=torch.long))
     while (needed := _next_tries(shortfall, accepted, tried, limit)).any():
         requested = _requested_labels(needed) if labeler.conditional else None
         size = int(needed.max().clamp(MIN_ROUND, MAX_ROUND)) if requested is None else len(requested)
@@ -245,13 +276,13 @@ def fill_classes(generate: ItemGenerator, shortfall: Tensor, progress: Progress 
         accepted += _class_counts(labels, len(shortfall))
         tried += size if requested is None else _class_counts(requested, len(shortfall))
         chosen = _first_of_each_class(labels, shortfall)
-        duplicate = labeler.duplicates.filter_generated(labeler.embed(items[chosen]))
+        duplicate = labeler.duplicates.filter_generated(labeler.embed(items.select(chosen)))
         generated.rejected["double"] += int(duplicate.sum())
         generated.add(items, labels, numbers, chosen[~duplicate])
         generated.tried += size
         shortfall = shortfall - _class_counts(labels[chosen[~duplicate]], len(shortfall))
         report_progress(progress, "augment", total - int(shortfall.sum()), total)
-    generated.shortfall = [int(count) for count in shortfall]
+    generated.shortfall = _integers(shortfall)
     return generated
 
 
@@ -278,7 +309,7 @@ def _requested_labels(needed: Tensor) -> Tensor:
 
 
 def _accepted_labels(
-    labeler: Labeler, items: Tensor, requested: Tensor | None, shortfall: Tensor, rejected: Counter[str]
+    labeler: Labeler, items: Items, requested: Tensor | None, shortfall: Tensor, rejected: Counter[str]
 ) -> Tensor:
     """The class of each item (N,), `UNKNOWN` for rejected items and full classes; counts rejections by reason."""
     labels = labeler.predict(items)
@@ -286,10 +317,15 @@ def _accepted_labels(
     rejected["label"] += int((~accepted).sum())
     accepted &= shortfall[labels] > 0
     index = accepted.nonzero().flatten()
-    copied = labeler.duplicates.of_real(labeler.embed(items[index]))
+    copied = labeler.duplicates.of_real(labeler.embed(items.select(index)))
     rejected["copy"] += int(copied.sum())
     accepted[index[copied]] = False
     return torch.where(accepted, labels, UNKNOWN)
+
+
+def _integers(values: Tensor) -> list[int]:
+    """The integers of a tensor (N,)."""
+    return [int(value) for value in values]
 
 
 def _class_counts(labels: Tensor, classes: int) -> Tensor:

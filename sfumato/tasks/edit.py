@@ -10,10 +10,11 @@ from sfumato.tasks.outputs import Result
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfumato.core.sampler import Denoise
+    from sfumato.core import Denoise
     from sfumato.model import Model
     from sfumato.sampling import Sampling
-    from sfumato.types import Progress
+    from sfumato.tasks.inputs import SourceItems
+    from sfumato.types import Items, Latent, Progress, Raw
 
 DEFAULT_STRENGTH = {"noise": 0.6, "invert": 1.0}  # strength by method, from 0 (data) to 1 (noise)
 INVERSION_STEPS = 50  # solver steps in each direction
@@ -25,8 +26,8 @@ def edit(
     *,
     out: Path | None = None,
     sheet: Path | None = None,
-    label: str | None = None,
-    source_label: str | None = None,
+    label: str | Sequence[str] | None = None,
+    source_label: str | Sequence[str] | None = None,
     method: Literal["noise", "invert"] = "noise",
     strength: float | None = None,
     steps: int | None = None,
@@ -44,15 +45,16 @@ def edit(
 
     With --method noise, every seed gives another variant. With --method invert, items are inverted to their noise along
     the deterministic flow under their source labels: the same label reproduces an item, another label keeps what both
-    classes share.
+    classes share. Conditions that are not named keep their value.
 
     Args:
         model: Folder of the model.
         source: Built-in data set, folder, file or hf://owner/name.
         out: Output folder for the items and metadata.jsonl; for tables, the output file.
         sheet: Contact sheet of originals and results (default: OUT-sheet.png).
-        label: New class of all items (default: unchanged).
-        source_label: Current class of all items (default: the labels of the source, if any).
+        label: New class of all items, or name=value of a condition; may be given several times (default: unchanged).
+        source_label: Current class of all items, or name=value of a condition; may be given several times (default: as
+            in the source, if known).
         method: Add noise, or invert the deterministic flow.
         strength: Share of noise, from 0 (codec only) to 1 (default: 0.6; 1 for invert).
         steps: Sampler steps (default: chosen by fit; 50 for invert).
@@ -84,7 +86,6 @@ def edit(
     from sfumato.tasks.inputs import (
         check_complete,
         check_counts,
-        class_numbers,
         map_items,
         open_model,
         output_metadata,
@@ -102,16 +103,12 @@ def edit(
     originals = read_items(model, loaded, source, overrides, skip_bad)
     if method == "invert":
         check_complete(loaded, originals)
-    needed = method == "invert" or label is None  # else the source labels play no part
-    source_labels = class_numbers(loaded, source_label, originals) if needed else None
-    labels = source_labels if label is None else class_numbers(loaded, label, originals)
-    editor = (_InversionEdit if method == "invert" else _NoiseEdit)(
-        loaded, source_labels, labels, t_start, sampling, seed
-    )
+    source_raw, raw = _conditions(loaded, originals, source_label, label, method)
+    editor = (_InversionEdit if method == "invert" else _NoiseEdit)(loaded, source_raw, raw, t_start, sampling, seed)
     items = map_items(loaded, originals, editor, batch, "edit", progress)
     settings: dict[str, Any] = {"method": method, "strength": strength, "seed": seed}
     settings |= {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.guidance}
-    metadata = output_metadata(loaded, originals, labels, settings)
+    metadata = output_metadata(loaded, originals, raw, settings)
     statistics = settings | editor.record(metadata) | originals.notes()
     write_result(loaded, originals, items, metadata, out, sheet, overwrite)
     return Result(items, metadata, time.perf_counter() - start, statistics)
@@ -132,42 +129,69 @@ def _sampling(
     return model.choose_sampling(steps, guidance, sampler)
 
 
+def _conditions(
+    model: "Model",
+    originals: "SourceItems",
+    source_label: str | Sequence[str] | None,
+    label: str | Sequence[str] | None,
+    method: str,
+) -> "tuple[Raw, Raw]":
+    """The conditions of the items (N) before the edit, which only inversion needs, and after it."""
+    from sfumato.conditioners import parse_conditions
+    from sfumato.tasks.inputs import item_conditions
+    from sfumato.types import Raw
+
+    current, new = ([given] if isinstance(given, str) else list(given or ()) for given in (source_label, label))
+    replaced = parse_conditions(model.conditioner, new).keys()
+    kept = [text for text in current if not replaced & parse_conditions(model.conditioner, text).keys()]
+    source_raw = item_conditions(model, current, originals) if method == "invert" else Raw()
+    return source_raw, item_conditions(model, [*kept, *new], originals)
+
+
 @dataclass
 class _NoiseEdit:
-    """Adds noise, z_t = alpha_t z + sigma_t eps, and samples from time t on."""
+    """Adds noise, z_t = alpha_t z + sigma_t eps, and samples from time t on.
+
+    Args:
+        model: The model.
+        source_raw: Conditions of the items (N) as they are.
+        raw: Their new conditions.
+        t_start: The time t.
+        sampling: Sampler, steps and guidance.
+        seed: Seed of the noise.
+    """
 
     model: "Model"
-    source_labels: "Tensor | None"
-    labels: "Tensor | None"
+    source_raw: "Raw"
+    raw: "Raw"
     t_start: float
     sampling: "Sampling"
     seed: int
 
-    def __call__(self, items: list[int], x: "Tensor") -> "Tensor":
-        z = self.model.encode(x).to(self.model.device)
-        return self.model.decode(self.edit_latents(items, z))
+    def __call__(self, numbers: list[int], items: "Items") -> "Items":
+        from sfumato.types import Latent
 
-    def edit_latents(self, items: list[int], z: "Tensor") -> "Tensor":
-        """New latents (B, ...) from the items' latents z (B, ...)."""
-        import torch
+        latent = self.model.encode(items)
+        z = zero_padding(self.edit_latents(numbers, latent), latent.mask)
+        return self.model.decode(Latent(z, latent.mask))
 
+    def edit_latents(self, numbers: list[int], latent: "Latent") -> "Tensor":
+        """New latents (B, ...) of the items with these numbers, from their latents."""
         from sfumato.core import sample, time_grid
-        from sfumato.tasks.inputs import select
 
         # not the noise stream of `generate`: a generated item that got its own noise again would only come back
-        denoiser, noise = self.model.denoiser, self.model.noise(items, self.seed, "edit")
-        denoise = self.denoise(self.labels, items)
-        z_t = denoiser.add_noise(z, noise(), torch.full((len(z),), self.t_start))
-        grid = time_grid(denoiser.schedule, self.sampling.steps, self.sampling.grid, self.t_start)
-        step = self.model.step_rule(select(self.labels, items), len(items), self.sampling)
+        schedule = self.model.denoiser.schedule
+        noise = self.model.noise(numbers, self.seed, "edit", latent.mask)
+        levels = schedule.levels(time_grid(schedule, self.sampling.steps, self.sampling.grid, self.t_start))
+        z_t = levels[0].add_noise(latent.z.to(self.model.device), noise())
+        mask = None if latent.mask is None else latent.mask.to(self.model.device)
+        step = self.model.step_rule(self.raw.select(numbers), len(numbers), self.sampling, mask)
         with self.model.autocast():
-            return sample(denoise, denoiser.schedule, z_t, grid, step, noise)
+            return sample(self.denoise(self.raw, numbers, mask), levels, z_t, step, noise)
 
-    def denoise(self, labels: "Tensor | None", items: list[int]) -> "Denoise":
-        """The denoiser with the labels of these items."""
-        from sfumato.tasks.inputs import select
-
-        return self.model.denoise(select(labels, items), len(items), self.sampling)
+    def denoise(self, raw: "Raw", numbers: list[int], mask: "Tensor | None") -> "Denoise":
+        """The denoiser of the items with these numbers under their conditions, and with the mask of their tokens."""
+        return self.model.denoise(raw.select(numbers), len(numbers), self.sampling, mask)
 
     def record(self, metadata: list[dict[str, Any]]) -> dict[str, Any]:
         """Add measurements to each item's metadata; return statistics of all."""
@@ -176,24 +200,28 @@ class _NoiseEdit:
 
 @dataclass
 class _InversionEdit(_NoiseEdit):
-    """Inverts items to their noise under the source labels, and regenerates them under the new ones."""
+    """Inverts items to their noise under the source's conditions, and regenerates them under the new ones."""
 
     errors: "list[Tensor]" = field(default_factory=list["Tensor"])
 
-    def edit_latents(self, items: list[int], z: "Tensor") -> "Tensor":
+    def edit_latents(self, numbers: list[int], latent: "Latent") -> "Tensor":
         import torch
 
         from sfumato.core import integrate_to_data, inversion_grid, invert
         from sfumato.core.inversion import relative_error
 
-        schedule, denoise = self.model.denoiser.schedule, self.denoise(self.source_labels, items)
+        schedule, latent = self.model.denoiser.schedule, latent.to(self.model.device)
         grid = inversion_grid(schedule, self.sampling.steps, self.t_start)
         if self.t_start <= float(grid[-1]):  # the noise is invisible: nothing to invert
-            self.errors.append(torch.zeros(len(z)))
-            return z
-        noise = invert(denoise, schedule, z, grid)
-        self.errors.append(relative_error(integrate_to_data(denoise, schedule, noise, grid) - z, z).cpu())
-        return integrate_to_data(self.denoise(self.labels, items), schedule, noise, grid)
+            self.errors.append(torch.zeros(len(latent)))
+            return latent.z
+        denoise, levels = self.denoise(self.source_raw, numbers, latent.mask), schedule.levels(grid)
+        noise = invert(denoise, levels, latent.z)
+        self.errors.append(relative_error(integrate_to_data(denoise, levels, noise) - latent.z, latent.z).cpu())
+        return integrate_to_data(self.denoise(self.raw, numbers, latent.mask), levels, noise)
+
+    def denoise(self, raw: "Raw", numbers: list[int], mask: "Tensor | None") -> "Denoise":
+        return masked_denoiser(super().denoise(raw, numbers, mask), mask)
 
     def record(self, metadata: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
@@ -204,3 +232,15 @@ class _InversionEdit(_NoiseEdit):
         for row, error in zip(metadata, errors, strict=True):
             row["inversion_error"] = float(f"{float(error):.3g}")
         return {"inversion_error": float(errors.max())}
+
+
+def zero_padding(z: "Tensor", mask: "Tensor | None") -> "Tensor":
+    """Tokens z (B, N, D) with zeros where the mask (B, N) has none; other latents (B, ...) as they are."""
+    import torch
+
+    return z if mask is None else torch.where(mask[..., None].to(z.device), z, 0)
+
+
+def masked_denoiser(denoise: "Denoise", mask: "Tensor | None") -> "Denoise":
+    """A denoiser whose output is zero where the mask (B, N) has no token: inversion measures all of it."""
+    return lambda z, level: zero_padding(denoise(z, level), mask)

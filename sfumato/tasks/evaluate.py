@@ -102,9 +102,10 @@ def _is_model(model: "Path | str | Model") -> bool:
 def _codec_metrics(evaluator: "Evaluator[Dataset]", model: "Model", held_out: "Dataset", seed: int) -> dict[str, Any]:
     """How well the codec reconstructs held-out items."""
     from sfumato.metrics.features import random_indices
+    from sfumato.tasks.inputs import batch_items
     from sfumato.types import batch_limit
 
     count = batch_limit(held_out.shape, MAX_CODEC_ITEMS, MAX_CODEC_VALUES)
-    x = held_out.batch(random_indices(len(held_out), count, seed)).data
+    x = batch_items(held_out, random_indices(len(held_out), count, seed))
     metrics = evaluator.reconstruction_metrics(x, model.autoencode(x))
     return {"codec_n": len(x), **{f"codec_{name}": value for name, value in metrics.items()}}

@@ -6,14 +6,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from sfumato.conditioners import find_class
 from sfumato.config import DataSettings
 from sfumato.data.dataset import Dataset
 from sfumato.data.metadata import renumber_labels
 from sfumato.errors import UserError
 from sfumato.metrics.features import random_indices
 from sfumato.modalities.base import Modality
-from sfumato.model import Model, ModelConfig, find_class
+from sfumato.model import Model
+from sfumato.sampling import new_conditions
+from sfumato.storage import ModelConfig
 from sfumato.tasks.generate import generate
 from sfumato.types import Progress
 
@@ -81,6 +85,6 @@ def read_samples(
 def draw_samples(model: Model, n: int, seed: int, batch: int, progress: Progress | None) -> Dataset:
     """New items of a model, as they would be written and read back."""
     items = generate(model, n=n, seed=seed, batch=batch, progress=progress).items
-    return model.modality.from_samples(
-        items, model.balanced_labels(range(n), seed), model.config.spec, model.config.label_names
-    )
+    labels = new_conditions(model.conditioner, range(n), seed).values.get(model.conditioner.primary_label or "")
+    label_numbers = labels if isinstance(labels, Tensor) else None
+    return model.modality.from_samples(items, label_numbers, model.config.spec, model.config.label_names)

@@ -1,6 +1,6 @@
 """Generate new items."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,11 @@ from sfumato.tasks.outputs import ITEMS_PER_SHEET, Result
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sfumato.conditioners import ConditionValue
     from sfumato.modalities.base import Strata
     from sfumato.model import Model
     from sfumato.sampling import Sampling
-    from sfumato.types import Progress
+    from sfumato.types import Items, Progress, Raw
 
 
 def generate(
@@ -22,7 +23,7 @@ def generate(
     n: int = 64,
     out: Path | None = None,
     sheet: Path | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     where: Sequence[str] = (),
     balance: str | None = None,
     steps: int | None = None,
@@ -37,14 +38,16 @@ def generate(
 ) -> Result:
     """Generate new items.
 
-    Without --label, the classes are balanced and shuffled. Item i does not depend on -n or --batch.
+    Without --label, the classes are balanced and shuffled; other conditions that are not given are those of similar
+    training items. Item i does not depend on -n or --batch.
 
     Args:
         model: Folder of the model.
         n: Number of items.
         out: Output folder for the items and metadata.jsonl; for tables, the output file.
         sheet: Contact sheet of the first 100 items; for tables, distributions of 2,000 rows.
-        label: Class of all items (default: all classes in equal shares).
+        label: Class of all items, or name=value of a condition; may be given several times (default: all classes in
+            equal shares).
         where: Keep only rows that match, such as income=>50K or age>=30. Rare conditions: the = cells are fixed and the
             rest is inpainted.
         balance: Table column whose categories get equal numbers of rows.
@@ -63,11 +66,12 @@ def generate(
         The items and their metadata.
 
     Raises:
-        UserError: The model, label, sampler or column does not exist; hardly any row matches; or the output folder is
-            not empty or cannot be written.
+        UserError: The model, label, condition, sampler or column does not exist; hardly any row matches; or the output
+            folder is not empty or cannot be written.
     """
     import time
 
+    from sfumato.conditioners import parse_conditions
     from sfumato.tasks.inputs import check_counts, open_model
     from sfumato.tasks.outputs import check_outputs, write_items
     from sfumato.tasks.rejection import fill_strata
@@ -77,12 +81,12 @@ def generate(
     loaded = open_model(model, device)
     sampling = loaded.choose_sampling(steps, guidance, sampler, autoguidance)
     check_outputs(loaded, out, sheet, overwrite, default_sheet=False)
-    class_number = None if label is None else loaded.class_number(label)
+    values = parse_conditions(loaded.conditioner, label)
     strata = _strata(loaded, where, balance)
 
-    generator = _Generator(loaded, class_number, sampling, seed, batch, progress)
+    generator = _Generator(loaded, values, sampling, seed, batch, progress)
     numbers, items = (range(n), generator(range(n))) if strata is None else fill_strata(n, strata, generator)
-    metadata = _metadata(loaded, numbers, seed, class_number, sampling)
+    metadata = generator.metadata(numbers)
     shown = items[: max(ITEMS_PER_SHEET, loaded.modality.preview_items)]
     write_items(loaded, items, metadata, out, sheet, overwrite, shown)
     return Result(items, metadata, time.perf_counter() - start, vars(sampling).copy())
@@ -103,16 +107,16 @@ def _strata(model: "Model", where: Sequence[str], balance: str | None) -> "Strat
 
 @dataclass
 class _Generator:
-    """Generates items by number, all of one class (`label`) or with balanced classes."""
+    """Generates items by number, with the requested values of conditions; without any, classes are balanced."""
 
     model: "Model"
-    label: int | None
+    values: "Mapping[str, ConditionValue]"
     sampling: "Sampling"
     seed: int
     batch: int
     progress: "Progress | None"
 
-    def __call__(self, numbers: Sequence[int], fixed: "Tensor | None" = None) -> "Tensor":
+    def __call__(self, numbers: Sequence[int], fixed: "Tensor | None" = None) -> "Items":
         """The items (N, ...), split between processes; `fixed` holds the values of fixed cells, NaN elsewhere."""
         from sfumato.distributed import gather, shard
         from sfumato.tasks.inputs import ItemBuffer, report_progress
@@ -124,30 +128,32 @@ class _Generator:
             report_progress(self.progress, "generate", buffer.done, len(local))
         return gather(buffer.items, len(numbers))
 
-    def _batches(self, numbers: Sequence[int], fixed: "Tensor | None") -> "Iterator[Tensor]":
+    def _batches(self, numbers: Sequence[int], fixed: "Tensor | None") -> "Iterator[Items]":
         """The items of this process, batch by batch."""
-        import torch
-
         from sfumato.tasks.inpaint import inpaint_fixed
-        from sfumato.tasks.inputs import batches, sample_latents
+        from sfumato.tasks.inputs import batches
 
-        model, seed = self.model, self.seed
-        if fixed is not None:
-            return (inpaint_fixed(model, part, fixed, self.sampling, seed) for part in batches(numbers, self.batch))
-        one_class = None if self.label is None else torch.full((len(numbers),), self.label)
-        labels = model.balanced_labels(numbers, seed) if one_class is None else one_class
-        return (model.decode(z) for z in sample_latents(model, numbers, labels, self.sampling, seed, self.batch))
+        model, seed, sampling = self.model, self.seed, self.sampling
+        for part in batches(numbers, self.batch):
+            if fixed is not None:
+                yield inpaint_fixed(model, part, fixed, sampling, seed)
+            else:
+                yield model.decode(model.sample(part, self._conditions(part), seed=seed, sampling=sampling))
 
+    def _conditions(self, numbers: Sequence[int]) -> "Raw":
+        """The conditions of the items (N)."""
+        from sfumato.sampling import new_conditions
 
-def _metadata(
-    model: "Model", numbers: Sequence[int], seed: int, label: int | None, sampling: "Sampling"
-) -> list[dict[str, Any]]:
-    """A row per item: label, item number, settings."""
-    labels = model.balanced_labels(numbers, seed) if label is None else [label] * len(numbers)
-    settings = {"seed": seed, "sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.guidance}
-    if model.guide is not None:
-        settings["autoguidance"] = sampling.autoguidance
-    if labels is None:
-        return [{"item": i, **settings} for i in numbers]
-    values = model.modality.label_values(model.config.label_names)
-    return [{"label": values[int(k)], "item": i, **settings} for i, k in zip(numbers, labels, strict=True)]
+        return new_conditions(self.model.conditioner, numbers, self.seed, self.values)
+
+    def metadata(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """A row per item: conditions such as `label`, item number, settings."""
+        from sfumato.tasks.conditions import condition_metadata
+
+        model, sampling = self.model, self.sampling
+        settings = {"seed": self.seed, "sampler": sampling.sampler}
+        settings |= {"steps": sampling.steps, "guidance": sampling.guidance}
+        if model.guide is not None:
+            settings["autoguidance"] = sampling.autoguidance
+        rows = condition_metadata(model, self._conditions(numbers), len(numbers))
+        return [{**row, "item": i, **settings} for i, row in zip(numbers, rows, strict=True)]

@@ -17,8 +17,8 @@ def info(model: Path | str) -> dict[str, Any]:
         model: Folder of the model.
 
     Returns:
-        A JSON object: `path`, `modality`, `latent_shape`, `labels`, `parameters` and `bytes` per part, and what the run
-        recorded of its data, plan, metrics and versions.
+        A JSON object: `path`, `modality`, `latent_shape`, `labels`, `conditions` if there are others than one label,
+        `parameters` and `bytes` per part, and what the run recorded of its data, plan, metrics and versions.
 
     Raises:
         UserError: There is no model in the folder, or its files cannot be read.
@@ -29,11 +29,13 @@ def info(model: Path | str) -> dict[str, Any]:
     config, run = _read_json(folder / "model.json"), _read_json(folder / "run.json")
     weights = {part: folder / part / "model.safetensors" for part in PART_NAMES}
     present = {part: path for part, path in weights.items() if path.is_file()}
+    conditions = _conditions(config, folder)
     described = {
         "path": str(folder),
         "modality": config.get("modality"),
         "latent_shape": _latent_shape(config, folder),
-        "labels": config.get("label_names"),
+        "labels": _label_names(conditions),
+        "conditions": [] if [condition["kind"] for condition in conditions] == ["label"] else conditions,
         "parameters": {part: count_parameters(path) for part, path in present.items()},
         "bytes": {part: path.stat().st_size for part, path in present.items()},
     }
@@ -61,6 +63,24 @@ def count_parameters(path: Path) -> int:
 def _latent_shape(config: dict[str, Any], folder: Path) -> list[int] | None:
     """The latent shape in model.json, else in the codec's configuration."""
     return config.get("latent_shape") or _read_json(folder / "codec" / "config.json").get("latent_shape")
+
+
+def _conditions(config: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Name, kind and classes, or mean and standard deviation, of each condition."""
+    if "label_names" in config:  # format 2
+        return [{"name": "label", "kind": "label", "classes": config["label_names"]}] if config["label_names"] else []
+    settings = _read_json(folder / "conditioner" / "config.json")
+    kept = {"kind": "kind", "names": "classes", "mean": "mean", "std": "std"}
+    return [
+        {"name": name} | {kept[key]: value for key, value in values.items() if key in kept}
+        for name, values in settings.items()
+    ]
+
+
+def _label_names(conditions: list[dict[str, Any]]) -> list[str]:
+    """Class names of the primary label: of the condition "label", else of the first one with classes."""
+    labels: dict[str, list[str]] = {c["name"]: c["classes"] for c in conditions if c["kind"] == "label"}
+    return labels.get("label") or [name for names in list(labels.values())[:1] for name in names]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from sfumato.tasks.outputs import Result
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfumato.core.sampler import Denoise, Step
+    from sfumato.core import Denoise, Step
     from sfumato.model import Model
     from sfumato.sampling import Sampling
-    from sfumato.types import Progress
+    from sfumato.types import Items, Progress, Raw
 
 DEFAULT_RESAMPLE = 3  # repetitions of each sampler step (RePaint)
 Method = Literal["gradient", "repaint"]
@@ -30,7 +30,7 @@ def inpaint(
     invert_mask: bool = False,
     out: Path | None = None,
     sheet: Path | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     method: Method | None = None,
     steps: int = 25,
     resample: int = DEFAULT_RESAMPLE,
@@ -55,7 +55,8 @@ def inpaint(
         invert_mask: Inpaint the black part instead.
         out: Output folder for the items and metadata.jsonl; for tables, the output file.
         sheet: Contact sheet of originals and results (default: OUT-sheet.png).
-        label: Class of all items (default: the labels of the source, if any).
+        label: Class of all items, or name=value of a condition; may be given several times (default: as in the source,
+            if known).
         method: Constrain the kept part by the gradient through the decoder (uses every kept pixel), or replace the
             latent positions that contain no masked pixel (default: gradient; repaint for tables).
         steps: Sampler steps.
@@ -83,11 +84,12 @@ def inpaint(
     """
     import time
 
+    from sfumato.conditioners import parse_conditions
     from sfumato.errors import UserError
     from sfumato.modalities.base import Maskable
     from sfumato.tasks.inputs import (
         check_counts,
-        class_numbers,
+        item_conditions,
         map_items,
         open_model,
         output_metadata,
@@ -104,17 +106,18 @@ def inpaint(
     method, sampling = choose_method(loaded, method, steps, guidance)
     sheet = check_outputs(loaded, out, sheet, overwrite, sources=[source, mask])
     maskable = require(loaded, Maskable[Any], "inpaint")
+    check_one_length(loaded, "inpaint")
     write = None if out is None else maskable.fill_writer(Path(out), str(source), loaded.config.spec, overwrite)
     originals = read_items(model, loaded, source, overrides, skip_bad)
     mask = None if mask is None else Path(mask)
     masks = maskable.read_masks(mask, originals.source, originals.parts, originals.settings) ^ invert_mask
-    labels = class_numbers(loaded, label, originals)
-    inpainter = METHODS[method](loaded, masks, labels, sampling, resample, seed)
+    raw = item_conditions(loaded, label, originals)
+    inpainter = METHODS[method](loaded, masks, raw, sampling, resample, seed)
     batch = batch or (32 if loaded.codec.differentiable else 1000)
     items = map_items(loaded, originals, inpainter, batch, "inpaint", progress)
     settings: dict[str, Any] = {"method": method, "steps": steps, "resample": resample}
     settings |= {"guidance": sampling.guidance, "seed": seed}
-    metadata = output_metadata(loaded, originals, None if label is None else labels, settings)
+    metadata = output_metadata(loaded, originals, raw.only(parse_conditions(loaded.conditioner, label)), settings)
     write_result(loaded, originals, items, metadata, out, sheet, overwrite, write)
     statistics = settings | {"repainted": float(masks.float().mean())} | originals.notes()
     return Result(items, metadata, time.perf_counter() - start, statistics)
@@ -134,6 +137,14 @@ def choose_method(
     return method, model.choose_sampling(steps, guidance, "ddpm")
 
 
+def check_one_length(model: "Model", task: str) -> None:
+    """Refuse models of items of several lengths, which have no masks of one shape."""
+    from sfumato.errors import UserError
+
+    if model.codec.tokens:
+        raise UserError(f"{task}: not supported for items of several lengths")
+
+
 @dataclass
 class _Gradient:
     """Constrains the decoded estimate to the kept part at every step, by the posterior mean.
@@ -141,7 +152,7 @@ class _Gradient:
     Args:
         model: The model.
         masks: True where an item is regenerated, (N, *axes).
-        labels: Class numbers (N,).
+        raw: Conditions of the items (N).
         sampling: Steps and guidance.
         resample: Repetitions of each step.
         seed: Seed of the noise.
@@ -149,34 +160,35 @@ class _Gradient:
 
     model: "Model"
     masks: "Tensor"
-    labels: "Tensor | None"
+    raw: "Raw"
     sampling: "Sampling"
     resample: int
     seed: int
 
-    def __call__(self, items: list[int], x: "Tensor") -> "Tensor":
+    def __call__(self, numbers: list[int], items: "Items") -> "Items":
         import torch
 
         from sfumato.core import Resample, initial_noise, sample, time_grid
-        from sfumato.tasks.inputs import select
+        from sfumato.types import Items, Latent
 
-        schedule, noise = self.model.denoiser.schedule, self.model.noise(items, self.seed, "inpaint")
-        mask = self.masks[items]  # (B, *axes), without the channels
-        unconstrained = self.model.denoise(select(self.labels, items), len(items), self.sampling)
+        x, mask = items.stack(), self.masks[numbers]  # (B, ...), and (B, *axes) without the channels
+        noise = self.model.noise(numbers, self.seed, "inpaint")
+        unconstrained = self.model.denoise(self.raw.select(numbers), len(numbers), self.sampling)
         denoise, step = self.constrain(unconstrained, fill_masked(x, mask), mask)
-        grid = time_grid(schedule, self.sampling.steps)  # the grid that fit chose is for another sampler
-        z = sample(denoise, schedule, initial_noise(schedule, noise), grid, Resample(step, self.resample), noise)
-        return torch.where(expand_mask(mask, x), self.model.decode(z), x)
+        schedule = self.model.denoiser.schedule
+        levels = schedule.levels(time_grid(schedule, self.sampling.steps))  # fit chose its grid for another sampler
+        z = sample(denoise, levels, initial_noise(levels[0], noise), Resample(step, self.resample), noise)
+        return Items(torch.where(expand_mask(mask, x), self.model.decode(Latent(z)).stack(), x))
 
     def constrain(self, denoise: "Denoise", x: "Tensor", mask: "Tensor") -> "tuple[Denoise, Step]":
         """Denoiser and step that keep x (B, ...) where the mask (B, *axes) is false."""
         from sfumato.core import SAMPLERS, reconstruction_guidance
 
         device, kept = self.model.device, ~expand_mask(mask, x)
-        squared_error = ((self.model.autoencode(x) - x) * kept).flatten(1).square().sum(1)
+        squared_error = ((self.model.autoencode(x).stack() - x) * kept).flatten(1).square().sum(1)
         std = (squared_error / kept.expand_as(x).flatten(1).sum(1).clamp_min(1)).sqrt().clamp_min(STD_MIN)
-        schedule, decode = self.model.denoiser.schedule, self.model.codec.decode_unquantized
-        constrained = reconstruction_guidance(denoise, schedule, decode, x.to(device), kept.to(device), std.to(device))
+        decode = self.model.codec.decode_unquantized
+        constrained = reconstruction_guidance(denoise, decode, x.to(device), kept.to(device), std.to(device))
         return constrained, SAMPLERS[self.sampling.sampler]
 
 
@@ -189,7 +201,7 @@ class _Repaint(_Gradient):
         from sfumato.core import SAMPLERS, Replace
 
         kept = self.model.codec.unmasked(mask, self.present).to(self.model.device)
-        return denoise, Replace(SAMPLERS[self.sampling.sampler], self.model.encode(x).to(self.model.device), kept)
+        return denoise, Replace(SAMPLERS[self.sampling.sampler], self.model.encode(x).z.to(self.model.device), kept)
 
 
 class _FixedValues(_Repaint):
@@ -198,18 +210,19 @@ class _FixedValues(_Repaint):
     present = False
 
 
-def inpaint_fixed(model: "Model", items: "Sequence[int]", fixed: "Tensor", sampling: "Sampling", seed: int) -> "Tensor":
-    """New items (B, ...) that all have the values `fixed` (NaN where free)."""
+def inpaint_fixed(model: "Model", numbers: Sequence[int], fixed: "Tensor", sampling: "Sampling", seed: int) -> "Items":
+    """New items (B) that all have the values `fixed` (NaN where free)."""
     from dataclasses import replace
 
     from sfumato.sampling import JUMP
+    from sfumato.types import Items, Raw
 
-    mask = fixed.isnan()[None].expand(max(items) + 1, *fixed.shape)
+    mask = fixed.isnan()[None].expand(max(numbers) + 1, *fixed.shape)
     # jumps cannot be constrained: few-step models take their teacher's steps
     jumps = sampling.sampler == JUMP
     ddpm = model.choose_sampling(None, None, "ddpm") if jumps else replace(sampling, sampler="ddpm")
-    inpainter = _FixedValues(model, mask, None, ddpm, DEFAULT_RESAMPLE, seed)
-    return inpainter(list(items), fixed[None].expand(len(items), *fixed.shape))
+    inpainter = _FixedValues(model, mask, Raw(), ddpm, DEFAULT_RESAMPLE, seed)
+    return inpainter(list(numbers), Items(fixed[None].expand(len(numbers), *fixed.shape)))
 
 
 def fill_masked(x: "Tensor", mask: "Tensor") -> "Tensor":

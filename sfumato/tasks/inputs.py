@@ -1,6 +1,6 @@
-"""What tasks share: reading a source and its labels, going through it in batches, opening a model."""
+"""What tasks share: reading a source and its conditions, going through it in batches, opening a model."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sfumato.conditioners import constant_conditions, parse_conditions
 from sfumato.config import DataSettings, apply_overrides, read_settings
 from sfumato.data.cache import allocate_tensor
+from sfumato.data.conditions import Index, Labels
 from sfumato.data.dataset import Dataset
-from sfumato.data.metadata import renumber_labels
 from sfumato.distributed import gather, rank_and_size, shard
 from sfumato.errors import UserError
 from sfumato.hardware import default_device
@@ -21,7 +22,15 @@ from sfumato.modalities.base import Modality
 from sfumato.model import Model, load
 from sfumato.sampling import Sampling
 from sfumato.storage import read_json
-from sfumato.types import UNKNOWN, Progress
+from sfumato.tasks.conditions import (
+    class_numbers,
+    condition_metadata,
+    known_values,
+    matching_name,
+    metadata_values,
+    table_rows,
+)
+from sfumato.types import Items, Latent, Progress, Raw
 
 MixinT = TypeVar("MixinT")
 
@@ -43,14 +52,16 @@ class SourceItems:
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
-    def take(self, index: Sequence[int]) -> Tensor:
+    def take(self, index: Sequence[int]) -> Items:
         """The items (B, ...) of increasing indices."""
-        taken: list[Tensor] = []
+        taken: list[Items] = []
         first = 0
         for data in self.parts:
-            taken.append(data.batch([i - first for i in index if first <= i < first + len(data)]).data)
+            here = [i - first for i in index if first <= i < first + len(data)]
+            if here:
+                taken.append(batch_items(data, here))
             first += len(data)
-        return torch.cat(taken)
+        return Items.concat(taken)
 
     def metadata(self, modality: Modality[Any]) -> list[dict[str, Any]]:
         """A row per item."""
@@ -61,39 +72,46 @@ class SourceItems:
         notes = [note for data in self.parts for note in data.notes]
         return {"notes": list(dict.fromkeys(notes))} if notes else {}
 
-    def labels(self, model: Model) -> Tensor | None:
-        """The model's class number of each item (N,); None if the source or the model has no classes."""
-        if not model.conditioner.classes or self.parts[0].labels is None:
-            return None
-        return torch.tensor(np.concatenate([model_labels(model, data) for data in self.parts]))
+    def raw(self, model: Model, without: Collection[str] = ()) -> Raw:
+        """The model's conditions of the items (N), but for those that the source does not tell of any item.
+
+        Args:
+            model: The model, by whose classes labels are numbered.
+            without: Names of conditions to leave out.
+
+        Raises:
+            UserError: The model does not know a class.
+        """
+        conditioner = model.conditioner
+        names = [name for name in conditioner.names if name not in without]
+        raw = Raw.concat([Raw({name: known_values(conditioner, data, name) for name in names}) for data in self.parts])
+        return raw.only(name for name, values in raw.values.items() if bool(conditioner[name].known(values).any()))
+
+
+def batch_items(data: Dataset, index: Index) -> Items:
+    """The items `index` (B,) of a data set."""
+    batch = data.batch(index)
+    return Items.unpad(batch.data, batch.mask)
 
 
 def model_labels(model: Model, data: Dataset) -> NDArray[np.int64]:
-    """The model's class number of each item (N,), `UNKNOWN` without a label.
+    """The model's class number of each item's primary label (N,), `UNKNOWN` without a label.
 
     Raises:
         UserError: The model does not know a class.
     """
-    if data.labels is None:
-        return np.full(len(data), UNKNOWN)
-    present = set(data.labels.tolist())
-    numbers = [model.class_number(name) if k in present else UNKNOWN for k, name in enumerate(data.label_names)]
-    return renumber_labels(data.labels, numbers)
+    conditioner, name = model.conditioner, model.conditioner.primary_label
+    known = None if name is None else data.conditions.get(matching_name(conditioner, data, name))
+    return class_numbers(conditioner, name or "", known, len(data))
 
 
 def item_metadata(modality: Modality[Any], data: Dataset, index: Sequence[int]) -> list[dict[str, Any]]:
-    """A row per item: its file (`source`), `label` and `text`, where there are any."""
-    values, metadata = modality.label_values(data.label_names), list[dict[str, Any]]()
-    for i in index:
-        row: dict[str, Any] = {}
-        if data.names is not None:
-            row["source"] = data.names[i]
-        if data.labels is not None and data.labels[i] != UNKNOWN:
-            row["label"] = values[int(data.labels[i])]
-        if data.captions is not None:
-            row["text"] = data.captions[i]
-        metadata.append(row)
-    return metadata
+    """A row per item: its file (`source`) and conditions such as `label` and `text`, where there are any."""
+    columns: dict[str, list[Any]] = {} if data.names is None else {"source": [data.names[i] for i in index]}
+    for name, known in data.conditions.items():
+        label_values = modality.label_values(known.names) if isinstance(known, Labels) else ()
+        columns[name] = metadata_values(known.raw(index), label_values)
+    return table_rows(columns, len(index))
 
 
 def require(model: Model, mixin: type[MixinT], task: str) -> MixinT:
@@ -118,9 +136,25 @@ def read_items(
     """
     settings = source_settings(model, overrides, skip_bad, labels=False)
     modality, config = loaded.modality, loaded.config
-    data, held_out = modality.read(str(source), settings, config.spec)
-    modality.check_compatible(display_name(model), config.shape, config.spec, source, data)
-    return SourceItems(str(source), [data] if held_out is None else [data, held_out], settings)
+    parts = read_parts(modality, str(source), settings, overrides, config.spec)
+    modality.check_compatible(display_name(model), config.shape, config.spec, source, parts[0])
+    return SourceItems(str(source), parts, settings)
+
+
+def read_parts(
+    modality: Modality[Any], source: str, settings: DataSettings, overrides: Sequence[str], spec: Any
+) -> list[Any]:
+    """The parts of a source: all its items, or training and held-out ones.
+
+    A source need not have the columns of conditions that the model was trained with, unless `overrides` name them.
+    """
+    try:
+        data, held_out = modality.read(source, settings, spec)
+    except UserError:
+        if not settings.label_column or any("label_column" in text for text in overrides):
+            raise
+        data, held_out = modality.read(source, settings.model_copy(update={"label_column": ()}), spec)
+    return [data] if held_out is None else [data, held_out]
 
 
 def check_complete(model: Model, originals: SourceItems) -> None:
@@ -128,25 +162,31 @@ def check_complete(model: Model, originals: SourceItems) -> None:
     model.modality.check_complete(originals.source, originals.parts, model.config.spec)
 
 
-def class_numbers(model: Model, label: str | None, originals: SourceItems) -> Tensor | None:
-    """Class number of each item (N,): of the class `label`, or of the source's labels if it is None."""
-    return originals.labels(model) if label is None else torch.full((len(originals),), model.class_number(label))
+def item_conditions(model: Model, label: str | Sequence[str] | None, originals: SourceItems) -> Raw:
+    """The conditions of a source's items (N): the given ones, the same for all, and for the others the source's own.
 
+    Args:
+        model: The model.
+        label: Classes of the primary label, or `name=value` of any condition.
+        originals: The items.
 
-def select(labels: Tensor | None, index: Sequence[int]) -> Tensor | None:
-    """The labels (B,) at these indices; None without labels."""
-    return None if labels is None else labels[list(index)]
+    Raises:
+        UserError: The model does not know a condition or a class.
+    """
+    given = parse_conditions(model.conditioner, label)
+    constant = constant_conditions(model.conditioner, given, len(originals))
+    return Raw({**originals.raw(model, without=given).values, **constant.values})
 
 
 @torch.no_grad()
 def map_items(
     model: Model,
     originals: SourceItems,
-    transform: Callable[[list[int], Tensor], Tensor],
+    transform: Callable[[list[int], Items], Items],
     batch: int,
     stage: str,
     progress: Progress | None,
-) -> Tensor:
+) -> Items:
     """All items (N, ...) transformed batch by batch, split between processes.
 
     `transform` maps item numbers and items (B, ...) to items (B, ...).
@@ -161,19 +201,26 @@ def map_items(
 
 
 def output_metadata(
-    model: Model, originals: SourceItems, labels: Tensor | None, settings: dict[str, Any]
+    model: Model, originals: SourceItems, raw: Raw | None, settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """A row per item with the task's settings; a new label replaces the old one, which becomes `source_label`.
+    """A row per item with the task's settings; new conditions replace the old ones, which become `source_NAME`.
 
-    `labels` (N,) are class numbers; items with `UNKNOWN` keep their row.
+    Args:
+        model: The model.
+        originals: The items (N).
+        raw: Their new conditions (N); those that are unknown keep their value.
+        settings: The same for all items.
     """
-    metadata = originals.metadata(model.modality)
-    values = model.modality.label_values(model.config.label_names)
-    for i, row in enumerate(metadata):
-        if labels is not None and int(labels[i]) != UNKNOWN:
-            row |= {"source_label": row["label"]} if "label" in row else {}
-            row["label"] = values[int(labels[i])]
-    return [row | settings for row in metadata]
+    conditioner = model.conditioner
+    names = {name: matching_name(conditioner, originals.parts[0], name) for name in conditioner.names}
+    rows = originals.metadata(model.modality)
+    for row, new in zip(rows, condition_metadata(model, raw or Raw(), len(rows)), strict=True):
+        for name, value in new.items():
+            old = row.get(name) if names[name] == name else row.pop(names[name], None)
+            if old is not None and (name == conditioner.primary_label or old != value):  # a label is always recorded
+                row[f"source_{name}"] = old
+            row[name] = value
+    return [row | settings for row in rows]
 
 
 def open_model(model: Path | str | Model, device: str | None) -> Model:
@@ -186,7 +233,9 @@ def open_model(model: Path | str | Model, device: str | None) -> Model:
 
 
 class ItemBuffer:
-    """Items (count, ...) that arrive in batches, held in memory, or on disk if memory is too small.
+    """Items (count, ...) that arrive in batches.
+
+    Items of one shape are held in memory, or on disk if memory is too small.
 
     Args:
         count: Number of items.
@@ -195,14 +244,28 @@ class ItemBuffer:
 
     def __init__(self, count: int, shape: Sequence[int]) -> None:
         self.count, self.done = count, 0
-        self.items = torch.empty(0, *shape)
+        self.stacked = torch.empty(0, *shape)
+        self.separate: list[Tensor] | None = None  # all items, once some come in several lengths
 
-    def append(self, batch: Tensor) -> None:
+    @property
+    def items(self) -> Items:
+        """The items."""
+        return Items(self.stacked if self.separate is None else self.separate)
+
+    def append(self, batch: Items) -> None:
         """Add the next items (B, ...), all of one dtype."""
-        if not self.done:
-            self.items = allocate_tensor((self.count, *batch.shape[1:]), batch.dtype)
-        self.items[self.done : self.done + len(batch)] = batch
+        if self.separate is None and not isinstance(batch.data, Tensor):
+            self.separate = list(self.stacked[: self.done])
+        if self.separate is not None:
+            self.separate.extend(batch)
+        else:
+            self._stack(batch.stack())
         self.done += len(batch)
+
+    def _stack(self, batch: Tensor) -> None:
+        if not self.done:
+            self.stacked = allocate_tensor((self.count, *batch.shape[1:]), batch.dtype)
+        self.stacked[self.done : self.done + len(batch)] = batch
 
 
 def batches(numbers: Sequence[int], batch: int) -> Iterator[Sequence[int]]:
@@ -211,22 +274,22 @@ def batches(numbers: Sequence[int], batch: int) -> Iterator[Sequence[int]]:
 
 
 def sample_latents(
-    model: Model, numbers: Sequence[int], labels: Tensor | None, sampling: Sampling, seed: int, batch: int
-) -> Iterator[Tensor]:
+    model: Model, numbers: Sequence[int], raw: Raw | None, sampling: Sampling, seed: int, batch: int
+) -> Iterator[Latent]:
     """Latents (B, *latent_shape) of new items, batch by batch; item i has the noise of its number.
 
     Args:
         model: The model.
         numbers: Item numbers (N).
-        labels: Class numbers (N,), None for no condition.
+        raw: Their conditions (N); None for the null condition.
         sampling: Sampler, steps, guidance.
         seed: Seed of the noise.
         batch: Items per batch.
     """
     done = 0
     for part in batches(numbers, batch):
-        labels_part = None if labels is None else labels[done : done + len(part)]
-        yield model.sample(part, labels_part, seed=seed, sampling=sampling)
+        conditions = None if raw is None else raw.select(torch.arange(done, done + len(part)))
+        yield model.sample(part, conditions, seed=seed, sampling=sampling)
         done += len(part)
 
 

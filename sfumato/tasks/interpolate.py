@@ -5,18 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sfumato.tasks.edit import INVERSION_STEPS
+from sfumato.tasks.edit import INVERSION_STEPS, masked_denoiser
 from sfumato.tasks.outputs import ITEMS_PER_SHEET, Result
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfumato.core.sampler import Denoise
+    from sfumato.core import Denoise
     from sfumato.model import Model
     from sfumato.sampling import Sampling
-    from sfumato.types import Progress
+    from sfumato.types import Items, Latent, Progress, Raw
 
-    Curve = Callable[[Tensor], Tensor]  # weights of B (B,) -> latents (B, ...)
+    Curve = Callable[[Tensor], Latent]  # weights of the last item (B,) -> latents (B, ...)
 
 
 def interpolate(
@@ -28,8 +28,8 @@ def interpolate(
     out: Path | None = None,
     sheet: Path | None = None,
     animation: Path | None = None,
-    label_a: str | None = None,
-    label_b: str | None = None,
+    label_a: str | Sequence[str] | None = None,
+    label_b: str | Sequence[str] | None = None,
     path: Literal["flow", "latent"] = "flow",
     steps: int | None = None,
     guidance: float | None = None,
@@ -55,7 +55,8 @@ def interpolate(
         out: Output folder for the items and metadata.jsonl; for tables, the output file.
         sheet: Contact sheet of the first 100 items (default: OUT-sheet.png).
         animation: Animation of the items, a .gif or .webp file.
-        label_a: Class of A (default: as generated; none for a file).
+        label_a: Class of A, or name=value of a condition; may be given several times (default: as generated; none for a
+            file).
         label_b: Class of B, likewise.
         path: Interpolate noise along the flow, or latents directly, where only the codec keeps items realistic.
         steps: Sampler steps (default: chosen by fit; 50 steps of heun if a file is inverted).
@@ -68,11 +69,11 @@ def interpolate(
         progress: Called with the stage, the amount done, and the total.
 
     Returns:
-        The items and a row for each: the share of B, `label` if both ends have the same, settings.
+        The items and a row for each: the share of B, `label` and other conditions that both ends share, settings.
 
     Raises:
         UserError: The model, file or label does not exist; a file does not fit the model; there are fewer than two
-            items; or the output folder is not empty or cannot be written.
+            items, or the ends have several lengths; or the output folder is not empty or cannot be written.
 
     References:
         Song et al., DDIM, https://arxiv.org/abs/2010.02502 (section 5.3).
@@ -120,17 +121,27 @@ def _sampling(model: "Model", inverted: bool, steps: int | None, guidance: float
 
 @dataclass
 class _End:
-    """An end: the item (1, ...) of a file, or x = None for the generated item whose number is the name."""
+    """An end of the curve.
+
+    Args:
+        name: The file, or the number of a generated item.
+        x: The one item of the file; None for a generated item.
+        raw: Its conditions, one row.
+    """
 
     name: str
-    x: "Tensor | None"
-    label: int | None
+    x: "Items | None"
+    raw: "Raw"
 
-    def denoise(self, model: "Model", count: int, sampling: "Sampling") -> "Denoise":
-        """The denoiser of `count` items under this end's condition."""
-        import torch
+    @property
+    def conditions(self) -> dict[str, float | str | None]:
+        """Its conditions as Python values, class numbers as floats."""
+        rows = self.raw.values.items()
+        return {name: row[0] if isinstance(row, Sequence) else float(row[0]) for name, row in rows}
 
-        return model.denoise(None if self.label is None else torch.full((count,), self.label), count, sampling)
+    def denoise(self, model: "Model", count: int, sampling: "Sampling", mask: "Tensor | None") -> "Denoise":
+        """The denoiser of `count` items under this end's conditions, and with the mask of their tokens."""
+        return masked_denoiser(model.denoise(self.raw.select([0] * count), count, sampling, mask), mask)
 
 
 def _is_number(end: str | Path) -> bool:
@@ -142,87 +153,114 @@ def _end(
     model: "Path | str | Model",
     loaded: "Model",
     end: str | Path,
-    label: str | None,
+    label: str | Sequence[str] | None,
     overrides: Sequence[str],
     seed: int,
 ) -> _End:
     """An end from what the user typed."""
+    from sfumato.conditioners import constant_conditions, parse_conditions
     from sfumato.errors import UserError
+    from sfumato.sampling import new_conditions
     from sfumato.tasks.inputs import check_complete, read_items
 
-    name, class_number = str(end), None if label is None else loaded.class_number(label)
+    name, given = str(end), parse_conditions(loaded.conditioner, label)
     if _is_number(end):
-        labels = loaded.balanced_labels([int(name)], seed) if class_number is None else [class_number]
-        return _End(name, None, None if labels is None else int(labels[0]))
+        return _End(name, None, new_conditions(loaded.conditioner, [int(name)], seed, given))
     originals = read_items(model, loaded, end, overrides, skip_bad=False)
     if len(originals) != 1:
         found = f"holds {len(originals)} items"
         raise UserError(f"{name}: {found}; give a file with one item, or the number of a generated item", code=1)
     check_complete(loaded, originals)
-    return _End(name, originals.take([0]), class_number)
+    return _End(name, originals.take([0]), constant_conditions(loaded.conditioner, given, 1))
 
 
 def _flow(model: "Model", a: _End, b: _End, sampling: "Sampling", seed: int) -> "Curve":
     """Slerp between the noises of both ends, integrated to data under interpolated conditions."""
     from sfumato.core import cfg, initial_noise, integrate_to_data, inversion_grid, invert, slerp, time_grid
+    from sfumato.types import Latent
 
     schedule = model.denoiser.schedule
     generated = a.x is None and b.x is None
     grid = time_grid(schedule, sampling.steps, sampling.grid) if generated else inversion_grid(schedule, sampling.steps)
+    levels = schedule.levels(grid)
 
-    def noise(end: _End) -> "Tensor":
+    def noise(end: _End) -> "Latent":
         if end.x is None:
-            return initial_noise(schedule, model.noise([int(end.name)], seed))[0]
-        z = model.encode(end.x).to(model.device)
-        return invert(end.denoise(model, 1, sampling), schedule, z, grid)[0]
+            mask = model.draw_mask([int(end.name)], seed)
+            eps = model.noise([int(end.name)], seed, mask=mask)
+            return Latent(initial_noise(levels[0], eps), mask).to(model.device)
+        latent = model.encode(end.x).to(model.device)
+        return Latent(invert(end.denoise(model, 1, sampling, latent.mask), levels, latent.z), latent.mask)
 
-    ends = noise(a), noise(b)
+    first, last, mask = _join(noise(a), noise(b))
 
-    def curve(weight: "Tensor") -> "Tensor":
-        denoise = b.denoise(model, len(weight), sampling)
-        if a.label != b.label:
-            denoise = cfg(denoise, a.denoise(model, len(weight), sampling), weight)
-        return integrate_to_data(denoise, schedule, slerp(*ends, weight), grid, sampling.sampler)
+    def curve(weight: "Tensor") -> "Latent":
+        masks = _repeat(mask, len(weight))
+        denoise = b.denoise(model, len(weight), sampling, masks)
+        if a.conditions != b.conditions:
+            denoise = cfg(denoise, a.denoise(model, len(weight), sampling, masks), weight)
+        return Latent(integrate_to_data(denoise, levels, slerp(first, last, weight), sampling.sampler), masks)
 
     return curve
 
 
 def _latent(model: "Model", a: _End, b: _End, sampling: "Sampling", seed: int) -> "Curve":
     """Slerp between the latents of both ends."""
+    from sfumato.core import slerp
+    from sfumato.types import Latent
+
+    def latent(end: _End) -> "Latent":
+        if end.x is not None:
+            return model.encode(end.x)
+        return model.sample([int(end.name)], end.raw, seed=seed, sampling=sampling).to("cpu")
+
+    first, last, mask = _join(latent(a), latent(b))
+    return lambda weight: Latent(slerp(first, last, weight), _repeat(mask, len(weight)))
+
+
+def _join(a: "Latent", b: "Latent") -> "tuple[Tensor, Tensor, Tensor | None]":
+    """The latents of both ends, and the mask (1, N) of their tokens, which must be the same."""
     import torch
 
-    from sfumato.core import slerp
+    from sfumato.errors import UserError
+    from sfumato.types import Latent
 
-    def latent(end: _End) -> "Tensor":
-        if end.x is not None:
-            return model.encode(end.x)[0]
-        label = None if end.label is None else torch.tensor([end.label])
-        return model.sample([int(end.name)], label, seed=seed, sampling=sampling)[0]
+    ends = Latent.concat([a, b])
+    if ends.mask is None:
+        return ends.z[0], ends.z[1], None
+    if not torch.equal(ends.mask[0], ends.mask[1]):
+        raise UserError("interpolate: not supported between items of different lengths")
+    return ends.z[0], ends.z[1], ends.mask[:1]
 
-    ends = latent(a).cpu(), latent(b).cpu()
-    return lambda weight: slerp(*ends, weight)
+
+def _repeat(mask: "Tensor | None", count: int) -> "Tensor | None":
+    """The mask (count, N) of items that all have the tokens of the mask (1, N)."""
+    return None if mask is None else mask.expand(count, -1)
 
 
 PATHS = {"flow": _flow, "latent": _latent}
 
 
-def _items(model: "Model", curve: "Curve", weights: "Tensor", batch: int, progress: "Progress | None") -> "Tensor":
+def _items(model: "Model", curve: "Curve", weights: "Tensor", batch: int, progress: "Progress | None") -> "Items":
     """The items (N, ...) on the curve, batch by batch."""
     import torch
 
     from sfumato.tasks.inputs import report_progress
+    from sfumato.types import Items
 
-    parts: list[Tensor] = []
+    parts: list[Items] = []
     for first in range(0, len(weights), batch):
         part = weights[first : first + batch]
         with torch.no_grad():
             parts.append(model.decode(curve(part)))
         report_progress(progress, "interpolate", first + len(part), len(weights))
-    return torch.cat(parts)
+    return Items.concat(parts)
 
 
 def _metadata(model: "Model", a: _End, b: _End, weights: list[float], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per item: the share of B, and the label if both ends have the same."""
-    same = a.label is not None and a.label == b.label
-    label = {"label": model.modality.label_values(model.config.label_names)[a.label or 0]} if same else {}
-    return [{**label, "a": a.name, "b": b.name, "share": round(weight, 6), **settings} for weight in weights]
+    """A row per item: the share of B, and the conditions that both ends share."""
+    from sfumato.tasks.conditions import condition_metadata
+
+    shared = [name for name, value in a.conditions.items() if b.conditions.get(name) == value]
+    (row,) = condition_metadata(model, a.raw.only(shared), 1)
+    return [{**row, "a": a.name, "b": b.name, "share": round(weight, 6), **settings} for weight in weights]

@@ -6,15 +6,13 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.tasks.inpaint import DEFAULT_RESAMPLE, METHODS, Method, choose_method
+from sfumato.tasks.inpaint import DEFAULT_RESAMPLE, METHODS, Method, check_one_length, choose_method
 from sfumato.tasks.outputs import PAIRS_PER_SHEET, Result
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sfumato.model import Model
     from sfumato.sampling import Sampling
-    from sfumato.types import Progress
+    from sfumato.types import Items, Progress, Raw
 
 
 def outpaint(
@@ -27,7 +25,7 @@ def outpaint(
     bottom: int = 0,
     out: Path | None = None,
     sheet: Path | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     method: Method | None = None,
     steps: int = 25,
     resample: int = DEFAULT_RESAMPLE,
@@ -54,7 +52,8 @@ def outpaint(
         bottom: Pixels to add at the bottom.
         out: Output folder for the items and metadata.jsonl.
         sheet: Contact sheet of the results (default: OUT-sheet.png).
-        label: Class of all items (default: the labels of the source, if any).
+        label: Class of all items, or name=value of a condition; may be given several times (default: as in the source,
+            if known).
         method: How the existing pixels are constrained, as in inpaint.
         steps: Sampler steps per window.
         resample: Repetitions of each step with noise added back in between (RePaint); more makes old and new parts fit
@@ -77,11 +76,12 @@ def outpaint(
     """
     import time
 
+    from sfumato.conditioners import parse_conditions
     from sfumato.errors import UserError
     from sfumato.modalities.base import Maskable
     from sfumato.tasks.inputs import (
         check_counts,
-        class_numbers,
+        item_conditions,
         map_items,
         open_model,
         output_metadata,
@@ -97,16 +97,18 @@ def outpaint(
     require(loaded, Maskable, "outpaint")
     if len(loaded.config.shape) != 3:
         raise UserError(f"outpaint: not supported for models of modality {loaded.modality.name}")
+    check_one_length(loaded, "outpaint")
     method, sampling = choose_method(loaded, method, steps, guidance)
     sheet = check_outputs(loaded, out, sheet, overwrite, sources=[source])
     originals = read_items(model, loaded, source, overrides, skip_bad)
-    labels = class_numbers(loaded, label, originals)
-    outpainter = _Outpainter(loaded, (top, bottom), (left, right), labels, method, sampling, resample, seed)
+    raw = item_conditions(loaded, label, originals)
+    outpainter = _Outpainter(loaded, (top, bottom), (left, right), raw, method, sampling, resample, seed)
     items = map_items(loaded, originals, outpainter, batch, "outpaint", progress)
     settings: dict[str, Any] = {"method": method, "steps": steps, "resample": resample}
     settings |= {"guidance": sampling.guidance, "seed": seed}
-    metadata = output_metadata(loaded, originals, None if label is None else labels, settings)
-    statistics = settings | {"size": f"{items.shape[-1]}x{items.shape[-2]}"} | originals.notes()
+    metadata = output_metadata(loaded, originals, raw.only(parse_conditions(loaded.conditioner, label)), settings)
+    height, width = items.stack().shape[-2:]
+    statistics = settings | {"size": f"{width}x{height}"} | originals.notes()
     write_items(loaded, items, metadata, out, sheet, overwrite, items[:PAIRS_PER_SHEET])
     return Result(items, metadata, time.perf_counter() - start, statistics)
 
@@ -123,20 +125,34 @@ def _check_borders(**pixels: int) -> None:
 
 @dataclass
 class _Outpainter:
-    """Extends images (B, C, H, W) window by window."""
+    """Extends images (B, C, H, W) window by window.
+
+    Args:
+        model: The model.
+        vertical: Pixels to add at the top and at the bottom.
+        horizontal: Pixels to add on the left and on the right.
+        raw: Conditions of the images (N).
+        method: A name in `METHODS`.
+        sampling: Steps and guidance.
+        resample: Repetitions of each step.
+        seed: Seed of the noise.
+    """
 
     model: "Model"
     vertical: tuple[int, int]
     horizontal: tuple[int, int]
-    labels: "Tensor | None"
+    raw: "Raw"
     method: str
     sampling: "Sampling"
     resample: int
     seed: int
 
-    def __call__(self, items: list[int], x: "Tensor") -> "Tensor":
+    def __call__(self, numbers: list[int], items: "Items") -> "Items":
         import torch
 
+        from sfumato.types import Items
+
+        x = items.stack()
         height, width = x.shape[-2:]
         canvas = x.new_zeros(*x.shape[:2], height + sum(self.vertical), width + sum(self.horizontal))
         missing = torch.ones(canvas.shape[-2:], dtype=torch.bool)
@@ -146,12 +162,12 @@ class _Outpainter:
             if number == 0:
                 canvas[window] = x
             else:
-                mask = missing[window].expand(max(items) + 1, height, width)
+                mask = missing[window].expand(max(numbers) + 1, height, width)
                 seed = self.seed + number
-                inpainter = METHODS[self.method](self.model, mask, self.labels, self.sampling, self.resample, seed)
-                canvas[window] = inpainter(items, canvas[window])
+                inpainter = METHODS[self.method](self.model, mask, self.raw, self.sampling, self.resample, seed)
+                canvas[window] = inpainter(numbers, Items(canvas[window])).stack()
             missing[window] = False
-        return canvas
+        return Items(canvas)
 
 
 def window_offsets(size: int, before: int, after: int) -> Iterator[int]:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sfumato.model import Model
     from sfumato.tasks.inputs import SourceItems
+    from sfumato.types import Items
 
 ITEMS_PER_SHEET = 100  # items on a contact sheet
 PAIRS_PER_SHEET = 32  # pairs of original and result on a contact sheet
@@ -22,13 +21,13 @@ class Result:
     """What a task returns.
 
     Attributes:
-        items: Items (N, ...) in the range of the data.
+        items: Items (N, ...) in the range of the data; `items.stack()` is a tensor of them.
         metadata: A row per item: label, seed, item number, settings.
         seconds: Wall-clock time.
         statistics: Settings and measurements of the whole.
     """
 
-    items: "Tensor"
+    items: "Items"
     metadata: list[dict[str, Any]]
     seconds: float = 0.0
     statistics: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -106,12 +105,12 @@ def _check_not_source(path: Path, sources: Sequence[str | Path | None]) -> None:
 
 def write_items(
     model: "Model",
-    items: "Tensor",
+    items: "Items",
     metadata: list[dict[str, Any]],
     out: Path | None,
     sheet: Path | None,
     overwrite: bool,
-    shown: "Tensor",
+    shown: "Items",
 ) -> None:
     """Write items (N, ...) with their metadata, and a contact sheet of the items `shown`."""
     from sfumato.data.output import save_picture
@@ -126,12 +125,12 @@ def write_items(
 def write_result(
     model: "Model",
     originals: "SourceItems",
-    items: "Tensor",
+    items: "Items",
     metadata: list[dict[str, Any]],
     out: Path | None,
     sheet: Path | None,
     overwrite: bool,
-    write: "Callable[[Tensor], None] | None" = None,
+    write: "Callable[[Items], None] | None" = None,
 ) -> None:
     """Write items (N, ...) with their metadata, and a contact sheet of originals and results.
 
@@ -148,4 +147,4 @@ def write_result(
         model.modality.write(out, items, metadata, model.config.spec, overwrite)
     if sheet is not None:
         shown = list(range(0, len(originals), -(-len(originals) // PAIRS_PER_SHEET)))
-        save_picture(model.modality.preview(originals.take(shown), model.config.spec, items[shown]), sheet)
+        save_picture(model.modality.preview(originals.take(shown), model.config.spec, items.select(shown)), sheet)

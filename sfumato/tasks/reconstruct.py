@@ -7,12 +7,9 @@ from typing import TYPE_CHECKING, Any
 from sfumato.tasks.outputs import PAIRS_PER_SHEET, Result
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sfumato.config import DataSettings
     from sfumato.data.dataset import Dataset
     from sfumato.model import Model
-    from sfumato.types import Progress
+    from sfumato.types import Items, Progress
 
 
 def reconstruct(
@@ -60,14 +57,17 @@ def reconstruct(
 
     from sfumato.data.output import save_picture
     from sfumato.distributed import is_main
-    from sfumato.tasks.inputs import check_counts, display_name, open_model, source_settings
+    from sfumato.tasks.inputs import check_counts, display_name, open_model, read_parts, source_settings
     from sfumato.tasks.outputs import check_outputs
 
     start = time.perf_counter()
     check_counts(n=n, batch=batch)
     loaded = open_model(model, device)
     sheet = check_outputs(loaded, out, sheet, overwrite, sources=[source])
-    parts = _read(loaded, str(source), source_settings(model, overrides, skip_bad, labels=False), n, seed)
+    settings = source_settings(model, overrides, skip_bad, labels=False)
+    parts = read_parts(loaded.modality, str(source), settings, overrides, loaded.config.spec)
+    if n is not None and n < sum(map(len, parts)):
+        parts = _choose(parts, settings.held_out, n, seed)
     loaded.modality.check_compatible(display_name(model), loaded.config.shape, loaded.config.spec, source, parts[0])
     items, metadata, pairs, statistics = _reconstruct(loaded, parts, batch, progress)
     if out is not None and is_main():
@@ -77,48 +77,41 @@ def reconstruct(
     return Result(items, metadata, time.perf_counter() - start, statistics)
 
 
-def _read(model: "Model", source: str, settings: "DataSettings", n: int | None, seed: int) -> "list[Dataset]":
-    """All items of a source in order, or n random ones: held-out items, then others."""
+def _choose(parts: "list[Dataset]", fraction: float, n: int, seed: int) -> "list[Dataset]":
+    """N random items of a source: held-out items, a fraction of all without a held-out part, then others."""
     from sfumato.data import split
     from sfumato.metrics.features import random_indices
 
-    train, held_out = model.modality.read(source, settings, model.config.spec)
-    if n is None or n >= len(train) + len(held_out or ()):
-        return [train] if held_out is None else [train, held_out]
-    if held_out is None:
-        train, held_out = split(train, settings.held_out)
+    train, held_out = parts if len(parts) == 2 else split(parts[0], fraction)
     first = held_out.subset(random_indices(len(held_out), n, seed))
     return [first] if len(first) == n else [first, train.subset(random_indices(len(train), n - len(first), seed))]
 
 
 def _reconstruct(
     model: "Model", parts: "list[Dataset]", batch: int, progress: "Progress | None"
-) -> "tuple[Tensor, list[dict[str, Any]], tuple[Tensor, Tensor], dict[str, Any]]":
+) -> "tuple[Items, list[dict[str, Any]], tuple[Items, Items], dict[str, Any]]":
     """Reconstructions (N, ...), metadata, evenly spaced (originals, reconstructions) for the sheet, mean metrics."""
-    import torch
+    from sfumato.tasks.inputs import ItemBuffer, batch_items, batches, item_metadata, report_progress
+    from sfumato.types import Items
 
-    from sfumato.tasks.inputs import ItemBuffer, item_metadata, report_progress
-
-    modality, spec, total, done = model.modality, model.config.spec, sum(map(len, parts)), 0
+    modality, spec, total = model.modality, model.config.spec, sum(map(len, parts))
     stride = -(-total // PAIRS_PER_SHEET)
     items = ItemBuffer(total, model.config.shape)
-    pairs: list[Tensor] = []
+    originals, reconstructions = list[Items](), list[Items]()
     metadata: list[dict[str, Any]] = []
     metrics: list[dict[str, float]] = []
-    for data in parts:
-        for first in range(0, len(data), batch):
-            index = range(first, min(first + batch, len(data)))
-            x = data.batch(index).data
-            x_hat = model.autoencode(x)
-            metrics += [modality.reconstruction_metrics(u[None], v[None], spec) for u, v in zip(x, x_hat, strict=True)]
-            metadata += item_metadata(modality, data, index)
-            shown = slice(-done % stride, None, stride)
-            pairs.append(torch.stack([x[shown], x_hat[shown].to(x)]))
-            items.append(x_hat)
-            done += len(x)
-            report_progress(progress, "reconstruct", done, total)
+    for data, index in ((part, index) for part in parts for index in batches(range(len(part)), batch)):
+        x = batch_items(data, index)
+        x_hat = model.autoencode(x)
+        metrics += [modality.reconstruction_metrics(x[i : i + 1], x_hat[i : i + 1], spec) for i in range(len(x))]
+        metadata += item_metadata(modality, data, index)
+        shown = slice(-items.done % stride, None, stride)
+        originals.append(x[shown])
+        reconstructions.append(x_hat[shown])
+        items.append(x_hat)
+        report_progress(progress, "reconstruct", items.done, total)
     rounded = [{name: round(value, 4) for name, value in values.items()} for values in metrics]
     metadata = [row | values for row, values in zip(metadata, rounded, strict=True)]
     means: dict[str, Any] = {name: sum(values[name] for values in metrics) / total for name in metrics[0]}
-    sheet = torch.cat(pairs, 1)
-    return items.items, metadata, (sheet[0], sheet[1]), means | ({"notes": parts[0].notes} if parts[0].notes else {})
+    pairs = Items.concat(originals), Items.concat(reconstructions)
+    return items.items, metadata, pairs, means | ({"notes": parts[0].notes} if parts[0].notes else {})

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.modalities.base import Strata
+from sfumato.types import Items
 
 REJECTION_BATCH = 500  # minimum number of items per round
 MAX_TRIES_PER_ROW = 20  # maximum number of items generated per requested one
 
-Generate = Callable[[Sequence[int], Tensor | None], Tensor]
+Generate = Callable[[Sequence[int], Tensor | None], Items]
 
 
 @dataclass
@@ -27,20 +28,20 @@ class Stratum:
 
     requested: int
     numbers: list[int]
-    items: list[Tensor]
+    items: list[Items]
 
     @property
     def missing(self) -> int:
         """Number of items still to collect."""
         return self.requested - len(self.numbers)
 
-    def add(self, numbers: Sequence[int], items: Tensor) -> None:
+    def add(self, numbers: Sequence[int], items: Items) -> None:
         """Accept the first of these items (N, ...), as many as are missing."""
         self.items.append(items[: self.missing])
         self.numbers += numbers[: self.missing]
 
 
-def fill_strata(n: int, strata: Strata, generate: Generate) -> tuple[list[int], Tensor]:
+def fill_strata(n: int, strata: Strata, generate: Generate) -> tuple[list[int], Items]:
     """Numbers and items (n, ...) of all strata in equal shares, by increasing number.
 
     A stratum gets the first of its items among all that the model generates. If it is too rare for that and has fixed
@@ -69,7 +70,7 @@ def fill_strata(n: int, strata: Strata, generate: Generate) -> tuple[list[int], 
         tried = inpaint_stratum(stratum, k, strata, generate, tried)
     accepted = torch.tensor([number for stratum in filled for number in stratum.numbers], dtype=torch.int64)
     order = accepted.argsort()
-    items = torch.cat([part for stratum in filled for part in stratum.items])[order]
+    items = Items.concat([part for stratum in filled for part in stratum.items]).select(order)
     return [int(number) for number in accepted[order]], items
 
 
@@ -78,12 +79,12 @@ def is_rare(stratum: Stratum, tried: int, limit: int) -> bool:
     return len(stratum.numbers) * limit < stratum.requested * tried
 
 
-def assign_items(filled: Sequence[Stratum], strata: Strata, numbers: Sequence[int], items: Tensor) -> None:
+def assign_items(filled: Sequence[Stratum], strata: Strata, numbers: Sequence[int], items: Items) -> None:
     """Add items (N, ...) to their strata."""
     assigned = strata.assign(items)
     for k, stratum in enumerate(filled):
         index = (assigned == k).nonzero().flatten()
-        stratum.add([numbers[int(i)] for i in index], items[index])
+        stratum.add([numbers[int(i)] for i in index], items.select(index))
 
 
 def inpaint_stratum(stratum: Stratum, k: int, strata: Strata, generate: Generate, tried: int) -> int:
@@ -96,6 +97,6 @@ def inpaint_stratum(stratum: Stratum, k: int, strata: Strata, generate: Generate
         numbers = range(tried, tried + stratum.missing)
         items = generate(numbers, fixed)
         index = (strata.assign(items) == k).nonzero().flatten()
-        stratum.add([numbers[int(i)] for i in index], items[index])
+        stratum.add([numbers[int(i)] for i in index], items.select(index))
         tried += len(numbers)
     return tried

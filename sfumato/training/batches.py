@@ -1,5 +1,8 @@
 """Training batches: the items of a step depend only on the seed, the stage and the step's number."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -7,7 +10,7 @@ from sfumato.config import StageSettings
 from sfumato.core import step_generator
 from sfumato.data.cache import IN_MEMORY
 from sfumato.data.dataset import Dataset
-from sfumato.types import Batch
+from sfumato.types import Batch, Latent, Raw
 
 
 class EpochSampler:
@@ -38,30 +41,85 @@ class EpochSampler:
 
 
 class DataBatches:
-    """Batches of data, read when needed."""
+    """Batches of data, read when needed.
 
-    def __init__(self, data: Dataset, settings: StageSettings, seed: int, stage: str, device: str) -> None:
-        self.data, self.device = data, torch.device(device)
+    Args:
+        data: The data set.
+        settings: Settings of the stage.
+        seed: Seed of the run.
+        stage: Name of the stage.
+        device: Device of the batches.
+        names: Conditions that batches have.
+    """
+
+    def __init__(
+        self, data: Dataset, settings: StageSettings, seed: int, stage: str, device: str, names: Sequence[str] = ()
+    ) -> None:
+        self.data, self.device, self.names = data, torch.device(device), names
         self.order = EpochSampler(len(data), settings.batch or 1, seed, stage)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step."""
         batch = self.data.batch(self.order[step])
-        batch.data = batch.data.to(self.device)
-        return batch
+        mask = None if batch.mask is None else batch.mask.to(self.device)
+        return Batch(batch.data.to(self.device), batch.index, batch.raw.only(self.names), mask)
+
+
+@dataclass
+class StoredLatents:
+    """Latents of all items; of tokens only those that items have, one item after another.
+
+    Args:
+        z: (N, *latent_shape), or the tokens of all items (tokens, D).
+        mask: (N, capacity), the tokens of each item; None for latents that are not tokens.
+        segmented: Whether tokens have fixed positions, so that batches are not cut to their longest item.
+    """
+
+    z: Tensor
+    mask: Tensor | None = None
+    segmented: bool = False
+
+    def __post_init__(self) -> None:
+        self.ends = None if self.mask is None else self.mask.sum(1).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.z if self.mask is None else self.mask)
+
+    def select(self, index: Tensor) -> Latent:
+        """The latents of the items `index` (B,)."""
+        index = index.to(self.z.device)
+        if self.mask is None or self.ends is None:
+            return Latent(self.z[index])
+        mask = self.mask[index]
+        lengths = mask.sum(1)
+        mask = mask if self.segmented else mask[:, : int(lengths.max())]
+        first = (self.ends[index] - lengths).repeat_interleave(lengths)
+        within = torch.arange(len(first)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        z = self.z.new_zeros(*mask.shape, self.z.shape[1])
+        z[mask] = self.z[first + within]
+        return Latent(z, mask)
 
 
 class LatentBatches:
-    """Batches of latents (N, *latent_shape) and labels (N,); latents above `IN_MEMORY` bytes stay where they are."""
+    """Batches of latents and conditions; latents above `IN_MEMORY` bytes stay where they are.
 
-    def __init__(self, z: Tensor, label: Tensor | None, settings: StageSettings, seed: int, device: str) -> None:
+    Args:
+        latents: Latents of N items.
+        raw: Their conditions.
+        settings: Settings of the stage.
+        seed: Seed of the run.
+        device: Device of the batches.
+    """
+
+    def __init__(self, latents: StoredLatents, raw: Raw, settings: StageSettings, seed: int, device: str) -> None:
         self.device = torch.device(device)
-        self.z = z.to(self.device) if z.nbytes <= IN_MEMORY else z
-        self.label = label
-        self.order = EpochSampler(len(z), settings.batch or 1, seed, "denoiser")
+        if latents.mask is None and latents.z.nbytes <= IN_MEMORY:
+            latents = StoredLatents(latents.z.to(self.device))
+        self.latents, self.raw = latents, raw
+        self.order = EpochSampler(len(latents), settings.batch or 1, seed, "denoiser")
 
     def batch(self, step: int) -> Batch:
         """The batch of a step."""
         index = self.order[step]
-        label = None if self.label is None else self.label[index]
-        return Batch(self.z[index.to(self.z.device)].to(self.device), index, label)
+        latent = self.latents.select(index).to(self.device)
+        return Batch(latent.z, index, self.raw.select(index), latent.mask)

@@ -3,31 +3,47 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sfumato.config import Settings
 from sfumato.core import Objective, make_time_sampling, make_weight, step_generator
+from sfumato.data.conditions import Labels, Numbers, Texts
 from sfumato.data.dataset import Dataset, partly_labelled
 from sfumato.errors import UserError
 from sfumato.modalities.base import FeatureLearner, FeatureNetwork, Modality
-from sfumato.model import Model, ModelConfig
-from sfumato.storage import write_tensors
-from sfumato.training.batches import DataBatches, LatentBatches
+from sfumato.model import Model
+from sfumato.storage import ModelConfig, write_tensors
+from sfumato.training.batches import DataBatches, LatentBatches, StoredLatents
 from sfumato.training.budget import StepBudget
 from sfumato.training.plan import ADVERSARIAL_START, PERCEPTUAL_START
 from sfumato.training.run import Run
 from sfumato.training.steps import CodecStep, DiffusionStep
 from sfumato.training.trainer import BatchSource
-from sfumato.types import UNKNOWN, batch_limit
+from sfumato.types import UNKNOWN, Raw, batch_limit
 
 DEFAULT_GUIDANCE = 1.25  # guidance weight until the search at the end of training sets it
 PSEUDO_LABEL_THRESHOLD = 0.5  # predicted probability from which a pseudo-label is used
 CLASSIFY_BATCH = 1_000  # items per call of the feature network
 
 
-def build_config(settings: Settings, data: Dataset, modality: Modality[Any], classes: int) -> ModelConfig:
+def conditions_config(data: Dataset, modality: Modality[Any], dropout: float | None) -> dict[str, dict[str, Any]]:
+    """The conditions of a model of these data: labels of several classes, known numbers, and texts if it uses them."""
+    conditions = dict[str, dict[str, Any]]()
+    for name, known in data.conditions.items():
+        if isinstance(known, Labels) and len(known.names) > 1:
+            conditions[name] = {"kind": "label", "names": list(known.names)}
+        elif isinstance(known, Numbers) and np.isfinite(known.values).any():
+            values = known.values[np.isfinite(known.values)].astype(np.float64)
+            conditions[name] = {"kind": "number", "mean": float(values.mean()), "std": float(values.std())}
+        elif isinstance(known, Texts) and modality.uses_texts:
+            conditions[name] = {"kind": "text"}
+    return {name: values | {"dropout": dropout} for name, values in conditions.items()}
+
+
+def build_config(settings: Settings, data: Dataset, modality: Modality[Any]) -> ModelConfig:
     """The model configuration of a complete plan."""
     denoiser, sample = settings.denoiser, settings.sample
     net: dict[str, Any] = {"name": denoiser.net, "width": denoiser.width, "depth": denoiser.depth}
@@ -37,14 +53,14 @@ def build_config(settings: Settings, data: Dataset, modality: Modality[Any], cla
         net["heads"] = denoiser.heads
     if denoiser.net == "dit":
         net["patch"] = denoiser.patch
-    dropout = denoiser.class_dropout
+    conditioner = conditions_config(data, modality, denoiser.class_dropout)
+    guidance = DEFAULT_GUIDANCE if conditioner else 1.0
     return ModelConfig(
         modality=modality.name,
         shape=data.shape,
         spec=data.spec,
-        label_names=list(data.label_names) if classes else [],
         codec=modality.codec_config(settings.codec, data.shape, data.spec),
-        conditioner={"name": "label", "classes": classes, "dropout": dropout} if classes else {"name": "none"},
+        conditioner=conditioner,
         denoiser={
             "net": net,
             "schedule": {"name": denoiser.schedule, **(denoiser.schedule_settings or {})},
@@ -54,7 +70,7 @@ def build_config(settings: Settings, data: Dataset, modality: Modality[Any], cla
             "sampler": sample.sampler,
             "steps": sample.steps,
             "grid": sample.grid,
-            "guidance": (DEFAULT_GUIDANCE if classes else 1.0) if sample.guidance is None else sample.guidance,
+            "guidance": guidance if sample.guidance is None else sample.guidance,
             "autoguidance": sample.autoguidance,
             "interval": None if sample.interval is None else list(sample.interval),
             "precision": sample.precision,
@@ -64,7 +80,7 @@ def build_config(settings: Settings, data: Dataset, modality: Modality[Any], cla
 
 def new_model(run: Run) -> Model:
     """The untrained model of a run; its codec is prepared on a sample of the data, if it supports that."""
-    model = Model(build_config(run.settings, run.train, run.modality, run.classes))
+    model = Model(build_config(run.settings, run.train, run.modality))
     if model.codec.prepare_items:
         count = min(len(run.train), model.codec.prepare_items)
         index = torch.randperm(len(run.train), generator=step_generator(run.settings.seed, "prepare", 0))[:count]
@@ -119,6 +135,14 @@ def untrained_features(run: Run) -> FeatureNetwork:
     assert learner is not None
     learner.check_features(run.settings.codec, run.train.shape)
     return learner.build_features(run.train.shape, run.classes, run.settings.seed, torch.device(run.device))
+
+
+def training_conditions(run: Run, model: Model, data: Dataset, label: Tensor | None) -> Raw:
+    """The conditions of N items that the model takes; `label` (N,) replaces the primary one."""
+    raw = Raw({name: known.raw(np.arange(len(data))) for name, known in data.conditions.items()})
+    raw = raw.only(model.conditioner.names)
+    name = model.conditioner.primary_label
+    return raw if label is None or name is None else raw.with_value(name, label)
 
 
 @torch.no_grad()
@@ -178,15 +202,16 @@ def denoiser_step(model: Model, settings: Settings) -> DiffusionStep:
     weight = make_weight(denoiser.weight or "uniform", **(denoiser.weight_settings or {}))
     times = make_time_sampling(denoiser.time_sampling or "uniform", **(denoiser.time_sampling_settings or {}))
     sample_latent = model.codec.sample_latent if model.codec.stochastic else None
-    return DiffusionStep(model.denoiser, model.conditioner, Objective(weight, times), sample_latent)
+    return DiffusionStep(model.main, Objective(weight, times), sample_latent)
 
 
-def denoiser_batches(run: Run, model: Model, z: Tensor, label: Tensor | None) -> BatchSource:
-    """Training batches of the denoiser: stored latents z (N, *latent_shape), or data whose latents are sampled."""
+def denoiser_batches(run: Run, model: Model, latents: StoredLatents, raw: Raw) -> BatchSource:
+    """Training batches of the denoiser: stored latents with their conditions, or data whose latents are sampled."""
     settings = run.settings.train.denoiser
     if model.codec.stochastic:
-        return DataBatches(run.train, settings, run.settings.seed, "denoiser", run.device)
-    return LatentBatches(z, label, settings, run.settings.seed, run.device)
+        names = model.conditioner.names
+        return DataBatches(run.train, settings, run.settings.seed, "denoiser", run.device, names)
+    return LatentBatches(latents, raw, settings, run.settings.seed, run.device)
 
 
 def save_features(path: Path, network: FeatureNetwork) -> None:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from sfumato import __version__
 from sfumato.config import StageSettings
@@ -17,11 +16,11 @@ from sfumato.core import Trajectories, concat, initial_noise, integrate_trajecto
 from sfumato.data.output import check_swappable, swapped_folder
 from sfumato.errors import UserError
 from sfumato.hardware import best_precision, default_device
-from sfumato.model import Model, ModelConfig, load
+from sfumato.model import Model, load
 from sfumato.nn import count_parameters
 from sfumato.nn.layers import pad_clock_weights
-from sfumato.sampling import JUMP, Sampling
-from sfumato.storage import read_json, write_json
+from sfumato.sampling import JUMP, Sampling, preview_conditions, random_conditions
+from sfumato.storage import ModelConfig, read_json, write_json
 from sfumato.training.budget import StepBudget
 from sfumato.training.launch import is_run, make_accelerator, require_single_process
 from sfumato.training.log import Log, StageProgress
@@ -29,6 +28,7 @@ from sfumato.training.model_card import write_few_step_card
 from sfumato.training.profile import StepCost, measure_step
 from sfumato.training.trainer import Trainer
 from sfumato.training.trajectories import DistillationStep, TrajectoryBatches
+from sfumato.types import Raw
 
 TRAINING_SHARE = 0.2  # default budget relative to the teacher's training time
 MIN_DISTILL_BUDGET = 10.0  # seconds; a shorter budget would be spent on imports and measurements
@@ -117,7 +117,9 @@ def check_teacher(teacher: Model, name: str) -> None:
     """Refuse a model that cannot be distilled."""
     if teacher.config.distilled is not None:
         raise UserError(f"{name}: is a few-step model already; distill its teacher instead")
-    if teacher.denoiser.predict == "eps":
+    if teacher.codec.tokens:
+        raise UserError(f"{name}: few-step models of items of several lengths are not supported")
+    if teacher.config.denoiser["predict"] == "eps":
         remedy = "train one with --set denoiser.predict=flow"
         raise UserError(
             f"{name}: it predicts eps, which carries no information on the data at t = 1, where jumps start; {remedy}"
@@ -166,9 +168,9 @@ def new_student(teacher: Model, sampling: Sampling) -> Model:
 
 
 class TimedTrajectories(NamedTuple):
-    """Trajectories with their class numbers (N,) or None, and the seconds that sampling them took."""
+    """Trajectories with their conditions, and the seconds that sampling them took."""
 
-    trajectories: tuple[Trajectories, Tensor | None]
+    trajectories: tuple[Trajectories, Raw]
     seconds: float
 
 
@@ -194,7 +196,7 @@ class Distiller:
         deadline: float,
     ) -> None:
         weight = teacher.sampling.guidance if config.guidance is None else config.guidance
-        self.sampling = replace(teacher.sampling, guidance=weight if teacher.conditioner.classes else 1.0)
+        self.sampling = replace(teacher.sampling, guidance=weight if teacher.conditioner.names else 1.0)
         self.teacher, self.student = teacher, new_student(teacher, self.sampling)
         self.out, self.seed, self.record = config.out, config.seed, record
         self.accelerator, self.log, self.deadline = accelerator, log, deadline
@@ -232,17 +234,17 @@ class Distiller:
         start = time.monotonic()
         first = TimedTrajectories(self.teacher_trajectories(0, self.batch), time.monotonic() - start)
         cost = self.reserve_check_time(first) if self.settings.steps is None else None
-        trajectories, label = self.all_trajectories(first, cost)
-        self.train(trajectories, label, cost)
+        trajectories, raw = self.all_trajectories(first, cost)
+        self.train(trajectories, raw, cost)
         self.student.eval()
         self.results |= {"trajectories": len(trajectories), "knots": TRAJECTORY_STEPS, "miss": self.jump_errors()}
         self.log.image("samples", self.preview(), self.results["steps"])
 
     @torch.no_grad()
-    def teacher_trajectories(self, number: int, count: int) -> tuple[Trajectories, Tensor | None]:
-        """New trajectories of the teacher and their class numbers (N,), or None without classes.
+    def teacher_trajectories(self, number: int, count: int) -> tuple[Trajectories, Raw]:
+        """New trajectories of the teacher and their conditions.
 
-        As in training, some labels are dropped, so that the student also learns unconditional sampling.
+        As in training, some are dropped, so that the student also learns unconditional sampling.
 
         Args:
             number: Number of this set of trajectories, the address of its random numbers.
@@ -254,16 +256,11 @@ class Distiller:
         grid = jitter(
             time_grid(schedule, TRAJECTORY_STEPS, self.sampling.grid), torch.rand(count, generator=generator) - 0.5
         )
-        label, classes = None, self.teacher.conditioner.classes
-        if classes:
-            label = torch.randint(classes, (count,), generator=generator)
-            label = self.teacher.conditioner.dropout_labels(label, generator)
+        raw, levels = random_conditions(self.teacher.conditioner, count, generator), schedule.levels(grid)
         with self.accelerator.autocast():
-            denoise = self.teacher.denoise(label, count, self.sampling)
-            trajectories = integrate_trajectories(
-                denoise, schedule, initial_noise(schedule, lambda: noise.to(device)), grid
-            )
-        return Trajectories(trajectories.grid, trajectories.z.cpu(), trajectories.z_hat.cpu()), label
+            denoise = self.teacher.denoise(raw, count, self.sampling)
+            trajectories = integrate_trajectories(denoise, levels, initial_noise(levels[0], lambda: noise.to(device)))
+        return Trajectories(trajectories.grid, trajectories.z.cpu(), trajectories.z_hat.cpu()), raw
 
     def reserve_check_time(self, first: TimedTrajectories) -> StepCost:
         """The measured cost of a training step; reserves time for the evaluation.
@@ -281,8 +278,8 @@ class Distiller:
             raise UserError(f"the budget is too small for this model; give {math.ceil(missing)} s more with --budget")
         return cost
 
-    def all_trajectories(self, first: TimedTrajectories, cost: StepCost | None) -> tuple[Trajectories, Tensor | None]:
-        """As many trajectories as training needs and memory holds, and their class numbers.
+    def all_trajectories(self, first: TimedTrajectories, cost: StepCost | None) -> tuple[Trajectories, Raw]:
+        """As many trajectories as training needs and memory holds, and their conditions.
 
         Args:
             first: The first batch of trajectories.
@@ -298,8 +295,7 @@ class Distiller:
             self.log.show("trajectories", done, max(done, total), {"eta": batch_seconds * max(0, total - done)})
         if cost is not None:
             self.results["measured"] = {"trajectories": self.batch / batch_seconds, **cost._asdict()}
-        labels = [label for _, label in parts if label is not None]
-        return concat([trajectories for trajectories, _ in parts]), torch.cat(labels) if labels else None
+        return concat([trajectories for trajectories, _ in parts]), Raw.concat([raw for _, raw in parts])
 
     def batches_needed(self, done: int, batch_seconds: float, cost: StepCost | None) -> int:
         """Number of batches of trajectories, so that each trajectory is trained on `REUSE` times.
@@ -320,25 +316,25 @@ class Distiller:
         trajectory_bytes = 4 * (2 * TRAJECTORY_STEPS + 1) * self.teacher.codec.latent_size
         return min(needed, max(1, MAX_TRAJECTORY_BYTES // (trajectory_bytes * self.batch)))
 
-    def step_cost(self, trajectories: Trajectories, label: Tensor | None) -> StepCost:
+    def step_cost(self, trajectories: Trajectories, raw: Raw) -> StepCost:
         """Measured cost of a training step, on a copy of the student."""
-        step = DistillationStep(*copy.deepcopy((self.student.denoiser, self.student.conditioner)))
-        batches, seconds = self.batches(trajectories, label), min(1.2, 0.05 * self.left)
+        step = DistillationStep(copy.deepcopy(self.student.main))
+        batches, seconds = self.batches(trajectories, raw), min(1.2, 0.05 * self.left)
         return measure_step(step, self.settings, batches, seconds=seconds, **self.trainer_options)
 
-    def batches(self, trajectories: Trajectories, label: Tensor | None) -> TrajectoryBatches:
+    def batches(self, trajectories: Trajectories, raw: Raw) -> TrajectoryBatches:
         """Training batches of states of these trajectories."""
-        return TrajectoryBatches(trajectories, label, self.batch, self.seed, str(self.teacher.device))
+        return TrajectoryBatches(trajectories, raw, self.batch, self.seed, str(self.teacher.device))
 
-    def train(self, trajectories: Trajectories, label: Tensor | None, cost: StepCost | None) -> None:
+    def train(self, trajectories: Trajectories, raw: Raw, cost: StepCost | None) -> None:
         """Train the student, and take the average as its weights."""
         steps = self.settings.steps or 1 if cost is None else max(MIN_DISTILL_STEPS, int(self.left / cost.seconds))
         self.settings.steps, self.settings.warmup = steps, min(20, steps // 10)
-        step = DistillationStep(self.student.denoiser, self.student.conditioner)
+        step = DistillationStep(self.student.main)
         step_budget = StepBudget(steps, max(1.0, self.left))
         flops, peak = cost.flops if cost else 0.0, float(self.record.get("peak", 1.0))
         trainer = Trainer(step, self.settings, step_budget, flops=flops, peak=peak, **self.trainer_options)
-        for report in trainer.run(self.batches(trajectories, label), lambda: None, save_every=math.inf):
+        for report in trainer.run(self.batches(trajectories, raw), lambda: None, save_every=math.inf):
             self.log.report(report)
         trainer.ema.apply()
         self.results |= {"steps": trainer.done, "amendments": step_budget.amendments}
@@ -352,20 +348,20 @@ class Distiller:
         Returns:
             Mean start time of the jump -> error.
         """
-        trajectories, label = self.teacher_trajectories(-1, CHECK_TRAJECTORIES)
-        jump, errors = self.student.consistency_step(label, CHECK_TRAJECTORIES), dict[str, float]()
+        trajectories, raw = self.teacher_trajectories(-1, CHECK_TRAJECTORIES)
+        jump, errors = self.student.consistency_step(raw, CHECK_TRAJECTORIES), dict[str, float]()
         for i in (0, TRAJECTORY_STEPS // 2):
             z, t = trajectories.z[i].to(self.student.device), trajectories.grid[i]
-            difference = jump.consistency(z, t).cpu() - trajectories.z[-1]
+            difference = jump.consistency(z, self.student.denoiser.schedule(t)).cpu() - trajectories.z[-1]
             errors[f"{t.mean():.2f}"] = round(float(difference.square().mean().sqrt()), 4)
         return errors
 
     def preview(self) -> Any:
         """A picture of generated items, one class per row."""
         model, modality = self.student, self.student.modality
-        items, classes = range(modality.preview_items), model.conditioner.classes
-        labels = torch.arange(len(items)) % classes if classes else None
-        return modality.preview(model.decode(model.sample(items, labels, seed=self.seed)), model.config.spec)
+        items = range(modality.preview_items)
+        raw = preview_conditions(model.conditioner, items, self.seed)
+        return modality.preview(model.decode(model.sample(items, raw, seed=self.seed)), model.config.spec)
 
     def save(self, folder: Path, teacher: Path | None, started: float) -> None:
         """Write the student, its model card and its `run.json`; the records of data and codec are the teacher's."""

@@ -19,6 +19,7 @@ def fit(
     size: Literal["xs", "s", "m", "l", "xl"] | None = None,
     modality: str | None = None,
     label_from: str | None = None,
+    label_column: str | None = None,
     categorical: str | None = None,
     numeric: str | None = None,
     exclude: str | None = None,
@@ -42,7 +43,8 @@ def fit(
         steps: Optimizer steps of both stages together, instead of a budget.
         size: Size of the denoiser (default: chosen by the plan).
         modality: Kind of data (default: detected).
-        label_from: Regular expression for file names; its first group is the label.
+        label_from: Regular expression for file names; its first group is the label, or its named groups are conditions.
+        label_column: Columns of the images' metadata that are conditions, separated by commas (default: label).
         categorical: Columns to treat as categorical although they hold numbers, separated by commas.
         numeric: Columns to treat as numeric although they look like categories or row identifiers, separated by commas.
         exclude: Columns to ignore, separated by commas.
@@ -71,7 +73,7 @@ def fit(
     if steps is not None and steps < 2:
         raise UserError(f"--steps must be at least 2, not {steps}")
     seconds = None if budget is None else parse_budget(budget)
-    data = {"label_from": label_from, "skip_bad": skip_bad}
+    data = {"label_from": label_from, "label_column": label_column or (), "skip_bad": skip_bad}
     data |= {"categorical": categorical or (), "numeric": numeric or (), "exclude": exclude or ()}
     settings = read_settings({"seed": seed, "modality": modality, "budget_seconds": seconds, "data": data})
     settings = apply_overrides(settings, overrides)

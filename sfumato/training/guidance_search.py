@@ -11,8 +11,9 @@ from sfumato.data.dataset import Dataset
 from sfumato.metrics import frechet
 from sfumato.modalities.base import FeatureNetwork
 from sfumato.model import Model
+from sfumato.sampling import balanced_labels, complete_conditions
 from sfumato.training.run import Run
-from sfumato.types import UNKNOWN, batch_limit
+from sfumato.types import UNKNOWN, Raw, batch_limit
 
 CANDIDATE_WEIGHTS = (1.0, 1.1, 1.2, 1.3, 1.5, 2.0)
 MAX_GENERATED_ITEMS = 1_000  # generated items per weight, at most
@@ -55,8 +56,7 @@ def choose_guidance(
     target = mean_class_accuracy(
         network, real_features(run, network, run.held_out, labelled), held_out_labels[labelled]
     )
-    labels = model.balanced_labels(range(count), run.settings.seed)
-    assert labels is not None
+    labels = balanced_labels(run.classes, range(count), run.settings.seed)
     trials: Trials = {}
     for weight in CANDIDATE_WEIGHTS:
         fake = generated_features(run, model, network, labels, weight)
@@ -107,7 +107,10 @@ def generated_features(run: Run, model: Model, network: FeatureNetwork, labels: 
     sampling = replace(model.sampling, guidance=weight)
     features: list[Tensor] = []
     for items in torch.arange(len(labels)).split(batch_limit(run.train.shape, MAX_GENERATED_ITEMS)):
-        x = model.decode(model.sample(items.tolist(), labels[items], seed=run.settings.seed, sampling=sampling))
+        numbers, seed = items.tolist(), run.settings.seed
+        known = Raw({model.conditioner.primary_label or "": labels[items]})
+        raw = complete_conditions(model.conditioner, known, numbers, seed)
+        x = model.decode(model.sample(numbers, raw, seed=seed, sampling=sampling)).stack()
         features.append(network.features(x.to(run.device)).float())
     return torch.cat(features)
 

@@ -20,7 +20,7 @@ def write_card(run: Run, model: Model) -> None:
         *front_matter(run.folder),
         "",
         f"A latent diffusion model trained on {record['data']['items']:,} items{subset} ({run.modality.name}, shape "
-        f"{tuple(record['data']['shape'])}, {run.classes or 'no'} classes) by sfumato {__version__} in "
+        f"{tuple(record['data']['shape'])}, {_conditions(model)}) by sfumato {__version__} in "
         f"{record['seconds_taken']:.0f} s on {record['device']}; {parameters:,} parameters, latent shape "
         f"{tuple(model.codec.latent_shape)}.",
         "",
@@ -34,6 +34,14 @@ def write_card(run: Run, model: Model) -> None:
         "",
     ]
     (run.folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _conditions(model: Model) -> str:
+    """The model's classes or, if it has other conditions than one label, their names."""
+    conditioner = model.conditioner
+    if set(conditioner.names) <= {conditioner.primary_label}:
+        return f"{conditioner.classes or 'no'} classes"
+    return f"condition{'s' * (len(conditioner.names) > 1)} {', '.join(conditioner.names)}"
 
 
 def front_matter(folder: Path) -> list[str]:

@@ -73,16 +73,16 @@ def plan_size(settings: Settings, context: PlanContext, net: Net, latent_size: i
 
 
 def plan_denoiser(
-    settings: Settings, context: PlanContext, latent_size: int, seconds: float, size: str | None
+    settings: Settings, context: PlanContext, codec: Codec, seconds: float, size: str | None
 ) -> DenoiserSettings:
     """Network, size and objective of the denoiser once the codec is decided; the user's settings take precedence."""
     given = settings.denoiser
-    net = given.net or ("mlp" if latent_size <= MAX_MLP_LATENT else "dit")
+    net = given.net or ("mlp" if codec.latent_size <= MAX_MLP_LATENT and not codec.tokens else "dit")
     if size is not None:
         preset = net_size(net, size)
         width, depth = preset["width"], preset["depth"]
     elif given.width is None:
-        width, depth = plan_size(settings, context, net, latent_size, seconds)
+        width, depth = plan_size(settings, context, net, codec.latent_size, seconds)
     else:
         width, depth = NETWORK_SIZES[net][0]
     planned = DenoiserSettings(
@@ -165,8 +165,8 @@ def make_plan(
     codec = meta_codec(modality, settings, context)
     share = modality.codec_share if codec.trainable else 0.0
     precision = context.precision if settings.train.precision == "auto" else settings.train.precision
-    denoiser = plan_denoiser(settings, context, codec.latent_size, seconds * (1 - share), size)
-    positions = 1 if denoiser.net == "mlp" else math.prod(codec.latent_shape[1:])
+    denoiser = plan_denoiser(settings, context, codec, seconds * (1 - share), size)
+    positions = 1 if denoiser.net == "mlp" else codec.positions
     return settings.model_copy(
         update={
             "denoiser": denoiser,

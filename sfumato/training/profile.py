@@ -17,7 +17,8 @@ from sfumato.config import Settings, StageSettings
 from sfumato.errors import UserError
 from sfumato.hardware import measure_peak
 from sfumato.modalities.base import FeatureNetwork, PlanContext
-from sfumato.training.batches import DataBatches
+from sfumato.model import Model
+from sfumato.training.batches import DataBatches, StoredLatents
 from sfumato.training.budget import StepBudget
 from sfumato.training.build import (
     codec_step,
@@ -27,6 +28,7 @@ from sfumato.training.build import (
     needs_features,
     new_model,
     train_feature_network,
+    training_conditions,
     untrained_features,
     uses_features,
     uses_pseudo_labels,
@@ -45,12 +47,13 @@ from sfumato.training.plan import (
 from sfumato.training.run import Run
 from sfumato.training.steps import TrainStep
 from sfumato.training.trainer import BatchSource, Trainer
-from sfumato.types import Batch
+from sfumato.types import Batch, Raw
 
 LAST_STEP = 999_999  # last of a nominal million steps, when every loss term has started
 ENCODING_SHARE = 0.15  # share of the budget for encoding; more items than fit into it are subsampled
 MIN_ENCODED = 5_000  # items that are encoded even if they take longer
 TRIAL_SECONDS = 0.1  # minimum duration of the measured steps of one candidate size
+MEASURED_LATENTS = 4_096  # latents that training steps are measured on
 COST_SAMPLE, COST_STEPS = 2_000, 12  # items and steps that the cost of pseudo-labels is measured on
 NOMINAL_SECONDS = 600.0  # training time that sizes are planned for if steps are given
 
@@ -272,14 +275,24 @@ def stage_copies(run: Run, network: FeatureNetwork | None) -> dict[str, tuple[Tr
     """Step, settings and batches of each stage, on a copy of the model to measure and discard."""
     settings, train = run.settings, run.settings.train
     model = new_model(run)
-    z = torch.randn(4096, *model.codec.latent_shape)
-    label = torch.arange(4096) % run.classes if run.classes else None
+    latents, raw = random_latents(run, model)
     copies: dict[str, tuple[TrainStep, StageSettings, BatchSource]] = {}
     if model.codec.trainable:
         step = codec_step(model, settings, network, StepBudget(LAST_STEP + 1)).to(run.device)
         copies["codec"] = (step, train.codec, DataBatches(run.train, train.codec, settings.seed, "codec", run.device))
-    latents = denoiser_batches(run, model, z, label)
-    return copies | {"denoiser": (denoiser_step(model, settings).to(run.device), train.denoiser, latents)}
+    batches = denoiser_batches(run, model, latents, raw)
+    return copies | {"denoiser": (denoiser_step(model, settings).to(run.device), train.denoiser, batches)}
+
+
+def random_latents(run: Run, model: Model) -> tuple[StoredLatents, Raw]:
+    """Random latents in place of those of training items, with the items' conditions."""
+    index = torch.arange(MEASURED_LATENTS) % len(run.train)
+    raw = training_conditions(run, model, run.train, None).select(index)
+    z = torch.randn(MEASURED_LATENTS, *model.codec.latent_shape)
+    if not model.codec.tokens:
+        return StoredLatents(z), raw
+    mask = torch.ones(MEASURED_LATENTS, model.codec.latent_shape[0], dtype=torch.bool)
+    return StoredLatents(z.flatten(0, 1), mask, bool(model.codec.segments)), raw
 
 
 def measure_feature_cost(run: Run) -> tuple[FeatureNetwork | None, FeatureCost]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sfumato.config import StageSettings
 from sfumato.core import step_generator
@@ -20,8 +21,9 @@ from sfumato.metrics.features import NamedExtractor, weights_hash
 from sfumato.modalities.base import FeatureNetwork
 from sfumato.model import Model
 from sfumato.nn import count_parameters
+from sfumato.sampling import preview_conditions
 from sfumato.storage import load_part, save_part
-from sfumato.training.batches import DataBatches
+from sfumato.training.batches import DataBatches, StoredLatents
 from sfumato.training.budget import StepBudget
 from sfumato.training.build import (
     codec_step,
@@ -32,6 +34,7 @@ from sfumato.training.build import (
     new_model,
     save_features,
     train_feature_network,
+    training_conditions,
     training_labels,
 )
 from sfumato.training.callbacks import FIRST_CHECK_EPOCH, EarlyStopping, GuideSnapshot
@@ -42,7 +45,7 @@ from sfumato.training.plan import max_steps
 from sfumato.training.run import Run
 from sfumato.training.steps import TrainStep
 from sfumato.training.trainer import BatchSource, Trainer, deferred_interrupts
-from sfumato.types import Batch, batch_limit
+from sfumato.types import Batch, Items, Latent, Raw, batch_limit
 
 PREVIEW_PAIRS = 32  # held-out items in a preview of reconstructions
 MEASURED_ITEMS = 2_000  # held-out items that reconstruction is measured on, at most
@@ -73,12 +76,15 @@ def train_stages(run: Run, state: State | None) -> Model:
         run.accelerator.free_memory()
     model.codec.eval().requires_grad_(False)
     data = encoded_subset(run)
-    z = encode_all(run, model, data)
+    latents = encode_all(run, model, data)
     if not run.done("codec"):
         save_part(run.folder / "codec", model.codec, model.config.codec)
         run.finish("codec", **measure_codec(run, model, network))
     label = training_labels(run, network, data)
-    train_denoiser(run, model, network, z, label, state)
+    raw = training_conditions(run, model, data, label)
+    if model.conditioner.observed is not None:
+        model.conditioner.observed.learn(raw, len(data))
+    train_denoiser(run, model, network, latents, raw, state)
     model.eval()
     if run.settings.sample.guidance is None:
         run.log.show("guidance", 0, 1)
@@ -192,7 +198,7 @@ def train_codec(run: Run, model: Model, network: FeatureNetwork | None, state: S
     step = codec_step(model, run.settings, network, step_budget).to(run.device)
     trainer = make_trainer(run, step, settings, step_budget, "codec", state)
     batches = DataBatches(run.train, settings, run.settings.seed, "codec", run.device)
-    x = run.held_out.batch(torch.arange(min(len(run.held_out), PREVIEW_PAIRS))).data
+    x = held_out_items(run, min(len(run.held_out), PREVIEW_PAIRS))
 
     def preview() -> tuple[str, Any]:
         """Held-out items beside their reconstructions."""
@@ -213,47 +219,82 @@ def encoded_subset(run: Run) -> Dataset:
     return run.train.subset(order[:count].sort().values)
 
 
-def encode_batches(run: Run, model: Model, data: Dataset) -> Iterator[Tensor]:
-    """The raw codes of all items, batch by batch, on the CPU."""
+def held_out_items(run: Run, count: int) -> Items:
+    """The first held-out items."""
+    batch = run.held_out.batch(torch.arange(count))
+    return Items.unpad(batch.data, batch.mask)
+
+
+def encode_batches(run: Run, model: Model, data: Dataset) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The raw codes of all items and, of tokens, their mask (B, capacity), batch by batch, on the CPU.
+
+    Of tokens, the codes (tokens, D) are those that items have.
+    """
     for index in torch.arange(len(data)).split(batch_limit(data.shape, ENCODE_BATCH)):
+        batch = data.batch(index)
         with run.accelerator.autocast():
-            yield model.codec.encode_raw(data.batch(index).data.to(run.device)).cpu()
+            mask = None if batch.mask is None else batch.mask.to(run.device)
+            h = model.codec.encode_raw(batch.data.to(run.device), mask).cpu()
         run.log.show("encode", int(index[-1]) + 1, len(data))
+        if not model.codec.tokens:
+            yield h, None
+            continue
+        mask = model.codec.latent_mask(mask)
+        mask = h.new_ones(h.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
+        yield h[mask], pad(mask, (0, model.codec.latent_shape[0] - mask.shape[1]))
 
 
 @torch.no_grad()
-def encode_all(run: Run, model: Model, data: Dataset) -> Tensor:
-    """Latents (N, *latent_shape) of all items; also measures the codec's statistics if that is still to be done.
+def encode_all(run: Run, model: Model, data: Dataset) -> StoredLatents:
+    """Latents of all items; also measures the codec's statistics if that is still to be done.
 
     With a stochastic codec, training samples latents from the data; none are stored (N = 0), as they may be many times
     larger than the data.
     """
-    if model.codec.stochastic:
+    codec = model.codec
+    if codec.stochastic:
+        masks = list[Tensor]()
         if not run.done("codec"):
-            model.codec.learn_statistics(encode_batches(run, model, data))
-        return torch.empty(0, *model.codec.latent_shape)
-
-    def codes() -> dict[str, Tensor]:
-        h, first = allocate_tensor((len(data), *model.codec.latent_shape), torch.float32), 0
-        for part in encode_batches(run, model, data):
-            h[first : first + len(part)] = part
-            first += len(part)
-        return {"h": h}
-
-    weights = {k: v for k, v in model.codec.state_dict().items() if not k.startswith("latent_")}
+            codec.learn_statistics(_collect_masks(encode_batches(run, model, data), masks))
+        if masks:
+            codec.learn_lengths(masks)
+        return StoredLatents(torch.empty(0, *codec.latent_shape))
+    weights = {k: v for k, v in codec.state_dict().items() if not k.startswith(("latent_", "lengths"))}
     key = latent_key(data.fingerprint, weights_hash(weights), {"precision": run.precision})
-    z = TensorCache(run.folder / "cache", key).compute(codes)["h"]
+    stored = TensorCache(run.folder / "cache", key).compute(lambda: encoded_tensors(run, model, data))
+    z, mask = stored["h"], stored.get("mask")
     if not run.done("codec"):
-        model.codec.learn_statistics(z)
+        codec.learn_statistics(z)
+        if mask is not None:
+            codec.learn_lengths([mask])
     for part in z.split(ENCODE_BATCH):  # in place: a second copy may not fit into memory
-        part.copy_(model.codec.whiten(part))
-    return z
+        part.copy_(codec.whiten(part).z)
+    return StoredLatents(z, mask, bool(codec.segments))
+
+
+def encoded_tensors(run: Run, model: Model, data: Dataset) -> dict[str, Tensor]:
+    """The raw codes `h` of all items, (N, *latent_shape) or tokens (tokens, D) with the items' `mask` (N, capacity)."""
+    if model.codec.tokens:
+        codes, masks = zip(*encode_batches(run, model, data), strict=True)
+        return {"h": torch.cat(codes), "mask": torch.cat([mask for mask in masks if mask is not None])}
+    h, first = allocate_tensor((len(data), *model.codec.latent_shape), torch.float32), 0
+    for part, _ in encode_batches(run, model, data):
+        h[first : first + len(part)] = part
+        first += len(part)
+    return {"h": h}
+
+
+def _collect_masks(batches: Iterator[tuple[Tensor, Tensor | None]], masks: list[Tensor]) -> Iterator[Tensor]:
+    """The codes of batches, whose masks are appended to `masks`."""
+    for h, mask in batches:
+        masks += [] if mask is None else [mask]
+        yield h
 
 
 def measure_codec(run: Run, model: Model, network: FeatureNetwork | None) -> dict[str, Any]:
     """Reconstruction metrics on held-out items."""
     count = min(len(run.held_out), batch_limit(run.held_out.shape, MEASURED_ITEMS, MEASURED_NUMBERS))
-    x = run.held_out.batch(torch.arange(count)).data
+    x = held_out_items(run, count)
     single = len(x) < 2  # the covariance needs two items
     extractor = None if network is None or single else NamedExtractor("features", network.features, run.device)
     report = run.modality.reconstruction_metrics(x, model.autoencode(x), run.train.spec, extractor)
@@ -268,34 +309,44 @@ def make_early_stopping(run: Run, model: Model, network: FeatureNetwork | None) 
     items = torch.arange(count) % min(len(held_out), count)
     label = training_labels(run, network, held_out)
 
+    raw = training_conditions(run, model, held_out, label)
+
     def latent_batch(index: Tensor) -> Batch:
-        x = held_out.batch(index).data
-        z = x if model.codec.stochastic else model.encode(x)
-        return Batch(z.to(run.device), index, None if label is None else label[index])
+        batch = held_out.batch(index)
+        latent = Latent(batch.data, batch.mask)
+        if not model.codec.stochastic:
+            latent = model.encode(Items.unpad(batch.data, batch.mask))
+        latent = latent.to(run.device)
+        return Batch(latent.z, index, raw.select(index), latent.mask)
 
     first_check = math.ceil(FIRST_CHECK_EPOCH * len(run.train) / batch)
     return EarlyStopping([latent_batch(index) for index in items.split(max(batch, MIN_HELD_OUT_CHECK))], first_check)
 
 
 def train_denoiser(
-    run: Run, model: Model, network: FeatureNetwork | None, z: Tensor, label: Tensor | None, state: State | None
+    run: Run,
+    model: Model,
+    network: FeatureNetwork | None,
+    latents: StoredLatents,
+    raw: Raw,
+    state: State | None,
 ) -> None:
-    """Train the denoiser on latents z (N, *latent_shape) with labels (N,) or None."""
+    """Train the denoiser on latents with these conditions."""
     settings, autoguidance = run.settings.train.denoiser, run.settings.sample.autoguidance
     step = denoiser_step(model, run.settings).to(run.device)
     snapshot = None if autoguidance in (None, 1) else GuideSnapshot(GUIDE_SHARE)
     early_stopping = make_early_stopping(run, model, network) if run.settings.train.early_stopping else None
     step_budget = make_step_budget(run, settings, "denoiser")
     trainer = make_trainer(run, step, settings, step_budget, "denoiser", state, snapshot, early_stopping)
-    batches = denoiser_batches(run, model, z, label)
+    batches = denoiser_batches(run, model, latents, raw)
     items = range(run.modality.preview_items)
 
     def preview() -> tuple[str, Any]:
         """Generated items, one class per row, from the current average."""
         if snapshot is not None and snapshot.step >= MIN_GUIDE_STEP and model.guide is None:
-            model.add_guide({k.removeprefix("denoiser."): v for k, v in snapshot.weights.items()}, snapshot.step)
-        labels = torch.arange(len(items)) % run.classes if run.classes else None
-        x = model.decode(model.sample(items, labels, seed=run.settings.seed))
+            model.add_guide(snapshot.weights, snapshot.step)
+        new = preview_conditions(model.conditioner, items, run.settings.seed)
+        x = model.decode(model.sample(items, new, seed=run.settings.seed))
         return "samples", run.modality.preview(x, run.train.spec)
 
     run_trainer(run, trainer, batches, preview)  # the last preview has added the guide, if there is one

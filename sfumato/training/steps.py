@@ -1,6 +1,6 @@
 """Training steps: modules whose `forward` is the loss. The trainer knows nothing of codecs or diffusion."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +8,12 @@ from torch import Generator, Tensor, nn
 
 from sfumato.codecs import Codec
 from sfumato.codecs.losses import AdversarialGate, adaptive_weight, frozen, hinge_d, hinge_g
-from sfumato.conditioners import Conditioner
-from sfumato.core import Denoiser, Objective
+from sfumato.core import Objective
+from sfumato.model import ConditionalDenoiser
 from sfumato.training.budget import StepBudget
-from sfumato.types import Batch
+from sfumato.types import Batch, Latent
 
+GIVEN_SHARE = 0.1  # share of items for which training gives a segment, so that it can be given in sampling
 Losses = dict[str, Tensor]
 
 
@@ -127,13 +128,13 @@ class CodecStep(TrainStep):
     def forward(self, batch: Batch, phase: str, step: int, generator: Generator) -> Losses:
         if phase == "discriminator":
             return self._discriminator_loss(batch.data)
-        return self._reconstruct(batch.data, step, generator)
+        return self._reconstruct(batch.data, batch.mask, step, generator)
 
-    def _reconstruct(self, x: Tensor, step: int, generator: Generator) -> Losses:
-        x_hat, bottleneck_loss, info = self.codec(x, generator)
+    def _reconstruct(self, x: Tensor, mask: Tensor | None, step: int, generator: Generator) -> Losses:
+        x_hat, bottleneck_loss, info = self.codec(x, generator, mask)
         self._x_hat = x_hat.detach()
         terms = {
-            "rec": self.codec.reconstruction_loss(x_hat, x, self.reconstruction).mean(),
+            "rec": self.codec.reconstruction_loss(x_hat, x, self.reconstruction, mask).mean(),
             "bottleneck": bottleneck_loss.mean(),
         }
         loss = terms["rec"] + self.bottleneck_weight * terms["bottleneck"]
@@ -165,41 +166,53 @@ class CodecStep(TrainStep):
         return {"loss": hinge_d(real, fake).mean(), "accuracy": self.gate.accuracy.clone()}
 
 
+def draw_given(shape: Sequence[int], generator: Generator) -> Tensor:
+    """Draw which segments (B, S) are given, as some may be in sampling; never all of an item."""
+    given = torch.rand(*shape, generator=generator) < GIVEN_SHARE
+    return given & ~given.all(1, keepdim=True)
+
+
 class DiffusionStep(TrainStep):
     """Second stage: denoise latents given their conditions.
 
+    If a latent has segments, each has a time of its own. For a share of the items a segment is given, at time 0, which
+    the density of times hardly reaches: there a network that has not seen it ignores what is given in sampling.
+
     Args:
-        denoiser: Network, schedule and parametrisation.
-        conditioner: Labels -> condition of the network.
+        model: The denoiser and its conditioner.
         objective: Loss weight and time distribution.
-        sample_latent: (x, generator) -> sampled latents of data x, if batches hold data; None if they hold latents.
+        sample_latent: (x, generator, mask) -> sampled latents of data x, if batches hold data; None if they hold
+            latents.
     """
 
     def __init__(
         self,
-        denoiser: Denoiser,
-        conditioner: Conditioner,
+        model: ConditionalDenoiser,
         objective: Objective,
-        sample_latent: Callable[[Tensor, Generator], Tensor] | None = None,
+        sample_latent: Callable[[Tensor, Generator, Tensor | None], Latent] | None = None,
     ) -> None:
         super().__init__()
-        self.denoiser, self.conditioner, self.objective = denoiser, conditioner, objective
-        self.sample_latent = sample_latent
+        self.model, self.objective, self.sample_latent = model, objective, sample_latent
 
     @property
     def ema_module(self) -> nn.Module:
-        return nn.ModuleDict({"denoiser": self.denoiser, "conditioner": self.conditioner})
+        return self.model
 
     def phases(self) -> list[Phase]:
-        return [Phase("denoiser", [*self.ema_module.parameters(), *self.objective.parameters()])]
+        return [Phase("denoiser", [*self.model.parameters(), *self.objective.parameters()])]
 
     def forward(self, batch: Batch, phase: str, step: int, generator: Generator) -> Losses:
-        z = batch.data if self.sample_latent is None else self.sample_latent(batch.data, generator)
-        t = self.objective.sample_times(self.denoiser.schedule, (len(z),), generator)
-        eps = torch.randn(z.shape, generator=generator).to(z.device)
-        label = None if batch.label is None else self.conditioner.dropout_labels(batch.label, generator)
-        cond = self.conditioner(label, len(z))
-        loss = self.objective.loss(self.denoiser, z, cond, None, t, eps)
+        denoiser, count = self.model.denoiser, len(batch.data)
+        latent = Latent(batch.data, batch.mask)
+        if self.sample_latent is not None:
+            latent = self.sample_latent(batch.data, generator, batch.mask)
+        t = self.objective.sample_times(denoiser.schedule, denoiser.segments.shape(count), generator)
+        t = t if t.ndim == 1 else t.masked_fill(draw_given(t.shape, generator), 0)
+        eps = torch.randn(latent.z.shape, generator=generator).to(latent.z.device)
+        cond = self.model.conditioner(batch.raw, count, generator)
+        loss = self.objective.loss(denoiser, latent, cond, denoiser.schedule(t), eps)
+        if t.ndim == 2:  # of a given segment there is nothing to learn
+            t, loss = t[t > 0], loss[t > 0]
         if self.training:
             self.objective.update_with_losses(t, loss)
         return {"loss": loss.mean()}

@@ -278,10 +278,16 @@ class Trainer:
         return tensors, metadata
 
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Restore a saved `state`; from here on, the clock no longer amends the step budget."""
+        """Restore a saved `state`; from here on, the clock no longer amends the step budget.
+
+        Raises:
+            UserError: The weights have other names than those of this version.
+        """
         weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
-        keys = self.unwrapped.load_state_dict(weights, strict=False)
-        assert not keys.unexpected_keys, keys.unexpected_keys
+        if weights.keys() != trained_state(self.unwrapped).keys():
+            message = "the checkpoint was written by another version of sfumato; start again with --overwrite"
+            raise UserError(f"{self.stage}: {message}", code=1)
+        self.unwrapped.load_state_dict(weights, strict=False)  # without frozen modules
         self.ema.load({k.removeprefix("ema/"): v for k, v in tensors.items() if k.startswith("ema/")})
         for name, optimizers in self.optimizers.items():
             for i, optimizer in enumerate(optimizers):

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from sfumato.conditioners import Conditioner
-from sfumato.core import Denoiser, Trajectories, step_generator
-from sfumato.core.objective import masked_mean, squared
+from sfumato.core import Trajectories, TrajectoryDenoiser, step_generator
+from sfumato.core.schedule import masked_mean
+from sfumato.model import ConditionalDenoiser
 from sfumato.training.steps import Losses, Phase, TrainStep
-from sfumato.types import Batch
+from sfumato.types import Batch, Raw
 
 PSEUDO_HUBER_C = 0.03  # c of the pseudo-Huber loss: root mean square error below which it is quadratic
 NOISE_SHARE = 0.5  # share of training states at t = 1
@@ -32,29 +32,29 @@ class DistillationStep(TrainStep):
     ambiguous, as between two classes, the squared error would have its largest gradient, towards the mean of both.
 
     Args:
-        denoiser: A denoiser with a second time input s.
-        conditioner: Labels -> condition of the network.
+        model: A denoiser with a second time input s, and its conditioner.
 
     References:
         Song and Dhariwal, https://arxiv.org/abs/2310.14189 (section 3.3, the pseudo-Huber loss of consistency models).
     """
 
-    def __init__(self, denoiser: Denoiser, conditioner: Conditioner) -> None:
+    def __init__(self, model: ConditionalDenoiser) -> None:
         super().__init__()
-        self.denoiser, self.conditioner = denoiser, conditioner
+        self.model = model
 
     @property
     def ema_module(self) -> nn.Module:
-        return nn.ModuleDict({"denoiser": self.denoiser, "conditioner": self.conditioner})
+        return self.model
 
     def phases(self) -> list[Phase]:
-        return [Phase("jump", list(self.ema_module.parameters()))]
+        return [Phase("jump", list(self.model.parameters()))]
 
     def forward(self, batch: Batch, phase: str, step: int, generator: Generator) -> Losses:
-        assert isinstance(batch, TrajectoryBatch)
-        cond = self.conditioner(batch.label, len(batch.data))
-        z_hat = self.denoiser(batch.data, batch.t, cond, s=batch.s)
-        return {"loss": (masked_mean(squared(z_hat, batch.target)) + PSEUDO_HUBER_C**2).sqrt().mean()}
+        denoiser = self.model.denoiser
+        assert isinstance(batch, TrajectoryBatch) and isinstance(denoiser, TrajectoryDenoiser)
+        cond, schedule = self.model.conditioner(batch.raw, len(batch.data)), denoiser.schedule
+        z_hat = denoiser(batch.data, schedule(batch.t), cond, end=schedule(batch.s))
+        return {"loss": (masked_mean((z_hat - batch.target) ** 2) + PSEUDO_HUBER_C**2).sqrt().mean()}
 
 
 class TrajectoryBatches:
@@ -65,14 +65,14 @@ class TrajectoryBatches:
 
     Args:
         trajectories: The trajectories.
-        label: Their class numbers (N,), or None.
+        raw: Their conditions.
         batch: Batch size.
         seed: Random seed.
         device: Device of the batches.
     """
 
-    def __init__(self, trajectories: Trajectories, label: Tensor | None, batch: int, seed: int, device: str) -> None:
-        self.trajectories, self.label = trajectories, label
+    def __init__(self, trajectories: Trajectories, raw: Raw, batch: int, seed: int, device: str) -> None:
+        self.trajectories, self.raw = trajectories, raw
         self.size, self.seed, self.device = batch, seed, device
 
     def batch(self, step: int) -> TrajectoryBatch:
@@ -82,5 +82,5 @@ class TrajectoryBatches:
         noise, position, anchor = torch.rand(3, self.size, generator=generator)
         index = torch.where(noise < NOISE_SHARE, 0, (position * self.trajectories.steps).long())
         z, t, s, target = self.trajectories.training_pairs(item, index, anchor < ANCHOR_SHARE)
-        label = None if self.label is None else self.label[item]
-        return TrajectoryBatch(data=z.to(self.device), index=item, label=label, t=t, s=s, target=target.to(self.device))
+        raw, device = self.raw.select(item), self.device
+        return TrajectoryBatch(data=z.to(device), index=item, raw=raw, t=t, s=s, target=target.to(device))

@@ -31,6 +31,7 @@ def paint(
     skip_bad: bool = False,
     resume: bool = False,
     overrides: Sequence[str] = (),
+    label: "str | Sequence[str] | None" = None,
     progress: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Paint.
@@ -69,8 +70,8 @@ def invoke(app: click.Command, *words: str) -> Any:
 
 
 def test_flags_come_from_the_signature(app: click.Command):
-    words = "m digits --out o -n 3 --sampler ddim --guidance 1.5 --skip-bad --set a.b=1 --set c=d".split()
-    assert invoke(app, *words).exit_code == 0
+    words = "m digits --out o -n 3 --sampler ddim --guidance 1.5 --skip-bad --set a.b=1 --set c=d"
+    assert invoke(app, *words.split(), "--label", "7", "--label", "style=bold").exit_code == 0
     progress = seen.pop("progress")
     assert callable(progress)
     assert seen == {
@@ -83,12 +84,14 @@ def test_flags_come_from_the_signature(app: click.Command):
         "skip_bad": True,
         "resume": False,
         "overrides": ("a.b=1", "c=d"),
+        "label": ("7", "style=bold"),
     }
 
 
 def test_defaults_come_from_the_signature(app: click.Command):
     assert invoke(app, "m", "digits", "--out", "o").exit_code == 0
-    assert (seen["n"], seen["sampler"], seen["guidance"], seen["overrides"]) == (64, None, None, ())
+    assert (seen["n"], seen["sampler"], seen["guidance"]) == (64, None, None)
+    assert (seen["overrides"], seen["label"]) == ((), None)
 
 
 def test_help_shows_defaults_and_arguments(app: click.Command):

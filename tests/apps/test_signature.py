@@ -15,6 +15,8 @@ def paint(
     label: str | int | None = None,
     kind: Literal["a", "b"] = "a",
     where: Sequence[str] = (),
+    tone: str | Sequence[str] | None = None,
+    shade: "str | Sequence[str] | Nowhere" = "dark",  # noqa: F821
     strong: bool = False,
     progress: Callable[[str, int], None] | None = None,
     listener: "Nowhere | None" = None,  # noqa: F821
@@ -41,6 +43,8 @@ def test_fields_of_a_task():
         Field("label", str, None, "", False, False, False),
         Field("kind", Literal["a", "b"], "a", "", False, False, False),
         Field("where", str, (), "", False, True, False),
+        Field("tone", str, None, "", False, True, False),
+        Field("shade", str, "dark", "", False, True, False),
         Field("strong", bool, False, "", False, False, False),
     ]
 

@@ -56,7 +56,7 @@ def test_a_network_learns_from_labelled_and_other_images(augment: ModuleType, mo
     train, test = data.subset(order[:1200]), data.subset(order[1200:])
     options = augment.Augmentation(steps=60)
     good = augment.accuracy(augment.train(train, None, 10, options, 0), test)
-    wrong = augment.replace(train, labels=(train.labels + 1) % 10)
+    wrong = train.relabel((train.labels + 1) % 10, list(train.label_names), [])
     spoilt = augment.accuracy(
         augment.train(train.subset(range(30)), augment.ConcatDataset([wrong]), 10, options, 0), test
     )

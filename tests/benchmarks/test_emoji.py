@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sfumato.types import Items
 from tests.benchmarks.loading import load_benchmark
 
 
@@ -51,7 +52,7 @@ def test_retrieval_counts_own_nearest_neighbours(emoji: ModuleType):
 def test_the_sheet_has_four_rows(emoji: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Result:
         def __init__(self, items: torch.Tensor) -> None:
-            self.items = items
+            self.items = Items(items)
 
     edits = []
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sfumato.data.conditions import LABEL, Labels
 from sfumato.modalities.image.dataset import ImageDataset
 from tests.benchmarks.loading import load_benchmark
 
@@ -34,7 +35,8 @@ def test_styles(transfer: ModuleType):
 
 
 def test_no_digit_has_two_styles(transfer: ModuleType):
-    data = ImageDataset(strokes(50)[..., None], "L", labels=np.arange(50))
+    labels = Labels(np.arange(50), [str(k) for k in range(50)])
+    data = ImageDataset(strokes(50)[..., None], "L", conditions={LABEL: labels})
     images, names, digits = transfer.styled(data)
     assert sorted(digits) == list(range(50)) and {name: names.count(name) for name in names} == dict.fromkeys(
         transfer.STYLES, 10

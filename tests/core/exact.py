@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sfumato.core import Schedule
+from sfumato.core.schedule import append_dims
 
 
 @dataclass(frozen=True)
@@ -14,28 +14,22 @@ class Mixture:
     means: tuple[float, ...]
     stds: tuple[float, ...]
 
-    def _parts(self, schedule, t):
-        """alpha, and for each component its weight, mean, data variance and variance at t (K, 1)."""
-        alpha, sigma = schedule(t)
+    def _parts(self, level):
+        """alpha, and for each component its weight, mean, data variance (K, 1) and variance at the level (K, ...)."""
         column = lambda x: torch.tensor(x, dtype=torch.float64)[:, None]
         data = column(self.stds) ** 2
-        return alpha, column(self.weights), column(self.means), data, alpha**2 * data + sigma**2
+        return level.alpha, column(self.weights), column(self.means), data, level.alpha**2 * data + level.sigma**2
 
-    def denoise(self, schedule: Schedule):
-        """(z, t) -> the exact E[z_0 | z_t]."""
-
-        def denoise(z, t):
-            t = t.reshape(t.shape + (1,) * (z.ndim - t.ndim)).expand_as(z)
-            x, t = z.double().flatten()[None], t.flatten()[None]
-            alpha, weight, mean, data, variance = self._parts(schedule, t)
-            gap = x - alpha * mean  # (K, B)
-            posterior = torch.softmax(weight.log() - variance.log() / 2 - gap**2 / (2 * variance), 0)
-            return (posterior * (mean + alpha * data / variance * gap)).sum(0).reshape(z.shape).to(z.dtype)
-
-        return denoise
+    def denoise(self, z, level):
+        """The exact E[z_0 | z_t], for a level of any shape that broadcasts with the leading axes of z."""
+        level = level.map(lambda value: append_dims(value, z).expand_as(z).flatten())
+        alpha, weight, mean, data, variance = self._parts(level)
+        gap = z.double().flatten() - alpha * mean  # (K, M) for M elements
+        posterior = torch.softmax(weight.log() - variance.log() / 2 - gap**2 / (2 * variance), 0)
+        return (posterior * (mean + alpha * data / variance * gap)).sum(0).reshape(z.shape).to(z.dtype)
 
     def cdf(self, schedule, t, z):
-        alpha, weight, mean, _, variance = self._parts(schedule, torch.as_tensor(t, dtype=torch.float64))
+        alpha, weight, mean, _, variance = self._parts(schedule(t))
         return (weight * torch.special.ndtr((z[None] - alpha * mean) / variance.sqrt())).sum(0)
 
     def flow(self, schedule, t, s, z):
@@ -50,14 +44,14 @@ class Mixture:
 
     def moments(self, schedule, t):
         """Mean and variance of z_t."""
-        alpha, weight, mean, _, variance = self._parts(schedule, torch.as_tensor(t, dtype=torch.float64))
+        alpha, weight, mean, _, variance = self._parts(schedule(t))
         centre = float((weight * alpha * mean).sum())
         return centre, float((weight * (variance + (alpha * mean - centre) ** 2)).sum())
 
     def conditional_moments(self, schedule, t, s, z):
         """Mean and variance of z_s given z_t = z, the exact result of the reverse process."""
-        alpha, weight, mean, _, variance = self._parts(schedule, torch.as_tensor(t, dtype=torch.float64))
-        alpha_s, _, _, _, variance_s = self._parts(schedule, torch.as_tensor(s, dtype=torch.float64))
+        alpha, weight, mean, _, variance = self._parts(schedule(t))
+        alpha_s, _, _, _, variance_s = self._parts(schedule(s))
         shared = alpha / alpha_s * variance_s  # covariance of z_t and z_s
         gap = z - alpha * mean
         posterior = torch.softmax(weight.log() - variance.log() / 2 - gap**2 / (2 * variance), 0)

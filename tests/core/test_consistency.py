@@ -8,6 +8,7 @@ from sfumato.core import (
     SCHEDULES,
     ConsistencyStep,
     Denoiser,
+    TrajectoryDenoiser,
     concat,
     initial_noise,
     integrate_trajectories,
@@ -16,6 +17,7 @@ from sfumato.core import (
     sample,
     time_grid,
 )
+from sfumato.core.denoiser import clock
 from sfumato.nn import make_net
 from sfumato.nn.layers import pad_clock_weights
 from sfumato.types import Cond
@@ -31,8 +33,8 @@ def noise(count: int = 200, seed: int = 0) -> torch.Tensor:
 
 
 def consistency_function(mixture: Mixture, schedule):
-    """(z, t) -> the exact end of a mixture's flow, for one time t."""
-    return lambda z, t: mixture.flow(schedule, float(t[0]), 1e-3, z[:, 0])[:, None]
+    """(z, level) -> the exact end of a mixture's flow, for a scalar level."""
+    return lambda z, level: mixture.flow(schedule, float(level.t), 1e-3, z[:, 0])[:, None]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,20 +42,20 @@ def test_consistency_step_returns_f_or_adds_noise_to_it(name: str):
     schedule, (z, w), end = make_schedule(name), (noise(6), noise(6, 1)), noise(6, 2)
     t = torch.tensor([1.0, 1.0, 0.9, 0.5, 0.3, 0.1], dtype=torch.float64)
     s = torch.tensor([0.0, 0.5, 0.2, 0.4, 0.0, 0.05], dtype=torch.float64)
-    z_s, _, z_hat = ConsistencyStep(lambda z, t: end)(lambda z, t: z, schedule, z, t, s, lambda: w, None)
-    alpha, sigma = schedule(s)
+    at_s = schedule(s)
+    z_s, _, z_hat = ConsistencyStep(lambda z, level: end)(lambda z, level: z, z, schedule(t), at_s, lambda: w, None)
     assert torch.equal(z_hat, end) and torch.equal(z_s[s == 0], end[s == 0])
-    expected = alpha[:, None] * end + sigma[:, None] * w
+    expected = at_s.alpha[:, None] * end + at_s.sigma[:, None] * w
     assert torch.allclose(z_s[s > 0], expected[s > 0], atol=1e-8)
 
 
 def test_consistency_steps_need_noise_except_the_last():
-    schedule, step = make_schedule("flow"), ConsistencyStep(lambda z, t: z)
+    schedule, step = make_schedule("flow"), ConsistencyStep(lambda z, level: z)
     assert step.stochastic
-    arguments = (lambda z, t: z, schedule, noise(3), torch.tensor(1.0))
-    assert torch.equal(step(*arguments, torch.tensor(0.0), None, None)[0], noise(3))
+    arguments = (lambda z, level: z, noise(3), schedule(1.0))
+    assert torch.equal(step(*arguments, schedule(0.0), None, None)[0], noise(3))
     with pytest.raises(ValueError, match="consistency steps need `noise`"):
-        step(*arguments, torch.tensor(0.5), None, None)
+        step(*arguments, schedule(0.5), None, None)
 
 
 @pytest.mark.parametrize("name", ["flow", "cosine", "linear"])
@@ -61,15 +63,15 @@ def test_consistency_steps_need_noise_except_the_last():
 def test_any_number_of_consistency_steps_samples_the_data(name: str, steps: int):
     schedule, generator = make_schedule(name), torch.Generator().manual_seed(steps)
     draw = lambda: torch.randn(400, 1, generator=generator, dtype=torch.float64)
-    grid, step = time_grid(schedule, steps, "data"), ConsistencyStep(consistency_function(TWO_MODES, schedule))
-    samples = sample(TWO_MODES.denoise(schedule), schedule, initial_noise(schedule, draw), grid, step, draw)[:, 0]
+    levels = schedule.levels(time_grid(schedule, steps, "data"))
+    step = ConsistencyStep(consistency_function(TWO_MODES, schedule))
+    samples = sample(TWO_MODES.denoise, levels, initial_noise(levels[0], draw), step, draw)[:, 0]
     data = TWO_MODES.sample(400, torch.Generator().manual_seed(9))
-    levels = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
-    gap = (samples.quantile(levels) - data.quantile(levels)).abs()
+    fractions = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    gap = (samples.quantile(fractions) - data.quantile(fractions)).abs()
     assert float(gap.mean()) < 0.12, gap
-    one_step = sample(
-        TWO_MODES.denoise(schedule), schedule, initial_noise(schedule, draw), time_grid(schedule, 1), "ddim"
-    )
+    ends = schedule.levels(time_grid(schedule, 1))
+    one_step = sample(TWO_MODES.denoise, ends, initial_noise(ends[0], draw), "ddim")
     assert float(one_step.std()) < 0.1  # one step of a plain sampler gives the mean for any noise
 
 
@@ -78,7 +80,7 @@ def test_trajectories_follow_the_flow():
     errors = []
     for steps in (8, 16, 32):
         grid = jitter(time_grid(schedule, steps), torch.linspace(-0.5, 0.5, len(z)))
-        trajectories = integrate_trajectories(TWO_MODES.denoise(schedule), schedule, z, grid)
+        trajectories = integrate_trajectories(TWO_MODES.denoise, schedule.levels(grid), z)
         assert trajectories.z.shape == (steps + 1, len(z), 1) and trajectories.z_hat.shape == (steps, len(z), 1)
         assert torch.equal(trajectories.z[0], z) and (len(trajectories), trajectories.steps) == (len(z), steps)
         middle = steps // 2
@@ -91,16 +93,15 @@ def test_training_pairs_of_trajectories():
     """The target is the trajectory's end; for an anchor it is the denoiser's output."""
     schedule = make_schedule("flow")
     grid = jitter(time_grid(schedule, 4), torch.tensor([-0.4, 0.0, 0.3]))
-    trajectories = integrate_trajectories(TWO_MODES.denoise(schedule), schedule, noise(3), grid)
+    trajectories = integrate_trajectories(TWO_MODES.denoise, schedule.levels(grid), noise(3))
     item, step, anchor = torch.tensor([2, 0, 1, 2, 0]), torch.tensor([0, 1, 2, 3, 2]), torch.arange(5) > 2
     z, t, s, target = trajectories.training_pairs(item, step, anchor)
     assert torch.equal(t, grid[step, item]) and torch.equal(z, trajectories.z[step, item])
     assert s[:3].tolist() == [0, 0, 0] and torch.equal(s[3:], t[3:])
     assert torch.equal(target[:3], trajectories.z[-1, item][:3])
     assert torch.equal(target[3:], trajectories.z_hat[step, item][3:])
-    both = concat(
-        [trajectories, integrate_trajectories(TWO_MODES.denoise(schedule), schedule, noise(2, 1), grid[:, :2])]
-    )
+    more = integrate_trajectories(TWO_MODES.denoise, schedule.levels(grid[:, :2]), noise(2, 1))
+    both = concat([trajectories, more])
     assert len(both) == 5 and torch.equal(both.training_pairs(item, step, anchor)[3], target)
 
 
@@ -123,15 +124,16 @@ def test_padded_second_clock_has_no_effect_at_first(name: str):
         weight.data.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
     more = make_net(name, latent_shape=shape, cond_dim=3, clocks=2, **NETS[name])
     more.load_state_dict(pad_clock_weights(net.state_dict(), 2))
-    teacher, student = Denoiser(net, schedule), Denoiser(more, schedule, two_times=True)
+    teacher, student = Denoiser(net, schedule), TrajectoryDenoiser(more, schedule)
     z, cond = torch.randn(5, *shape, generator=generator), Cond(torch.randn(5, 3, generator=generator))
-    t, s = torch.rand(2, 5, generator=generator, dtype=torch.float64).sort(0, descending=True).values
-    expected = teacher(z, t, cond)
-    assert torch.allclose(student(z, t, cond), expected, atol=1e-5)
-    assert torch.allclose(student(z, t, cond, s=s), expected, atol=1e-5)
+    times = torch.rand(2, 5, generator=generator, dtype=torch.float64).sort(0, descending=True).values
+    at_t, at_s = schedule.levels(times)
+    expected = teacher(z, at_t, cond)
+    assert torch.allclose(student(z, at_t, cond), expected, atol=1e-5)
+    assert torch.allclose(student(z, at_t, cond, end=at_s), expected, atol=1e-5)
     more.embedding.clock_in.weight.data[:, net.embedding.clock_in.weight.shape[1] :] += 0.5
-    assert not torch.allclose(student(z, t, cond, s=s), student(z, t, cond), atol=1e-3)
-    assert torch.equal(student(z, t, cond, s=t), student(z, t, cond))
+    assert not torch.allclose(student(z, at_t, cond, end=at_s), student(z, at_t, cond), atol=1e-3)
+    assert torch.equal(student(z, at_t, cond, end=at_t), student(z, at_t, cond))
 
 
 class Clocks(nn.Module):
@@ -144,12 +146,13 @@ class Clocks(nn.Module):
 
 @pytest.mark.parametrize("shape", [(4,), (4, 3)])
 def test_network_with_two_times_gets_the_clocks_of_both(shape: tuple[int, ...]):
-    t, s = torch.full(shape, 0.7, dtype=torch.float64), torch.full(shape, 0.2, dtype=torch.float64)
-    denoiser = Denoiser(Clocks(), make_schedule("flow"), two_times=True)
-    denoiser(torch.zeros(*shape[:1], 3, 2), t, s=s)
+    schedule = make_schedule("flow")
+    at_t, at_s = (schedule(torch.full(shape, t, dtype=torch.float64)) for t in (0.7, 0.2))
+    denoiser = TrajectoryDenoiser(Clocks(), schedule)
+    denoiser(torch.zeros(*shape[:1], 3, 2), at_t, end=at_s)
     assert denoiser.net.clocks.shape == (*shape, 2)
-    assert torch.allclose(denoiser.net.clocks[..., 0], denoiser.clock(t).float())
-    assert torch.allclose(denoiser.net.clocks[..., 1], denoiser.clock(s).float())
-    plain = Denoiser(Clocks(), make_schedule("flow"))
-    plain(torch.zeros(*shape[:1], 3, 2), t)
+    assert torch.allclose(denoiser.net.clocks[..., 0], clock(at_t).float())
+    assert torch.allclose(denoiser.net.clocks[..., 1], clock(at_s).float())
+    plain = Denoiser(Clocks(), schedule)
+    plain(torch.zeros(*shape[:1], 3, 2), at_t)
     assert plain.net.clocks.shape == (*shape, 1)

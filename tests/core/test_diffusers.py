@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.core import Denoiser, make_schedule, sample
+from sfumato.core import make_prediction, make_schedule, sample
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
@@ -49,10 +49,10 @@ def diffusers_sample(scheduler, z, scaled=False, **kwargs):
 
 def sfumato_sample(predict, timesteps, z, sampler, noise=None):
     """The same betas as schedule `table`; timestep k is time (k + 1) / K, and the end is t = 0."""
-    schedule = make_schedule("table", betas=tuple(BETAS.tolist()))
-    denoiser = Denoiser(NET, schedule, predict, lambda t: t * K - 1, torch.ones_like)
+    schedule, prediction = make_schedule("table", betas=tuple(BETAS.tolist())), make_prediction(predict)
+    denoise = lambda z, level: prediction.expectation(network(z, level.t * K - 1), z, level)
     grid = torch.cat([(timesteps.double() + 1) / K, torch.zeros(1, dtype=torch.float64)])
-    return sample(denoiser, schedule, z, grid, sampler, noise)
+    return sample(denoise, schedule.levels(grid), z, sampler, noise)
 
 
 def assert_close(a, b):
@@ -128,10 +128,10 @@ class TestTable:
 
 
 def flow(z, sigmas, sampler):
-    schedule = make_schedule("flow")
-    denoiser = Denoiser(NET, schedule, "flow", lambda t: t * K, torch.ones_like)
+    schedule, prediction = make_schedule("flow"), make_prediction("flow")
+    denoise = lambda z, level: prediction.expectation(network(z, level.t * K), z, level)
     grid = torch.cat([sigmas.double(), torch.zeros(1, dtype=torch.float64)])
-    return sample(denoiser, schedule, z, grid, sampler)
+    return sample(denoise, schedule.levels(grid), z, sampler)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim"])

@@ -3,9 +3,19 @@
 import pytest
 import torch
 
-from sfumato.core import Replace, Resample, make_schedule, reconstruction_guidance, sample, strength_time, time_grid
+from sfumato.core import (
+    Replace,
+    Resample,
+    make_schedule,
+    reconstruction_guidance,
+    sample,
+    steps,
+    strength_time,
+    time_grid,
+)
 from sfumato.core.inpainting import conjugate_gradients, linearize
 from sfumato.core.sampler import SAMPLERS
+from sfumato.core.schedule import append_dims_as
 from sfumato.errors import UserError
 from sfumato.modalities.image.codec import ImageCodec
 from tests.core.exact import GAUSSIAN, order
@@ -20,14 +30,9 @@ def decode(z):
     return z @ A.T
 
 
-def unit(schedule):
+def unit(z, level):
     """The denoiser of N(0, I)."""
-
-    def denoise(z, t):
-        alpha, sigma = (c[:, None].to(z) for c in schedule(t))
-        return alpha / (alpha**2 + sigma**2) * z
-
-    return denoise
+    return append_dims_as(level.alpha / (level.alpha**2 + level.sigma**2), z) * z
 
 
 def noise_fn(*shape):
@@ -49,13 +54,13 @@ def test_the_posterior_of_a_gaussian_is_exact(name):
     schedule = make_schedule(name)
     x = 3 * torch.randn(7, generator=torch.Generator().manual_seed(1), **DOUBLE)
     mean, covariance = posterior(x)
-    alpha, sigma = (float(c) for c in schedule(1.0))
-    start = torch.cat([torch.zeros(1, 3), torch.eye(3)]).double() * (alpha**2 + sigma**2) ** 0.5
+    noise = schedule(1.0)
+    start = torch.cat([torch.zeros(1, 3), torch.eye(3)]).double() * float(torch.hypot(noise.alpha, noise.sigma))
     std = torch.full((4,), STD, **DOUBLE)
     errors = []
-    for steps in (20, 40):
-        denoise = reconstruction_guidance(unit(schedule), schedule, decode, x.expand(4, 7), OBSERVED, std)
-        end = sample(denoise, schedule, start, time_grid(schedule, steps, "logsnr"), "heun")
+    for n in (20, 40):
+        denoise = reconstruction_guidance(unit, decode, x.expand(4, 7), OBSERVED, std)
+        end = sample(denoise, schedule.levels(time_grid(schedule, n, "logsnr")), start, "heun")
         deviations = end[1:] - end[0]
         errors.append(float((end[0] - mean).norm() + (deviations.T @ deviations - covariance).norm()))
     assert errors[-1] < 0.03 and order((20, 40), errors) > 1.7, errors
@@ -63,22 +68,17 @@ def test_the_posterior_of_a_gaussian_is_exact(name):
 
 
 def test_without_observations_nothing_changes():
-    schedule, z = make_schedule("flow"), torch.randn(5, 3, **DOUBLE)
-    t = torch.full((5,), 0.4, **DOUBLE)
-    unconditional = reconstruction_guidance(
-        unit(schedule), schedule, decode, torch.zeros(5, 7, **DOUBLE), torch.zeros(7, dtype=bool), t
-    )
-    assert torch.equal(unconditional(z, t), unit(schedule)(z, t))
+    z, t = torch.randn(5, 3, **DOUBLE), torch.full((5,), 0.4, **DOUBLE)
+    level, nothing = make_schedule("flow")(t), torch.zeros(7, dtype=bool)
+    unconditional = reconstruction_guidance(unit, decode, torch.zeros(5, 7, **DOUBLE), nothing, t)
+    assert torch.equal(unconditional(z, level), unit(z, level))
 
 
 def test_hidden_values_are_not_used():
-    schedule, z = make_schedule("flow"), torch.randn(2, 3, **DOUBLE)
-    t, x = torch.full((2,), 0.4, **DOUBLE), torch.randn(2, 7, **DOUBLE)
-    other = torch.where(OBSERVED, x, 100.0)
-    z_hat, changed = (
-        reconstruction_guidance(unit(schedule), schedule, decode, y, OBSERVED, t)(z, t) for y in (x, other)
-    )
-    assert torch.equal(z_hat, changed) and not torch.allclose(z_hat, unit(schedule)(z, t), atol=1e-2)
+    z, x, t = torch.randn(2, 3, **DOUBLE), torch.randn(2, 7, **DOUBLE), torch.full((2,), 0.4, **DOUBLE)
+    level, other = make_schedule("flow")(t), torch.where(OBSERVED, x, 100.0)
+    z_hat, changed = (reconstruction_guidance(unit, decode, y, OBSERVED, t)(z, level) for y in (x, other))
+    assert torch.equal(z_hat, changed) and not torch.allclose(z_hat, unit(z, level), atol=1e-2)
 
 
 def test_a_nonlinear_decoder_reaches_the_observation():
@@ -87,8 +87,8 @@ def test_a_nonlinear_decoder_reaches_the_observation():
     curved = lambda z: torch.tanh(z @ A.T.float())
     x = curved(torch.tensor([[0.5, -0.3, 0.8]])).expand(6, 7)
     noise = noise_fn(6, 3)
-    denoise = reconstruction_guidance(unit(schedule), schedule, curved, x, OBSERVED, torch.full((6,), 0.02))
-    z = sample(denoise, schedule, noise(), time_grid(schedule, 40), "ddpm", noise)
+    denoise = reconstruction_guidance(unit, curved, x, OBSERVED, torch.full((6,), 0.02))
+    z = sample(denoise, schedule.levels(time_grid(schedule, 40)), noise(), "ddpm", noise)
     assert (curved(z) - x)[:, OBSERVED].abs().max() < 0.05
     assert (curved(z) - x)[:, ~OBSERVED].abs().mean() > 0.1  # free where nothing is observed
 
@@ -97,12 +97,10 @@ def test_observed_positions_hold_noisy_data_and_end_unchanged():
     schedule = make_schedule("flow")
     z, observed = torch.linspace(-1, 1, 4), torch.tensor([True, False, True, False])
     noise = noise_fn(2000, 4)
-    path = []
     step = Replace(SAMPLERS["ddpm"], z.expand(2000, 4), observed)
     grid = time_grid(schedule, 4)
-    denoise = GAUSSIAN.denoise(schedule)
-    end = sample(denoise, schedule, noise(), grid, step, noise, lambda i, t, z, z_hat: path.append(z))
-    for s, z_s in zip(grid[1:-1].tolist(), path[:-1], strict=True):
+    *path, end = (taken.z for taken in steps(GAUSSIAN.denoise, schedule.levels(grid), noise(), step, noise))
+    for s, z_s in zip(grid[1:-1].tolist(), path, strict=True):
         assert ((z_s.mean(0) - (1 - s) * z)[observed].abs() < 4 * s / 2000**0.5).all()
         assert torch.allclose(z_s.std(0)[observed], torch.tensor(s), rtol=0.08)
     assert torch.equal(end[:, observed], z[observed].expand(2000, 2))
@@ -113,22 +111,22 @@ def test_observed_positions_hold_noisy_data_and_end_unchanged():
 def test_resampling_keeps_the_marginal(name):
     """N(m, s^2) keeps its marginal at time t for any number of repeats: the added noise has the right variance."""
     schedule = make_schedule(name)
-    grid = time_grid(schedule, 40, "uniform", 0.7, 0.35)
+    levels = schedule.levels(time_grid(schedule, 40, "uniform", 0.7, 0.35))
     mean, variance = GAUSSIAN.moments(schedule, 0.7)
     noise = noise_fn(4000, 1)
     start = mean + variance**0.5 * noise()
     for repeats in (1, 3):
-        z = sample(GAUSSIAN.denoise(schedule), schedule, start, grid, Resample(SAMPLERS["ddpm"], repeats), noise)
+        z = sample(GAUSSIAN.denoise, levels, start, Resample(SAMPLERS["ddpm"], repeats), noise)
         mean_s, variance_s = GAUSSIAN.moments(schedule, 0.35)
         assert abs(float(z.mean()) - mean_s) < 0.08 * variance_s**0.5
         assert abs(float(z.var()) / variance_s - 1) < 0.1
 
 
-def correlated(schedule, covariance):
-    """The denoiser of N(0, covariance)."""
+def correlated(covariance):
+    """The denoiser of N(0, covariance), for scalar levels."""
 
-    def denoise(z, t):
-        alpha, sigma = (float(c[0]) for c in schedule(t))
+    def denoise(z, level):
+        alpha, sigma = float(level.alpha), float(level.sigma)
         return alpha * z @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(len(covariance))) @ covariance
 
     return denoise
@@ -141,36 +139,31 @@ def test_resampling_carries_information_from_observed_to_new_positions():
     for repeats in (1, 8):
         noise = noise_fn(2000, 2)
         step = Resample(Replace(SAMPLERS["ddpm"], torch.full((2000, 2), 1.5), torch.tensor([True, False])), repeats)
-        denoise = correlated(schedule, torch.tensor([[1.0, c], [c, 1.0]]))
-        z = sample(denoise, schedule, noise(), time_grid(schedule, 16), step, noise)
+        denoise = correlated(torch.tensor([[1.0, c], [c, 1.0]]))
+        z = sample(denoise, schedule.levels(time_grid(schedule, 16)), noise(), step, noise)
         errors.append(abs(float(z[:, 1].mean()) - 1.5 * c))
     assert errors[1] < errors[0] / 2 and errors[1] < 0.25, errors
 
 
 def test_posterior_mean_uses_partly_observed_positions_that_replace_cannot():
     """Both find the posterior mean if a whole position is hidden, only `reconstruction_guidance` if half of one is."""
-    schedule, grid = make_schedule("flow"), time_grid(make_schedule("flow"), 16)
+    schedule = make_schedule("flow")
+    levels = schedule.levels(time_grid(schedule, 16))
     root = torch.randn(4, 4, generator=torch.Generator().manual_seed(2))
     covariance = torch.corrcoef(root + 1.0)
     decoder = torch.kron(torch.eye(4), torch.ones(2, 1)) + 0.1  # a latent element is two pixels, with some leakage
     z = torch.linalg.cholesky(covariance + 1e-4 * torch.eye(4)) @ torch.tensor([1.2, -0.7, 0.9, 0.5])
-    unconditional = correlated(schedule, covariance)
+    unconditional = correlated(covariance)
     errors = []
     for visible in (torch.arange(8) < 6, torch.arange(8) < 7):
         a = decoder[visible]
         exact = covariance @ a.T @ torch.linalg.solve(a @ covariance @ a.T + 0.01 * torch.eye(len(a)), a @ z)
         noise = noise_fn(2000, 4)
-        guided = reconstruction_guidance(
-            unconditional,
-            schedule,
-            lambda z: z @ decoder.T,
-            (decoder @ z).expand(2000, 8),
-            visible,
-            torch.full((2000,), 0.1),
-        )
+        x, std = (decoder @ z).expand(2000, 8), torch.full((2000,), 0.1)
+        guided = reconstruction_guidance(unconditional, lambda z: z @ decoder.T, x, visible, std)
         observed = Replace(SAMPLERS["ddpm"], z.expand(2000, 4), torch.arange(4) < 3)
         means = [
-            sample(denoise, schedule, noise(), grid, Resample(step, 3), noise).mean(0)
+            sample(denoise, levels, noise(), Resample(step, 3), noise).mean(0)
             for denoise, step in ((guided, SAMPLERS["ddpm"]), (unconditional, observed))
         ]
         errors.append([float((mean - exact).norm()) for mean in means])
@@ -182,7 +175,7 @@ def test_missing_noise_is_an_error():
     schedule, z = make_schedule("flow"), torch.zeros(2, 1)
     for step in (Replace(SAMPLERS["ddim"], z, z == 0), Resample(SAMPLERS["ddim"], 2)):
         with pytest.raises(ValueError, match="needs `noise`"):
-            sample(GAUSSIAN.denoise(schedule), schedule, z, time_grid(schedule, 2), step)
+            sample(GAUSSIAN.denoise, schedule.levels(time_grid(schedule, 2)), z, step)
 
 
 def test_the_jacobian_of_a_codec_equals_finite_differences():
@@ -218,8 +211,8 @@ def test_conjugate_gradients_converge_within_the_dimension():
 def test_strength_is_the_fraction_of_noise(name):
     schedule = make_schedule(name)
     for strength in (0.2, 0.6, 0.9):
-        alpha, sigma = schedule(strength_time(schedule, strength))
-        assert abs(float(sigma / (alpha + sigma)) - strength) < 1e-6
+        level = schedule(strength_time(schedule, strength))
+        assert abs(float(level.sigma / (level.alpha + level.sigma)) - strength) < 1e-6
     assert (strength_time(schedule, 0), strength_time(schedule, 1)) == (0.0, 1.0)
     assert abs(strength_time(make_schedule("flow"), 0.6) - 0.6) < 1e-12
     for wrong in (-0.1, 1.1, float("nan")):

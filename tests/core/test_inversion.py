@@ -36,21 +36,21 @@ def net():
 @pytest.mark.parametrize("name", ["flow", "cosine", "linear", "edm"])
 def test_round_trip_on_the_mixture(name):
     schedule, z = make_schedule(name), data((32, 4))
-    denoise, grid = TWO_MODES.denoise(schedule), inversion_grid(schedule, 50)
-    noise = invert(denoise, schedule, z, grid)
-    assert relative_error(integrate_to_data(denoise, schedule, noise, grid), z) < TOLERANCE / 10
+    levels = schedule.levels(inversion_grid(schedule, 50))
+    noise = invert(TWO_MODES.denoise, levels, z)
+    assert relative_error(integrate_to_data(TWO_MODES.denoise, levels, noise), z) < TOLERANCE / 10
     assert relative_error(noise, z) > 0.3
 
 
 def test_round_trip_on_a_network(net):
     schedule, z = net.schedule, data((6, 3, 2, 2))
-    assert (net(z, torch.full((6,), 0.5)) - z).abs().mean() > 0.3  # the network has an effect
+    assert (net(z, schedule(0.5)) - z).abs().mean() > 0.3  # the network has an effect
     for steps in (50, 12):
-        grid = inversion_grid(schedule, steps)
-        noise = invert(net, schedule, z, grid)
-        assert relative_error(integrate_to_data(net, schedule, noise, grid), z) < TOLERANCE / 10, steps
-    naive = sample(net, schedule, schedule.alpha(grid[-1]) * z, grid.flip(0), "heun")  # without the fixed point
-    assert relative_error(integrate_to_data(net, schedule, naive, grid), z) > TOLERANCE
+        levels = schedule.levels(inversion_grid(schedule, steps))
+        noise = invert(net, levels, z)
+        assert relative_error(integrate_to_data(net, levels, noise), z) < TOLERANCE / 10, steps
+    naive = sample(net, levels[::-1], levels[-1].alpha * z, "heun")  # without the fixed point
+    assert relative_error(integrate_to_data(net, levels, naive), z) > TOLERANCE
 
 
 def test_noise_converges_to_that_of_the_exact_flow():
@@ -59,38 +59,35 @@ def test_noise_converges_to_that_of_the_exact_flow():
     t_min = float(inversion_grid(schedule, 1)[-1])
     exact = TWO_MODES.flow(schedule, t_min, 1.0, (1 - t_min) * z)
     steps = [24, 48, 96]
-    errors = [
-        float((invert(TWO_MODES.denoise(schedule), schedule, z, inversion_grid(schedule, n)) - exact).abs().mean())
-        for n in steps
-    ]
+    levels = [schedule.levels(inversion_grid(schedule, n)) for n in steps]
+    errors = [float((invert(TWO_MODES.denoise, path, z) - exact).abs().mean()) for path in levels]
     assert abs(order(steps, errors) - 2) < 0.3, errors
     assert errors[-1] < 5e-3
 
 
 def test_inverted_data_are_standard_normal():
     schedule = make_schedule("flow")
-    noise = (
-        invert(TWO_MODES.denoise(schedule), schedule, data((4000, 1)), inversion_grid(schedule, 50)).flatten().double()
-    )
+    levels = schedule.levels(inversion_grid(schedule, 50))
+    noise = invert(TWO_MODES.denoise, levels, data((4000, 1))).flatten().double()
     empirical = torch.arange(1, 4001) / 4000
     gap = (torch.special.ndtr(noise.sort().values) - empirical).abs().max()
     assert gap < 1.63 / 4000**0.5  # Kolmogorov-Smirnov test at 1 %
 
 
 def test_an_item_does_not_depend_on_its_batch(net):
-    z, grid = data((6, 3, 2, 2)), inversion_grid(net.schedule, 10)
-    whole = invert(net, net.schedule, z, grid)
-    parts = torch.cat([invert(net, net.schedule, z[i : i + 2], grid) for i in (0, 2, 4)])
+    z, levels = data((6, 3, 2, 2)), net.schedule.levels(inversion_grid(net.schedule, 10))
+    whole = invert(net, levels, z)
+    parts = torch.cat([invert(net, levels, z[i : i + 2]) for i in (0, 2, 4)])
     assert torch.allclose(whole, parts, atol=1e-4)
 
 
 def test_a_step_is_inverted():
     schedule, z = make_schedule("cosine"), data((16, 2)).double()
-    t, s = (torch.tensor(x, dtype=torch.float64) for x in (0.3, 0.45))
+    at_t, at_s = schedule(0.3), schedule(0.45)
     for name in ("ddim", "heun"):
-        step, denoise = SAMPLERS[name], TWO_MODES.denoise(schedule)
-        z_s, _, _ = InverseStep(step)(denoise, schedule, z, t, s, None, None)
-        assert relative_error(step(denoise, schedule, z_s, s, t, None, None)[0], z) < 1e-5
+        step, denoise = SAMPLERS[name], TWO_MODES.denoise
+        z_s, _, _ = InverseStep(step)(denoise, z, at_t, at_s, None, None)
+        assert relative_error(step(denoise, z_s, at_s, at_t, None, None)[0], z) < 1e-5
 
 
 def test_fixed_points_where_plain_iteration_diverges():

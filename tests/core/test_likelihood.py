@@ -3,17 +3,16 @@
 import torch
 from torch import Tensor
 
-from sfumato.core import make_schedule
+from sfumato.core import Denoise, NoiseLevel, make_schedule
 from sfumato.core.likelihood import class_log_likelihood_ratio
-from sfumato.core.sampler import Denoise
 
 
 def test_class_evidence_is_a_log_likelihood_ratio():
     """It is largest near the class, and the minimum over all alternatives."""
 
     def gaussian(mean: float, variance: float):
-        def denoise(z: Tensor, t: Tensor) -> Tensor:
-            alpha, sigma = (value.float()[:, None] for value in schedule(t))
+        def denoise(z: Tensor, level: NoiseLevel) -> Tensor:
+            alpha, sigma = (value.float()[:, None] for value in (level.alpha, level.sigma))
             return mean + alpha * variance / (alpha**2 * variance + sigma**2) * (z - alpha * mean)
 
         return denoise

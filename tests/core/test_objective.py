@@ -17,57 +17,54 @@ from sfumato.core import (
     make_weight,
     step_generator,
 )
-from sfumato.core.objective import masked_mean
+from sfumato.core.denoiser import ContinuousPrediction
+from sfumato.core.schedule import Segments, append_dims, masked_mean
+from sfumato.types import Latent
 
 FLOW = make_schedule("flow")
 
 
-class Oracle(nn.Module):
-    """A network whose output gives a given z_hat, for every prediction."""
+class Fixed(nn.Module):
+    """A network with a given output."""
 
-    def __init__(self, z_hat, z_t, t):
+    def __init__(self, output):
         super().__init__()
-        self.arguments = z_hat, z_t, t
-        self.scale = nn.Parameter(torch.ones(()))
+        self.output = nn.Parameter(output)
 
     def forward(self, z_in, clocks, cond, mask):
-        z_hat, z_t, t = self.arguments
-        c_skip, c_out = self.denoiser[0].coefficients(t, z_t.ndim)
-        return ((z_hat - c_skip * z_t) / c_out).to(z_in) * self.scale
+        return self.output
 
 
-def oracle(predict, z, z_hat, t, eps, schedule=FLOW):
-    denoiser = Denoiser(nn.Identity(), schedule, predict)
-    net = Oracle(z_hat, denoiser.add_noise(z, eps, t), t)
-    net.denoiser = [denoiser]  # in a list, so that it is not its own submodule
-    denoiser.net = net
-    return denoiser
+def oracle(predict, z, z_hat, level, eps, segments=()):
+    """A denoiser whose network's output gives a given z_hat, for every prediction."""
+    at_positions = Segments(segments).spread(level)
+    z_t, c = at_positions.add_noise(z, eps), PREDICTIONS[predict](at_positions.alpha, at_positions.sigma)
+    f = (z_hat - append_dims(c.c_skip, z_t) * z_t) / append_dims(c.c_out, z_t)
+    return Denoiser(Fixed(f.to(z)), FLOW, predict, segments)
 
 
 def example(shape=(6, 4, 3), seed=0):
     generator = torch.Generator().manual_seed(seed)
     z, z_hat, eps = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
-    return z, z_hat, eps, torch.linspace(0.05, 0.95, shape[0], dtype=torch.float64)
+    return z, z_hat, eps, FLOW(torch.linspace(0.05, 0.95, shape[0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("weight", [name for name in LOSS_WEIGHTS if name != "learned"])
 @pytest.mark.parametrize("predict", PREDICTIONS)
 @pytest.mark.parametrize("name", ["flow", "cosine", "edm"])
 def test_weight_is_on_z_hat(weight, predict, name):
-    z, z_hat, eps, t = example()
-    schedule = make_schedule(name)
-    objective = Objective(weight)
-    loss = objective.loss(oracle(predict, z, z_hat, t, eps, schedule), z, None, None, t, eps)
-    expected = make_weight(weight)(schedule.logsnr(t)) * (z_hat - z).square().flatten(1).mean(1)
+    z, z_hat, eps, level = example()
+    level = make_schedule(name)(level.t)
+    loss = Objective(weight).loss(oracle(predict, z, z_hat, level, eps), Latent(z), None, level, eps)
+    expected = make_weight(weight)(level.logsnr) * (z_hat - z).square().flatten(1).mean(1)
     assert torch.allclose(loss.double(), expected, rtol=1e-5)
 
 
 def test_uniform_is_plain_flow_matching():
-    z, z_hat, eps, t = example()
-    denoiser = oracle("flow", z, z_hat, t, eps)
-    z_t = denoiser.add_noise(z, eps, t)
-    plain = (denoiser.network_output(z_t, t) - (eps - z)).square().flatten(1).mean(1)
-    assert torch.allclose(Objective().loss(denoiser, z, None, None, t, eps), plain)
+    z, z_hat, eps, level = example()
+    denoiser = oracle("flow", z, z_hat, level, eps)
+    plain = (denoiser.network_output(level.add_noise(z, eps), level) - (eps - z)).square().flatten(1).mean(1)
+    assert torch.allclose(Objective().loss(denoiser, Latent(z), None, level, eps), plain)
 
 
 def test_edm_weight_is_one_on_v():
@@ -91,12 +88,13 @@ def test_sigmoid():
 
 
 @pytest.mark.parametrize("weight", LOSS_WEIGHTS)
+@pytest.mark.parametrize("predict", PREDICTIONS)
 @pytest.mark.parametrize("name", ["flow", "cosine", "linear", "edm", "walk"])
-def test_finite_at_the_ends(weight, name):
-    t = torch.tensor([0.0, 1e-9, 1.0], dtype=torch.float64)
-    denoiser = Denoiser(_Zero(), make_schedule(name))
+def test_finite_at_the_ends(weight, predict, name):
+    level = make_schedule(name)(torch.tensor([0.0, 1e-9, 1.0], dtype=torch.float64))
+    denoiser = Denoiser(_Zero(), make_schedule(name), predict)
     z, eps = torch.randn(2, 3, 4)
-    assert Objective(weight).loss(denoiser, z, None, None, t, eps).isfinite().all()
+    assert Objective(weight).loss(denoiser, Latent(z), None, level, eps).isfinite().all()
 
 
 class _Zero(nn.Module):
@@ -118,7 +116,7 @@ def normal_cdf(x):
     [
         ("uniform", {}, lambda t: t),
         ("logit_normal", {"mean": -0.3, "std": 0.8}, lambda t: normal_cdf((torch.logit(t) + 0.3) / 0.8)),
-        ("lognormal", {"mean": 0.2, "std": 1.1}, lambda t: normal_cdf((-FLOW.logsnr(t) / 2 - 0.2) / 1.1)),
+        ("lognormal", {"mean": 0.2, "std": 1.1}, lambda t: normal_cdf((-FLOW(t).logsnr / 2 - 0.2) / 1.1)),
         ("adaptive", {}, lambda t: t),
     ],
 )
@@ -132,7 +130,7 @@ def test_density_of_times(name, settings, cdf):
 def test_lognormal_for_any_schedule():
     for name in ("cosine", "edm"):
         schedule = make_schedule(name)
-        log_sigma = -schedule.logsnr(sample_times("lognormal", schedule)) / 2
+        log_sigma = -schedule(sample_times("lognormal", schedule)).logsnr / 2
         assert float(log_sigma.mean()) == pytest.approx(-0.5, abs=0.01)
         assert float(log_sigma.std()) == pytest.approx(1.2, abs=0.01)
 
@@ -169,73 +167,182 @@ def test_adaptive_times_learn_and_stay_unbiased():
 
 
 def test_adaptive_within_the_loss():
-    z, z_hat, eps, t = example((32, 4))
-    objective = Objective(times=make_time_sampling("adaptive", bins=2))
-    plain = objective.loss(oracle("flow", z, z_hat, t, eps), z, None, None, t, eps)
-    objective.update_with_losses(t, 1 + 9.0 * (t > 0.5))
-    loss = objective.loss(oracle("flow", z, z_hat, t, eps), z, None, None, t, eps)
-    assert torch.allclose(loss, plain * objective.times.importance_weight(t))
+    z, z_hat, eps, level = example((32, 4))
+    objective, denoiser = Objective(times=make_time_sampling("adaptive", bins=2)), oracle("flow", z, z_hat, level, eps)
+    plain = objective.loss(denoiser, Latent(z), None, level, eps)
+    objective.update_with_losses(level.t, 1 + 9.0 * (level.t > 0.5))
+    loss = objective.loss(denoiser, Latent(z), None, level, eps)
+    assert torch.allclose(loss, plain * objective.times.importance_weight(level.t))
     assert objective.times.density()[1] > objective.times.density()[0]
 
 
 def test_learned_uncertainty():
     """It starts without effect, its parameters learn, and the optimal u is the log of the loss at that time."""
-    z, z_hat, eps, _ = (x.float() if x.ndim > 1 else x for x in example((64, 4, 3)))
-    t = torch.linspace(0.3, 0.95, 64, dtype=torch.float64)
-    objective, denoiser = Objective("learned"), oracle("flow", z, z_hat, t, eps)
-    plain = Objective("uniform").loss(denoiser, z, None, None, t, eps).detach()
-    assert torch.allclose(objective.loss(denoiser, z, None, None, t, eps), plain)
+    z, z_hat, eps = (x.float() for x in example((64, 4, 3))[:3])
+    level = FLOW(torch.linspace(0.3, 0.95, 64, dtype=torch.float64))
+    objective, denoiser = Objective("learned"), oracle("flow", z, z_hat, level, eps)
+    plain = Objective("uniform").loss(denoiser, Latent(z), None, level, eps).detach()
+    assert torch.allclose(objective.loss(denoiser, Latent(z), None, level, eps), plain)
     optimizer = torch.optim.Adam(objective.parameters(), lr=0.05)
     for _ in range(100):
         optimizer.zero_grad()
-        objective.loss(denoiser, z, None, None, t, eps).mean().backward()
+        objective.loss(denoiser, Latent(z), None, level, eps).mean().backward()
         optimizer.step()
     assert all(p.grad.abs().sum() > 0 for p in objective.parameters())
-    u = objective.weight.uncertainty(FLOW.logsnr(t)).detach()
+    u = objective.weight.uncertainty(level.logsnr).detach()
     assert float((u - plain.log()).abs().mean()) < 0.5  # single losses vary around their mean
     assert float((torch.exp(-u) * plain).mean()) == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("layout", ["channels_first", "tokens", "vector"])
-def test_masked_positions_do_not_count(layout):
+@pytest.mark.parametrize("width", [3, 5, 1], ids=["narrow", "as_wide_as_long", "one"])
+def test_masked_positions_do_not_count(width):
     """Values at padding change neither the loss nor a gradient."""
-    shape = {"channels_first": (2, 3, 5), "tokens": (2, 5, 3), "vector": (2, 5)}[layout]
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
-    value = torch.rand(shape, requires_grad=True)
+    value = torch.rand(2, 5, width, requires_grad=True)
     mean = masked_mean(value, mask)
-    kept = value[0, :, :3] if layout == "channels_first" else value[0, :3]
     assert mean.shape == (2,)
-    assert torch.allclose(mean, torch.stack([kept.mean(), value[1].mean()]))
+    assert torch.allclose(mean, torch.stack([value[0, :3].mean(), value[1].mean()]))
     mean.sum().backward()
-    dropped = value.grad[0, :, 3:] if layout == "channels_first" else value.grad[0, 3:]
-    assert (dropped == 0).all()
+    assert (value.grad[0, 3:] == 0).all() and (value.grad[0, :3] != 0).all()
     assert torch.allclose(masked_mean(value, torch.ones_like(mask)), masked_mean(value))
 
 
-def test_mask_within_the_loss():
-    z, z_hat, eps, t = example((6, 3, 5))
-    mask = torch.rand(6, 5) > 0.4
+@pytest.mark.parametrize("width", [3, 5], ids=["narrow", "as_wide_as_long"])
+def test_mask_within_the_loss(width):
+    z, z_hat, eps, level = example((6, 5, width))
+    mask = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)) > 0.4
     mask[:, 0] = True
-    objective = Objective()
-    loss = objective.loss(oracle("flow", z, z_hat, t, eps), z, None, mask, t, eps)
-    changed = torch.where(mask[:, None], z_hat, 1e3)
-    assert torch.allclose(loss, objective.loss(oracle("flow", z, changed, t, eps), z, None, mask, t, eps))
+    latent, denoiser, objective = Latent(z, mask), oracle("flow", z, z_hat, level, eps), Objective()
+    loss = objective.loss(denoiser, latent, None, level, eps)
+    changed = torch.where(mask[..., None], z_hat, 1e3)
+    assert torch.allclose(loss, objective.loss(oracle("flow", z, changed, level, eps), latent, None, level, eps))
+    assert (loss > 0).all() and not torch.allclose(loss, objective.loss(denoiser, Latent(z), None, level, eps))
 
 
-def test_distance_is_replaceable():
-    z, z_hat, eps, t = example()
-    objective = Objective("edm", distance=lambda a, b: (a - b).abs())
-    loss = objective.loss(oracle("v", z, z_hat, t, eps), z, None, None, t, eps)
-    expected = make_weight("edm")(FLOW.logsnr(t)) * (z_hat - z).abs().flatten(1).mean(1)
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_an_error_at_masked_positions_only_gives_no_loss(predict):
+    """Tokens as wide as long: a mask on the axis of the channels would keep part of the error."""
+    z, _, eps, level = example((6, 5, 5))
+    mask = torch.arange(5) < torch.tensor([1, 2, 3, 4, 5, 3])[:, None]
+    c = PREDICTIONS[predict](level.alpha, level.sigma)
+    target = append_dims(c.target_z, z) * z + append_dims(c.target_eps, z) * eps
+    f = torch.where(mask[..., None], target, target + 1e3)
+    loss = Objective().loss(Denoiser(Fixed(f), FLOW, predict), Latent(z, mask), None, level, eps)
+    assert torch.equal(loss, torch.zeros(6, dtype=torch.float64))
+    by_channel = (f - target).square().mean(1)  # (B, D)
+    assert (torch.where(mask, by_channel, 0).sum(1) > 0).tolist() == (mask.sum(1) < 5).tolist()
+
+
+def test_a_prediction_of_its_own_decides_the_loss():
+    class Absolute(ContinuousPrediction):
+        def loss(self, f, z, eps, z_t, level, weight=1.0):
+            return append_dims(weight, z) * (self.expectation(f, z_t, level) - z).abs()
+
+    z, z_hat, eps, level = example()
+    denoiser = oracle("v", z, z_hat, level, eps)
+    denoiser.prediction = Absolute("v")
+    loss = Objective("edm").loss(denoiser, Latent(z), None, level, eps)
+    expected = make_weight("edm")(level.logsnr) * (z_hat - z).abs().flatten(1).mean(1)
     assert torch.allclose(loss.double(), expected, rtol=1e-5)
 
 
 def test_times_of_each_token():
     z, z_hat, eps, _ = example((6, 4, 3))
-    t = torch.rand(6, 4, dtype=torch.float64) * 0.9 + 0.05
-    loss = Objective("edm").loss(oracle("flow", z, z_hat, t, eps), z, None, None, t, eps)
-    weight = make_weight("edm")(FLOW.logsnr(t))
+    level = FLOW(torch.rand(6, 4, dtype=torch.float64) * 0.9 + 0.05)
+    loss = Objective("edm").loss(oracle("flow", z, z_hat, level, eps), Latent(z), None, level, eps)
+    weight = make_weight("edm")(level.logsnr)
     assert torch.allclose(loss.double(), (weight * (z_hat - z).square().mean(2)).mean(1), rtol=1e-5)
+
+
+SEGMENTS = (2, 3)
+PARTS = slice(0, 2), slice(2, 5)  # positions of both segments
+
+
+def segment_example(width=5):
+    """Latents of two segments with a time for each, and a mask; as wide as long."""
+    z, z_hat, eps, _ = example((4, 5, width))
+    t = torch.linspace(0.05, 0.95, 8, dtype=torch.float64).reshape(4, 2)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 0, 1], [0, 1, 0, 0, 1], [1, 1, 1, 1, 0]], dtype=torch.bool)
+    return Latent(z, mask), z_hat, eps, FLOW(t)
+
+
+@pytest.mark.parametrize("width", [3, 5], ids=["narrow", "as_wide_as_long"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_loss_of_each_segment(predict, masked, width):
+    """Each segment has the weight of its own time, and the mean over its own tokens."""
+    latent, z_hat, eps, level = segment_example(width)
+    latent = latent if masked else Latent(latent.z)
+    denoiser = oracle(predict, latent.z, z_hat, level, eps, SEGMENTS)
+    loss = Objective("edm").loss(denoiser, latent, None, level, eps).detach()
+    assert loss.shape == (4, 2)
+    error, weight = (z_hat - latent.z).square(), make_weight("edm")(level.logsnr)
+    for i in range(4):
+        for s, part in enumerate(PARTS):
+            kept = error[i, part][latent.mask[i, part]] if masked else error[i, part]
+            assert float(loss[i, s]) == pytest.approx(float(weight[i, s] * kept.mean()), rel=1e-6)
+
+
+def test_a_segment_without_tokens_has_no_loss():
+    latent, z_hat, eps, level = segment_example()
+    mask = latent.mask.clone()
+    mask[1, PARTS[0]] = False
+    denoiser = oracle("flow", latent.z, z_hat, level, eps, SEGMENTS)
+    loss = Objective().loss(denoiser, Latent(latent.z, mask), None, level, eps)
+    empty = torch.zeros(4, 2, dtype=torch.bool)
+    empty[1, 0] = True
+    assert (loss[empty] == 0).all() and (loss[~empty] > 0).all() and loss.isfinite().all()
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_gradient_of_each_loss_term(predict):
+    r"""$2 w c_{out}^2 (F - target) / n$ at the n elements of a segment's tokens, 0 elsewhere."""
+    latent, z_hat, eps, level = segment_example()
+    denoiser = oracle(predict, latent.z, z_hat, level, eps, SEGMENTS)
+    loss, f = Objective("edm").loss(denoiser, latent, None, level, eps), denoiser.net.output
+    c, weight = PREDICTIONS[predict](level.alpha, level.sigma), make_weight("edm")(level.logsnr)
+    for i in range(4):
+        for s, part in enumerate(PARTS):
+            target = c.target_z[i, s] * latent.z[i, part] + c.target_eps[i, s] * eps[i, part]
+            mask = latent.mask[i, part, None]
+            expected = torch.zeros_like(f)
+            expected[i, part] = 2 * weight[i, s] * c.c_out[i, s] ** 2 * (f[i, part] - target) * mask / (5 * mask.sum())
+            (gradient,) = torch.autograd.grad(loss[i, s], f, retain_graph=True)
+            assert torch.allclose(gradient, expected, rtol=1e-9, atol=1e-12) and gradient.any()
+
+
+def test_gradient_of_the_learned_uncertainty():
+    r"""The loss is $e^{-u} l + u$: its gradient is $e^{-u} dl/dF$ and, for u, $1 - e^{-u} l$."""
+    latent, z_hat, eps, level = segment_example()
+    objective, denoiser = Objective("learned").double(), oracle("flow", latent.z, z_hat, level, eps, SEGMENTS)
+    bias, f = nn.init.constant_(objective.weight.out.bias, 0.3), denoiser.net.output
+    plain = Objective("uniform").loss(denoiser, latent, None, level, eps)
+    loss = objective.loss(denoiser, latent, None, level, eps)
+    assert torch.allclose(loss, math.exp(-0.3) * plain + 0.3, rtol=1e-9)
+    for term, without in zip(loss.flatten(), plain.flatten(), strict=True):
+        of_f, of_u = torch.autograd.grad(term, [f, bias], retain_graph=True)
+        (of_plain,) = torch.autograd.grad(without, f, retain_graph=True)
+        assert torch.allclose(of_f, math.exp(-0.3) * of_plain, rtol=1e-9) and of_plain.any()
+        assert float(of_u) == pytest.approx(1 - math.exp(-0.3) * float(without.detach()), rel=1e-9)
+
+
+def test_adaptive_times_of_each_segment():
+    """Every segment's loss gets the importance weight of its own time, and is recorded there."""
+    latent, z_hat, eps, level = segment_example()
+    objective = Objective(times=make_time_sampling("adaptive", bins=2))
+    denoiser = oracle("flow", latent.z, z_hat, level, eps, SEGMENTS)
+    plain = objective.loss(denoiser, latent, None, level, eps)
+    objective.update_with_losses(level.t, 1 + 9.0 * (level.t > 0.5))
+    loss = objective.loss(denoiser, latent, None, level, eps)
+    assert torch.allclose(loss, plain * objective.times.importance_weight(level.t))
+    assert objective.times.density()[1] > objective.times.density()[0]
+
+
+def test_latents_of_the_cache_may_be_bfloat16():
+    z, _, eps, level = example()
+    z, eps = z.bfloat16(), eps.float()
+    loss = Objective().loss(Denoiser(_Zero(), FLOW), Latent(z), None, level, eps)
+    assert loss.dtype == torch.float32 and torch.allclose(loss, (eps - z.float()).square().flatten(1).mean(1))
 
 
 def test_every_name_is_tested_and_errors_suggest_the_nearest():

@@ -18,12 +18,44 @@ def test_noise_does_not_depend_on_the_batch():
             assert torch.equal(part(), draw[items])
 
 
+TOKENS = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("width", [1, 2, 8])
+def test_noise_with_a_mask_does_not_depend_on_the_padding(width):
+    """Items keep their noise if the batch is padded further, or less, or if other items are in it."""
+    noise = Noise(3, range(4), (5, width), mask=TOKENS)
+    draws = [noise(), noise()]
+    for padding in (1, 30):
+        longer = Noise(3, range(4), (5 + padding, width), mask=torch.nn.functional.pad(TOKENS, (0, padding)))
+        for draw in draws:
+            found = longer()
+            assert torch.equal(found[:, :5], draw) and not found[:, 5:].any()
+    shorter = Noise(3, [2, 0], (4, width), mask=TOKENS[[2, 0], :4])
+    for draw in draws:
+        assert torch.equal(shorter(), draw[[2, 0], :4])
+
+
+def test_noise_with_a_mask_is_zero_where_no_token_is():
+    noise = Noise(3, range(4), (5, 2), mask=TOKENS)
+    first, second = noise(), noise()
+    assert torch.equal((first != 0).all(-1), TOKENS) and torch.equal((first != 0).any(-1), TOKENS)
+    assert not torch.equal(first[:3], second[:3])
+    assert len(first[TOKENS].unique()) == first[TOKENS].numel()  # every element its own
+
+
+@pytest.mark.parametrize("width", [1, 2, 8])
+def test_a_mask_of_all_tokens_gives_the_noise_without_a_mask(width):
+    plain, masked = Noise(3, range(4), (5, width)), Noise(3, range(4), (5, width), mask=torch.ones_like(TOKENS))
+    assert torch.equal(plain(), masked()) and torch.equal(plain(), masked())
+
+
 def test_samples_do_not_depend_on_the_batch():
     schedule = make_schedule("flow")
 
     def run(items):
         noise = Noise(5, items, SHAPE)
-        return sample(GAUSSIAN.denoise(schedule), schedule, noise(), time_grid(schedule, 6), "ddpm", noise)
+        return sample(GAUSSIAN.denoise, schedule.levels(time_grid(schedule, 6)), noise(), "ddpm", noise)
 
     assert torch.equal(run(range(6))[[5, 2]], run([5, 2]))
 

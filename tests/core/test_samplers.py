@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from sfumato.core import GRIDS, SAMPLERS, Noise, denoiser_evaluations, initial_noise, make_schedule, sample, time_grid
+from sfumato.core import (
+    GRIDS,
+    SAMPLERS,
+    Noise,
+    denoiser_evaluations,
+    initial_noise,
+    make_schedule,
+    sample,
+    steps,
+    time_grid,
+)
 from sfumato.core.sampler import Multistep
 from tests.core.exact import GAUSSIAN, TWO_MODES, order
 
@@ -30,11 +40,11 @@ def test_order(data, name, start, stop, sampler):
     mean, variance = data.moments(schedule, start)
     z = mean + variance**0.5 * torch.linspace(-2, 2, 15, dtype=torch.float64)
     exact = data.flow(schedule, start, stop, z)
-    steps, errors = MANY_STEPS.get(sampler, STEPS), []
-    for n in steps:
-        got = sample(data.denoise(schedule), schedule, z, time_grid(schedule, n, "uniform", start, stop), sampler)
+    counts, errors = MANY_STEPS.get(sampler, STEPS), []
+    for n in counts:
+        got = sample(data.denoise, schedule.levels(time_grid(schedule, n, "uniform", start, stop)), z, sampler)
         errors.append(float((got - exact).square().mean().sqrt()))
-    assert abs(order(steps, errors) - ORDERS[sampler]) < 0.25, errors
+    assert abs(order(counts, errors) - ORDERS[sampler]) < 0.25, errors
     assert errors[-1] < (0.03 if ORDERS[sampler] == 1 else 2e-3)
 
 
@@ -55,8 +65,8 @@ def test_weak_order_gaussian(name, start, stop, sampler, weak):
     for n in STEPS:
         noises = iter(torch.eye(n + 1, dtype=torch.float64)[1:])  # row 0 gets no noise
         z = torch.full((n + 1,), first, dtype=torch.float64)
-        grid = time_grid(schedule, n, "uniform", start, stop)
-        z = sample(GAUSSIAN.denoise(schedule), schedule, z, grid, sampler, lambda noises=noises: next(noises))
+        levels = schedule.levels(time_grid(schedule, n, "uniform", start, stop))
+        z = sample(GAUSSIAN.denoise, levels, z, sampler, lambda noises=noises: next(noises))
         assert abs(float(z[0]) - exact_mean) < 1e-12  # z_hat is a martingale: the mean is exact at any step size
         errors.append(abs(float(((z - z[0]) ** 2).sum()) - exact_variance))
     assert abs(order(STEPS, errors) - weak) < 0.25, errors
@@ -71,10 +81,10 @@ def test_weak_order_two_modes(name, start, stop, sampler, weak):
     exact = torch.tensor(TWO_MODES.conditional_moments(schedule, start, stop, first))
     generator = torch.Generator().manual_seed(0)
     errors = []
-    for steps in (6, 24):
+    for count in (6, 24):
         z = torch.full((n,), first, dtype=torch.float64)
-        grid = time_grid(schedule, steps, "uniform", start, stop)
-        z = sample(TWO_MODES.denoise(schedule), schedule, z, grid, sampler, lambda: torch.randn(n, generator=generator))
+        levels = schedule.levels(time_grid(schedule, count, "uniform", start, stop))
+        z = sample(TWO_MODES.denoise, levels, z, sampler, lambda: torch.randn(n, generator=generator))
         errors.append((torch.stack([z.mean(), z.var()]) - exact).abs())
     fall = torch.log(errors[0] / errors[1].clamp_min(0.004)) / torch.log(torch.tensor(4.0))  # 0.004: sampling error
     assert fall[1] > weak, errors
@@ -88,20 +98,15 @@ def test_ends_on_z_hat(sampler, name, spacing):
     schedule = make_schedule(name)
     noise = Noise(0, range(4), (3,))
     grid = time_grid(schedule, 6, spacing)
-    seen = []
-    z = sample(
-        GAUSSIAN.denoise(schedule),
-        schedule,
-        initial_noise(schedule, noise),
-        grid,
-        sampler,
-        noise,
-        lambda *args: seen.append(args),
-    )
+    levels = schedule.levels(grid)
+    start = initial_noise(levels[0], noise)
+    seen = list(steps(GAUSSIAN.denoise, levels, start, sampler, noise))
+    z = seen[-1].z
     assert z.dtype == torch.float32 and z.isfinite().all()
-    assert [i for i, *_ in seen] == list(range(6))
-    assert torch.equal(z, seen[-1][3]) and torch.equal(z, seen[-1][2])
-    assert torch.equal(torch.stack([t for _, t, _, _ in seen]), grid[:-1])
+    assert len(seen) == 6 and torch.equal(z, seen[-1].z_hat)
+    assert torch.equal(torch.stack([taken.level.t for taken in seen]), grid[1:])
+    again = Noise(0, range(4), (3,))
+    assert torch.equal(sample(GAUSSIAN.denoise, levels, initial_noise(levels[0], again), sampler, again), z)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -109,26 +114,24 @@ def test_samples_have_the_quantiles_of_the_data(sampler):
     """The quantiles of 4,000 samples are those of the data."""
     schedule = make_schedule("flow")
     noise = Noise(1, range(4), (1000,))
-    z = sample(
-        TWO_MODES.denoise(schedule), schedule, initial_noise(schedule, noise), time_grid(schedule, 40), sampler, noise
-    )
-    levels = TWO_MODES.cdf(schedule, 0.0, z.double().flatten()).sort().values
-    assert (levels - torch.linspace(0, 1, 4000)).abs().max() < 0.06
+    levels = schedule.levels(time_grid(schedule, 40))
+    z = sample(TWO_MODES.denoise, levels, initial_noise(levels[0], noise), sampler, noise)
+    quantiles = TWO_MODES.cdf(schedule, 0.0, z.double().flatten()).sort().values
+    assert (quantiles - torch.linspace(0, 1, 4000)).abs().max() < 0.06
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_times_per_item_and_per_token(sampler):
     """A grid with a time per item or token gives each the same result as alone."""
-    schedule, steps = make_schedule("flow"), 8
-    denoise = TWO_MODES.denoise(schedule)
+    schedule, count = make_schedule("flow"), 8
     grids = torch.stack(
-        [time_grid(schedule, steps, t_max=high, t_min=low) for high, low in [(1, 0), (0.9, 0.2), (0.7, 0)]]
+        [time_grid(schedule, count, t_max=high, t_min=low) for high, low in [(1, 0), (0.9, 0.2), (0.7, 0)]]
     )
-    start, noises = torch.randn(2, 3, 5), [torch.randn(2, 3, 5) for _ in range(steps)]
+    start, noises = torch.randn(2, 3, 5), [torch.randn(2, 3, 5) for _ in range(count)]
 
     def run(z, grid, cut):
         parts = iter(noises)
-        return sample(denoise, schedule, z, grid, sampler, lambda: next(parts)[cut])
+        return sample(TWO_MODES.denoise, schedule.levels(grid), z, sampler, lambda: next(parts)[cut])
 
     separate = [run(start[:, i : i + 1], grid, (slice(None), slice(i, i + 1))) for i, grid in enumerate(grids)]
     tokens = run(start, grids.T[:, None], ...)  # (steps + 1, 1, N)
@@ -143,7 +146,7 @@ def test_clean_tokens_stay_unchanged(sampler):
     schedule, noise = make_schedule("flow"), Noise(0, range(2), (2, 4))
     z = torch.randn(2, 2, 4)
     grid = time_grid(schedule, 5)[:, None, None] * torch.tensor([0.0, 1.0])  # the first token has no noise
-    out = sample(GAUSSIAN.denoise(schedule), schedule, z, grid, sampler, noise)
+    out = sample(GAUSSIAN.denoise, schedule.levels(grid), z, sampler, noise)
     assert out.isfinite().all() and torch.equal(out[:, 0], z[:, 0]) and not torch.equal(out[:, 1], z[:, 1])
 
 
@@ -151,21 +154,20 @@ def test_clean_tokens_stay_unchanged(sampler):
 def test_initial_noise_has_the_variance_of_unit_latents(name):
     schedule, ones = make_schedule(name, **({"steps": 4, "tau": 0.5} if name == "walk" else {})), lambda: torch.ones(2)
     for t in (1.0, 0.4):
-        alpha, sigma = schedule(t)
-        assert torch.allclose(
-            initial_noise(schedule, ones, t).double() ** 2, (alpha**2 + sigma**2).expand(2), rtol=1e-5
-        )
+        level = schedule(t)
+        variance = (level.alpha**2 + level.sigma**2).expand(2)
+        assert torch.allclose(initial_noise(level, ones).double() ** 2, variance, rtol=1e-5)
 
 
 def test_evaluations_per_step():
     schedule, calls = make_schedule("flow"), []
-    denoise = lambda z, t: calls.append(t) or GAUSSIAN.denoise(schedule)(z, t)
+    denoise = lambda z, level: calls.append(level) or GAUSSIAN.denoise(z, level)
     counts = {}
     for name in SAMPLERS:
         calls.clear()
-        sample(denoise, schedule, torch.randn(4), time_grid(schedule, 5), name, lambda: torch.randn(4))
+        sample(denoise, schedule.levels(time_grid(schedule, 5)), torch.randn(4), name, lambda: torch.randn(4))
         counts[name] = len(calls)
-        assert all(t.shape == (4,) for t in calls)
+        assert all(value.shape == () for level in calls for value in level)
     assert counts == {name: 9 if name == "heun" else 5 for name in SAMPLERS}
     assert counts == {name: denoiser_evaluations(name, 5) for name in SAMPLERS}
 
@@ -176,22 +178,23 @@ def test_custom_step_rules_work():
     assert isinstance(rule, Multistep)
     seen = []
 
-    def wrapped(denoise, schedule, z, t, s, noise, state):
-        seen.append(float(t))
-        return rule(denoise, schedule, z * 1.0, t, s, noise, state)
+    def wrapped(denoise, z, at_t, at_s, noise, state):
+        seen.append(float(at_t.t))
+        return rule(denoise, z * 1.0, at_t, at_s, noise, state)
 
-    z = torch.randn(3, 2)
-    out = sample(GAUSSIAN.denoise(schedule), schedule, z, time_grid(schedule, 4), wrapped)
-    assert torch.equal(out, sample(GAUSSIAN.denoise(schedule), schedule, z, time_grid(schedule, 4), "ddim"))
+    z, levels = torch.randn(3, 2), schedule.levels(time_grid(schedule, 4))
+    out = sample(GAUSSIAN.denoise, levels, z, wrapped)
+    assert torch.equal(out, sample(GAUSSIAN.denoise, levels, z, "ddim"))
     assert seen == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_errors_suggest_the_nearest_name():
     schedule, z = make_schedule("flow"), torch.randn(2)
+    levels = schedule.levels(time_grid(schedule, 2))
     with pytest.raises(ValueError, match="did you mean 'heun'"):
-        sample(GAUSSIAN.denoise(schedule), schedule, z, time_grid(schedule, 2), "huen")
+        sample(GAUSSIAN.denoise, levels, z, "huen")
     with pytest.raises(ValueError, match="noise"):
-        sample(GAUSSIAN.denoise(schedule), schedule, z, time_grid(schedule, 2), "ddpm")
+        sample(GAUSSIAN.denoise, levels, z, "ddpm")
     with pytest.raises(ValueError, match="'karras'"):
         time_grid(schedule, 2, "karas")
     with pytest.raises(ValueError, match="at least 1"):
@@ -200,12 +203,12 @@ def test_errors_suggest_the_nearest_name():
 
 @pytest.mark.parametrize("spacing", GRIDS)
 @pytest.mark.parametrize("name", ["flow", "cosine", "linear", "edm", "walk"])
-@pytest.mark.parametrize("steps", [1, 2, 30])
-def test_grids_decrease(spacing, name, steps):
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_grids_decrease(spacing, name, count):
     schedule = make_schedule(name)
     for high, low in [(1.0, 0.0), (0.8, 0.1)]:
-        grid = time_grid(schedule, steps, spacing, high, low)
-        assert grid.shape == (steps + 1,) and grid.dtype == torch.float64
+        grid = time_grid(schedule, count, spacing, high, low)
+        assert grid.shape == (count + 1,) and grid.dtype == torch.float64
         assert grid[0] == high and grid[-1] == low and (grid.diff() < 0).all()
 
 
@@ -230,7 +233,7 @@ def test_abm2_is_exact_for_z_hat_linear_in_the_angle():
     line = lambda t: 0.3 - 1.7 * torch.atan2(t, 1 - t)
     grid = torch.tensor([start, 0.6, stop], dtype=torch.float64)
     z = torch.tensor([0.4, -1.0], dtype=torch.float64)
-    got = sample(lambda z, t: line(t).expand_as(z), schedule, z, grid, "abm2")
+    got = sample(lambda z, level: line(level.t).expand_as(z), schedule.levels(grid), z, "abm2")
     tau = torch.linspace(start, stop, 20_001, dtype=torch.float64)  # z / sigma changes by z_hat d(alpha / sigma)
     gain = torch.trapezoid(line(tau) * -1 / tau**2, tau)
     assert torch.allclose(got, stop * (z / start + gain), atol=1e-8)

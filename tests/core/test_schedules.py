@@ -32,7 +32,7 @@ def test_derivatives(name):
 def test_inverse(name):
     schedule = build(name)
     t = torch.linspace(0.001, 0.999, 997, dtype=torch.float64)
-    assert torch.allclose(schedule.inverse_logsnr(schedule.logsnr(t)), t, atol=1e-9)
+    assert torch.allclose(schedule.inverse_logsnr(schedule(t).logsnr), t, atol=1e-9)
     ends = schedule.inverse_logsnr(torch.tensor([60.0, -60.0]))
     assert ends[0] < 1e-3 and ends[1] > 1 - 1e-3
 
@@ -41,12 +41,11 @@ def test_inverse(name):
 def test_shape_dtype_and_order(name):
     schedule = build(name)
     t = torch.linspace(0, 1, 301, dtype=torch.float32).reshape(7, 43)
-    alpha, sigma = schedule(t)
-    assert alpha.shape == sigma.shape == schedule.logsnr(t).shape == t.shape
-    assert alpha.dtype == sigma.dtype == schedule.logsnr(t).dtype == torch.float64
-    lam = schedule.logsnr(t).flatten()
+    level = schedule(t)
+    assert all(value.shape == t.shape and value.dtype == torch.float64 for value in level)
+    lam = level.logsnr.flatten()
     assert lam.isfinite().all() and (lam.diff() < 0).all()
-    assert float(sigma[0, 0]) < 0.0021 and float(alpha[0, 0]) == 1.0
+    assert float(level.sigma[0, 0]) < 0.0021 and float(level.alpha[0, 0]) == 1.0
     assert schedule.alpha(0.5).shape == ()
 
 
@@ -59,8 +58,8 @@ def test_settings_rebuild_the_schedule(name):
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "table"])
 def test_variance_preserving(name):
-    alpha, sigma = build(name)(torch.linspace(0, 1, 101))
-    assert torch.allclose(alpha**2 + sigma**2, torch.ones(101, dtype=torch.float64), atol=1e-12)
+    level = build(name)(torch.linspace(0, 1, 101))
+    assert torch.allclose(level.alpha**2 + level.sigma**2, torch.ones(101, dtype=torch.float64), atol=1e-12)
 
 
 def test_table_matches_its_betas():
@@ -144,9 +143,9 @@ def test_reverse_with_score_returns_to_the_data(data, stochastic):
     """With the score, the reverse process has the variance of the recursion and the distribution of the data."""
     generator = torch.Generator().manual_seed(2)
     walk, _, z = random_walk(data, generator)
-    denoise, variance = data.denoise(walk), data.moments(walk, 1.0)[1]
+    variance = data.moments(walk, 1.0)[1]
     for k in range(STEPS, 0, -1):
-        score = (denoise(z, torch.tensor(k / STEPS)) - z) / (k * TAU)
+        score = (data.denoise(z, walk(k / STEPS)) - z) / (k * TAU)
         z = walk.reverse_step(z, score, randn(generator) if stochastic else None)
         v = data.moments(walk, k / STEPS)[1]
         variance = (1 - TAU / v) ** 2 * variance + TAU if stochastic else (1 - TAU / (2 * v)) ** 2 * variance
@@ -161,9 +160,8 @@ def test_reverse_with_score_returns_to_the_data(data, stochastic):
 def test_ancestral_sampler_equals_the_reverse_walk():
     """ddpm on the walk has the mean of the reverse step and the variance of the posterior."""
     walk, k = make_schedule("walk", steps=STEPS, tau=TAU), 7
-    t, z, w = torch.tensor(k / STEPS, dtype=torch.float64), torch.randn(9, dtype=torch.float64), torch.randn(9)
-    denoise = TWO_MODES.denoise(walk)
-    score = (denoise(z, t) - z) / (k * TAU)
-    got = sample(denoise, walk, z, torch.stack([t, t - 1 / STEPS]), "ddpm", lambda: w)
+    z, w, levels = torch.randn(9, dtype=torch.float64), torch.randn(9), [walk(k / STEPS), walk((k - 1) / STEPS)]
+    score = (TWO_MODES.denoise(z, levels[0]) - z) / (k * TAU)
+    got = sample(TWO_MODES.denoise, levels, z, "ddpm", lambda: w)
     assert torch.allclose(got, walk.reverse_step(z, score, w * ((k - 1) / k) ** 0.5), atol=1e-10)
     assert time_grid(walk, STEPS)[1] == 1 - 1 / STEPS

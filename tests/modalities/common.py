@@ -1,7 +1,7 @@
 """What the contract tests share: a trained run per modality, and examples of tasks that only some modalities can do."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +19,8 @@ from sfumato.data.dataset import Dataset
 from sfumato.errors import UserError
 from sfumato.modalities.base import Animatable, Conditional, Labelable, Maskable, Modality
 from sfumato.model import Model
+from sfumato.sampling import new_conditions
+from sfumato.types import Items, Latent, Raw
 
 STEPS = 60  # of both stages together
 OVERRIDES = (  # a small model, and nothing that depends on the machine
@@ -43,6 +45,7 @@ EXAMPLES = {
     "image": Example(mask=LEFT_HALF, augment={"n": 26}),
     "table": Example(where=("colour=red",), balance="colour", augment={"target": "colour", "n": 140}),
     "waves": Example(),
+    "strokes": Example(),
 }
 TASKS: dict[type, Callable[["Run", Path], Any]] = {
     Maskable: lambda run, folder: run.model.inpaint(run.source, mask=run.write_mask(folder), steps=2, resample=1),
@@ -82,14 +85,53 @@ class Run:
         return folder / "mask.png"
 
 
-def values(data: Dataset) -> Tensor:
-    """All items (N, ...) of a data set."""
-    return data.batch(range(len(data))).data
+def values(data: Dataset) -> Items:
+    """All items of a data set."""
+    batch = data.batch(range(len(data)))
+    return Items.unpad(batch.data, batch.mask)
 
 
-def equal(a: Tensor, b: Tensor) -> bool:
+def equal(a: Items, b: Items) -> bool:
+    """Whether items are the same, missing values included."""
+    return len(a) == len(b) and all(map(equal_values, a, b))
+
+
+def equal_values(a: Tensor, b: Tensor) -> bool:
     """Whether values are the same, missing ones included."""
     return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def have_shape(items: Items, shape: tuple[int, ...]) -> bool:
+    """Whether items have a shape; of a list, which items of several lengths are, the first axis may be shorter."""
+    if isinstance(items.data, Tensor):
+        return items.data.shape[1:] == shape
+    return all(len(item) <= shape[0] and item.shape[1:] == shape[1:] for item in items)
+
+
+def finite(items: Items) -> bool:
+    """Whether all values are finite or missing."""
+    return all(bool((item.isfinite() | item.isnan()).all()) for item in items)
+
+
+def rolled(items: Items) -> Items:
+    """The items, the last one first."""
+    return items.select([len(items) - 1, *range(len(items) - 1)])
+
+
+def conditions(run: Run, items: Sequence[int]) -> Raw:
+    """The conditions that `generate` gives each item."""
+    return new_conditions(run.model.conditioner, items, 0)
+
+
+def assert_equal(a: object, b: object) -> None:
+    """The latents, or the values of conditions, are the same."""
+    if isinstance(a, Latent) and isinstance(b, Latent):
+        assert_equal(a.z, b.z)
+        assert_equal(a.mask, b.mask)
+    elif isinstance(a, Tensor) and isinstance(b, Tensor):
+        assert equal_values(a, b)
+    else:
+        assert a == b
 
 
 @contextmanager

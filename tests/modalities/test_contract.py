@@ -1,11 +1,10 @@
-"""The contract of modalities: the same tests for each in the table, and for one that is registered from outside."""
+"""The contract of modalities: the same tests for each in the table, and for two registered from outside."""
 
 import json
 import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +20,26 @@ from sfumato.modalities.base import Animatable, Conditional, FeatureLearner, Lab
 from sfumato.model import Model
 from sfumato.training.build import denoiser_step
 from sfumato.training.trainer import Trainer
-from sfumato.types import UNKNOWN, Batch
-from tests.modalities.common import OVERRIDES, TASKS, Run, equal, refused, values
-from tests.modalities.toy import Waves, write_waves
+from sfumato.types import UNKNOWN, Batch, Items, Latent
+from tests.modalities.common import (
+    OVERRIDES,
+    TASKS,
+    Run,
+    assert_equal,
+    conditions,
+    equal,
+    equal_values,
+    finite,
+    have_shape,
+    refused,
+    rolled,
+    values,
+)
+from tests.modalities.strokes import Strokes
+from tests.modalities.toy import Waves
 from tests.training.common import weights
 
+OUTSIDE = (Waves(), Strokes())  # the last is asked first, for a folder of strokes looks like waves too
 QUICK = (  # optimizer steps of classifiers, which need not be good here
     "sfumato.modalities.image.evaluator.EVALUATOR_STEPS",
     "sfumato.modalities.image.labeler.LABELER_STEPS",
@@ -34,19 +48,21 @@ QUICK = (  # optimizer steps of classifiers, which need not be good here
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache for these tests, a machine that is not measured, and the waves."""
+    """A cache for these tests, a machine that is not measured, and the modalities from outside."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SFUMATO_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("SFUMATO_INCEPTION", raising=False)
         patch.setattr("sfumato.training.profile.measure_peak", lambda *_: 1e11)
         for name in QUICK:
             patch.setattr(name, 20)
-        sfumato.register(Waves())
+        for modality in OUTSIDE:
+            sfumato.register(modality)
         yield
-        del MODALITIES["waves"]
+        for modality in OUTSIDE:
+            del MODALITIES[modality.name]
 
 
-@pytest.fixture(scope="module", params=[*MODALITIES, "waves"])
+@pytest.fixture(scope="module", params=[*MODALITIES, *(modality.name for modality in OUTSIDE)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, surroundings: None) -> Run:
     return Run(find_modality(request.param), tmp_path_factory.mktemp(request.param))
 
@@ -58,11 +74,11 @@ def test_a_source_is_recognised_and_read(run: Run):
     assert recognise(run.source) is run.modality
     for data in (run.train, run.held_out):
         x = values(data)
-        assert data.shape == run.model.config.shape and x.shape == (len(data), *data.shape)
+        assert data.shape == run.model.config.shape and len(x) == len(data) and have_shape(x, data.shape)
         assert data.spec == run.spec == json.loads(json.dumps(data.spec))
         assert len(data) >= run.modality.min_items and data.min_held_out >= 1
         assert all(isinstance(line, str) for line in [*data.describe(), *data.notes])
-        for attribute in (data.labels, data.captions, data.names):
+        for attribute in (data.labels, data.captions, data.names, *data.conditions.values()):
             assert attribute is None or len(attribute) == len(data)
     assert data.classes == len(run.model.config.label_names)
 
@@ -71,10 +87,12 @@ def test_a_batch_holds_the_items_of_its_index(run: Run):
     x, index = values(run.train), [5, 0, 5, 2]
     for form in (index, np.array(index), torch.tensor(index)):
         batch = run.train.batch(form)
-        assert equal(batch.data, x[index]) and batch.index.tolist() == index
-        assert (batch.label is None) == (run.train.labels is None)
-        if batch.label is not None:
-            assert batch.label.tolist() == run.train.labels[index].tolist()
+        assert equal(Items.unpad(batch.data, batch.mask), x.select(index)) and batch.index.tolist() == index
+        assert batch.raw.values.keys() == run.train.conditions.keys()
+        for name, known in run.train.conditions.items():
+            assert_equal(batch.raw.values[name], known.raw(index))
+        if run.train.labels is not None:
+            assert any(value.tolist() == run.train.labels[index].tolist() for value in batch.raw.values.values())
 
 
 def test_the_split_is_deterministic_and_covers_the_source(run: Run):
@@ -84,16 +102,16 @@ def test_the_split_is_deterministic_and_covers_the_source(run: Run):
         assert equal(values(part), values(other)) and part.fingerprint == other.fingerprint
     if held_out is None:
         assert len(data) == len(run.train) + len(run.held_out)
-        parts = torch.cat([values(run.train), values(run.held_out)]).flatten(1)
-        assert sorted(map(str, parts.tolist())) == sorted(map(str, values(data).flatten(1).tolist()))
+        parts = Items.concat([values(run.train), values(run.held_out)])
+        assert sorted(str(item.tolist()) for item in parts) == sorted(str(item.tolist()) for item in values(data))
 
 
 def test_a_subset_is_a_data_set_and_a_fingerprint_tells_content(run: Run, tmp_path: Path):
     index = [7, 1, 3]
     part = run.train.subset(index)
     assert len(part) == 3 and part.shape == run.train.shape and part.spec == run.train.spec
-    assert equal(values(part), values(run.train)[index])
-    assert equal(values(part.subset([2, 0])), values(run.train)[[3, 7]])
+    assert equal(values(part), values(run.train).select(index))
+    assert equal(values(part.subset([2, 0])), values(run.train).select([3, 7]))
     names = [run.train, run.held_out, part, run.train.subset([1, 7, 3]), run.train.subset([7, 1])]
     assert len({data.fingerprint for data in names}) == len(names)
     assert run.train.subset(index).fingerprint == part.fingerprint
@@ -101,9 +119,11 @@ def test_a_subset_is_a_data_set_and_a_fingerprint_tells_content(run: Run, tmp_pa
 
 
 def test_items_of_another_kind_are_refused(run: Run, tmp_path: Path):
-    other = next(modality for modality in MODALITIES.values() if modality is not run.modality)
-    with refused():
-        run.model.reconstruct(other.contract_source(tmp_path))
+    for other in MODALITIES.values():
+        if other is not run.modality:
+            (tmp_path / other.name).mkdir()
+            with refused():
+                run.model.reconstruct(other.contract_source(tmp_path / other.name))
     run.modality.check_compatible("a", run.train.shape, run.spec, run.source, run.held_out)
 
 
@@ -113,7 +133,7 @@ def test_items_of_another_kind_are_refused(run: Run, tmp_path: Path):
 def test_a_reconstruction_is_nearer_than_another_item(run: Run):
     x = values(run.held_out)
     ideal, error, other = (
-        run.modality.reconstruction_metrics(x, y, run.spec) for y in (x, run.model.autoencode(x), x.roll(1, 0))
+        run.modality.reconstruction_metrics(x, y, run.spec) for y in (x, run.model.autoencode(x), rolled(x))
     )
     assert error.keys() == ideal.keys() and len(error) > 0
     assert all(np.isfinite(value) for value in error.values())
@@ -122,8 +142,11 @@ def test_a_reconstruction_is_nearer_than_another_item(run: Run):
 
 def test_training_latents_have_mean_0_and_variance_1(run: Run):
     """Of a category's levels it is the variance of all together that is fixed."""
-    codec, z = run.model.codec, run.model.encode(values(run.train))
-    assert z.shape == (len(run.train), *codec.latent_shape) and z.dtype == torch.float32
+    codec, latent = run.model.codec, run.model.encode(values(run.train))
+    assert len(latent) == len(run.train) and latent.z.dtype == torch.float32
+    assert have_shape(Items.unpad(latent.z, latent.mask), codec.latent_shape)
+    z = latent.z if latent.mask is None else latent.z[latent.mask]  # of tokens, those that items have
+    assert not codec.tokens or z.ndim == 2
     var, mean = torch.var_mean(z.double(), (0, *range(2, z.ndim)), correction=0)
     assert float(mean.abs().max()) < 1e-3
     layout = codec.categorical_layout()
@@ -137,10 +160,11 @@ def test_training_latents_have_mean_0_and_variance_1(run: Run):
 
 def test_encoding_is_deterministic_and_decoding_gives_items(run: Run):
     x = values(run.held_out)
-    z = run.model.encode(x)
-    assert torch.equal(run.model.encode(x), z)
-    decoded = run.model.decode(z)
-    assert decoded.shape == x.shape and torch.isfinite(decoded[~x.isnan()]).all()
+    latent = run.model.encode(x)
+    assert_equal(run.model.encode(x), latent)
+    decoded = run.model.decode(latent)
+    assert [item.shape for item in decoded] == [item.shape for item in x]
+    assert all(y[~item.isnan()].isfinite().all() for item, y in zip(x, decoded, strict=True))
 
 
 # the denoiser
@@ -151,8 +175,10 @@ def test_one_batch_is_overfitted(run: Run):
     model = Model(run.model.config)
     model.codec.load_state_dict(run.model.codec.state_dict())
     step, batch = denoiser_step(model, run.settings), run.train.batch(range(16))
+    batch.raw = batch.raw.only(model.conditioner.names)
     if not model.codec.stochastic:
-        batch = Batch(model.encode(batch.data), batch.index, batch.label)
+        latent = model.encode(Items.unpad(batch.data, batch.mask))
+        batch = Batch(latent.z, batch.index, batch.raw, latent.mask)
     optimizer, losses = torch.optim.AdamW(step.parameters(), 3e-3), list[float]()
     for i in range(60):
         loss = step(batch, "denoiser", i, torch.Generator().manual_seed(0))["loss"]  # always the same noise
@@ -169,7 +195,7 @@ def test_one_batch_is_overfitted(run: Run):
 def test_what_is_generated_and_written_is_read_back(run: Run, tmp_path: Path):
     out, config = tmp_path / run.modality.example_output, run.model.config
     items = run.model.generate(12, out=out).items
-    labels = run.model.balanced_labels(range(12), 0)
+    labels = conditions(run, range(12)).values.get("label")
     expected = run.modality.from_samples(items, labels, config.spec, config.label_names)
     data, held_out = run.modality.read(str(out), DataSettings(), config.spec)
     assert held_out is None and len(data) == len(expected) == 12
@@ -178,7 +204,7 @@ def test_what_is_generated_and_written_is_read_back(run: Run, tmp_path: Path):
         assert other.shape == config.shape
     assert equal(values(data), values(expected))
     rounding, error = (
-        run.modality.reconstruction_metrics(items, y, config.spec) for y in (values(data), items.roll(1, 0))
+        run.modality.reconstruction_metrics(items, y, config.spec) for y in (values(data), rolled(items))
     )
     ideal = run.modality.reconstruction_metrics(items, items, config.spec)
     assert all(abs(rounding[name] - ideal[name]) < 0.6 * abs(error[name] - ideal[name]) for name in ideal)
@@ -199,14 +225,11 @@ def test_existing_output_is_kept_unless_it_is_to_be_overwritten(run: Run, tmp_pa
 
 def test_samples_are_finite_and_depend_on_seed_and_number_alone(run: Run):
     items, other = (run.model.generate(6, seed=seed).items for seed in (0, 1))
-    assert torch.isfinite(items[~items.isnan()]).all() and not equal(items, other)
-    z = torch.cat([run.model.sample([i], label(run, [i])) for i in range(6)])
-    torch.testing.assert_close(z, run.model.sample(range(6), label(run, range(6))), rtol=0, atol=1e-4)
-
-
-def label(run: Run, items: Any) -> Tensor | None:
-    """The class that `generate` gives each item."""
-    return run.model.balanced_labels(items, 0)
+    assert finite(items) and have_shape(items, run.train.shape) and not equal(items, other)
+    single = Latent.concat([run.model.sample([i], conditions(run, [i])) for i in range(6)])
+    together = run.model.sample(range(6), conditions(run, range(6)))
+    torch.testing.assert_close(single.z, together.z, rtol=0, atol=1e-4)
+    assert equal_values(*(torch.ones(()) if latent.mask is None else latent.mask for latent in (single, together)))
 
 
 def test_previews_are_pictures(run: Run, tmp_path: Path):
@@ -243,7 +266,7 @@ def test_evaluation_has_floors(run: Run, tmp_path: Path):
 
 def test_a_saved_model_is_loaded_bit_for_bit(run: Run, tmp_path: Path):
     run.model.save(tmp_path)
-    expected = run.model.sample(range(4), label(run, range(4)))
+    expected = run.model.sample(range(4), conditions(run, range(4)))
     for folder in (tmp_path, run.folder):
         loaded = sfumato.load(folder, "cpu")
         assert loaded.modality is run.modality and loaded.config == run.model.config
@@ -252,7 +275,7 @@ def test_a_saved_model_is_loaded_bit_for_bit(run: Run, tmp_path: Path):
             state = run.model.parts[name].state_dict()
             assert part.state_dict().keys() == state.keys()
             assert all(torch.equal(value, state[key]) for key, value in part.state_dict().items())
-        assert torch.equal(loaded.sample(range(4), label(run, range(4))), expected)
+        assert_equal(loaded.sample(range(4), conditions(run, range(4))), expected)
         assert equal(loaded.decode(expected), run.model.decode(expected))
 
 
@@ -295,8 +318,8 @@ def test_a_mixin_works_or_its_task_is_refused(run: Run, mixin: type, tmp_path: P
         assert not list(tmp_path.iterdir())
         return
     result = TASKS[mixin](run, tmp_path)
-    assert len(result.items) == len(result.metadata) > 0 and result.items.shape[1:] == run.train.shape
-    assert torch.isfinite(result.items[~result.items.isnan()]).all()
+    assert len(result.items) == len(result.metadata) > 0 and have_shape(result.items, run.train.shape)
+    assert finite(result.items)
     if mixin is Animatable:
         assert Image.open(tmp_path / "path.gif").n_frames == len(result.items)
     if mixin is Labelable:
@@ -312,11 +335,12 @@ def test_masks_tell_what_is_regenerated(run: Run, tmp_path: Path):
     masks = run.modality.read_masks(path, run.source, parts, DataSettings())
     assert masks.dtype == torch.bool and len(masks) == 20 and masks.any() and not masks.all()
     out = tmp_path / run.modality.example_output
-    items = run.model.inpaint(run.source, mask=path, steps=2, resample=1, out=out).items
+    items = run.model.inpaint(run.source, mask=path, steps=2, resample=1, out=out).items.stack()
     masks = run.modality.read_masks(path, run.source, [data], DataSettings())
     masks = masks if masks.ndim == items.ndim else masks.unsqueeze(1).expand_as(items)
-    written = values(run.modality.read(str(out), DataSettings(), run.spec)[0])
-    assert equal(items[~masks], values(data)[~masks]) and equal(written[~masks], values(data)[~masks])
+    written = values(run.modality.read(str(out), DataSettings(), run.spec)[0]).stack()
+    originals = values(data).stack()
+    assert equal_values(items[~masks], originals[~masks]) and equal_values(written[~masks], originals[~masks])
     assert not items[masks].isnan().any()
 
 
@@ -363,7 +387,7 @@ def test_a_feature_network_is_trained_saved_and_used_in_losses(run: Run, tmp_pat
         return
     assert learner.supports_features(shape) and learner.uses_features(codec)
     learner.check_features(codec, shape)
-    x, classes = values(run.train)[:6], run.train.classes
+    x, classes = values(run.train)[:6].stack(), run.train.classes
     network = learner.fit_features(run.train, classes, steps=2, seed=0, device="cpu", bf16=False)
     untrained = learner.build_features(shape, classes, 0, torch.device("cpu"))
     restored = learner.restore_features(shape, network.state_dict(), "cpu")
@@ -374,19 +398,3 @@ def test_a_feature_network_is_trained_saved_and_used_in_losses(run: Run, tmp_pat
     assert loss is not None and loss(x, x).tolist() == [0.0] * 6 and bool((loss(x.roll(1, 0), x) > 0).all())
     logits = learner.discriminator(shape)(x)
     assert len(logits) == 6 and logits.requires_grad
-
-
-# from outside
-
-
-def test_a_registered_modality_is_asked_first_and_can_be_replaced(tmp_path: Path):
-    write_waves(tmp_path / "waves", 8, 0)
-    assert next(iter(MODALITIES)) == "waves" and recognise(str(tmp_path / "waves")).name == "waves"
-    before, other = MODALITIES["waves"], Waves()
-    try:
-        sfumato.register(other)
-        assert find_modality("waves") is other and list(MODALITIES).count("waves") == 1
-    finally:
-        sfumato.register(before)
-    with refused("did you mean 'waves'"):
-        sfumato.fit(str(tmp_path / "waves"), out=tmp_path / "run", steps=2, modality="wave")

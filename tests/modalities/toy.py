@@ -17,7 +17,7 @@ from sfumato.data.dataset import Index, Unlabelled
 from sfumato.errors import UserError
 from sfumato.metrics import Extractor, frechet
 from sfumato.modalities.base import Modality, PlanContext
-from sfumato.types import Batch, Progress
+from sfumato.types import Batch, Items, Progress
 
 LENGTH, LATENT_DIM = 16, 6
 
@@ -79,12 +79,12 @@ class WaveEvaluator:
         distance, floor = (frechet(torch.from_numpy(data.x), self.train) for data in (fake, held))
         return {"n": len(fake), "frechet": distance, "frechet_floor": floor, "memorised": False}
 
-    def reconstruction_metrics(self, x: Tensor, x_hat: Tensor) -> dict[str, float]:
+    def reconstruction_metrics(self, x: Items, x_hat: Items) -> dict[str, float]:
         return errors(x, x_hat)
 
 
-def errors(x: Tensor, x_hat: Tensor) -> dict[str, float]:
-    return {"l1": float((x - x_hat).abs().mean())}
+def errors(x: Items, x_hat: Items) -> dict[str, float]:
+    return {"l1": float((x.stack() - x_hat.stack()).abs().mean())}
 
 
 class Waves(Modality[WaveDataset]):
@@ -101,13 +101,13 @@ class Waves(Modality[WaveDataset]):
         return any(Path(source).glob("*.npy"))
 
     def read(self, source: str, settings: DataSettings, spec: Any = None) -> tuple[WaveDataset, None]:
-        files = sorted(Path(source).glob("*.npy"))
-        if not files:
-            raise UserError(f"{source}: no waves here", code=1)
-        return WaveDataset(np.stack([np.load(file) for file in files])), None
+        waves = [np.load(file) for file in sorted(Path(source).glob("*.npy"))]
+        if {wave.shape for wave in waves} != {(LENGTH,)}:
+            raise UserError(f"{source}: no waves of {LENGTH} numbers here", code=1)
+        return WaveDataset(np.stack(waves)), None
 
-    def from_samples(self, items: Tensor, labels: Tensor | None, spec: Any, label_names: list[str]) -> WaveDataset:
-        return WaveDataset(items.numpy())
+    def from_samples(self, items: Items, labels: Tensor | None, spec: Any, label_names: list[str]) -> WaveDataset:
+        return WaveDataset(items.stack().numpy())
 
     def plan(self, given: Settings, context: PlanContext, seconds: float) -> Settings:
         codec = CodecSettings(latent_dim=LATENT_DIM, reconstruction="l2")
@@ -122,7 +122,7 @@ class Waves(Modality[WaveDataset]):
         return WaveEvaluator(train)
 
     def reconstruction_metrics(
-        self, x: Tensor, x_hat: Tensor, spec: Any, features: Extractor | None = None
+        self, x: Items, x_hat: Items, spec: Any, features: Extractor | None = None
     ) -> dict[str, float]:
         return errors(x, x_hat)
 
@@ -131,15 +131,15 @@ class Waves(Modality[WaveDataset]):
         if out.exists() and not overwrite:
             raise UserError(f"{out}: exists; pass --overwrite or name another folder")
 
-    def write(self, out: Path, items: Tensor, metadata: list[dict[str, Any]], spec: Any, overwrite: bool) -> None:
+    def write(self, out: Path, items: Items, metadata: list[dict[str, Any]], spec: Any, overwrite: bool) -> None:
         with swapped_folder(out) as folder:
             for i, item in enumerate(items):
                 np.save(folder / f"{i:06d}.npy", item.numpy(), allow_pickle=False)
             lines = [json_text({"file_name": f"{i:06d}.npy", **values}) for i, values in enumerate(metadata)]
             (folder / "metadata.jsonl").write_text("\n".join(lines))
 
-    def preview(self, items: Tensor, spec: Any, reconstructed: Tensor | None = None, columns: int | None = None) -> Any:
-        both = items if reconstructed is None else torch.cat([items, reconstructed], 1)
+    def preview(self, items: Items, spec: Any, reconstructed: Items | None = None, columns: int | None = None) -> Any:
+        both = torch.cat([part.stack() for part in (items, reconstructed) if part is not None], 1)
         return Image.fromarray(((both.tanh() + 1) * 127.5).byte().numpy())
 
     def contract_source(self, folder: Path) -> str:

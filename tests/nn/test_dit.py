@@ -1,4 +1,4 @@
-"""Only for the transformer: patches, positions, condition tokens, layouts, skips."""
+"""Only for the transformer: patches, positions, clocks of patches, skips."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from torch import Tensor
 from sfumato.nn import DiT
 from sfumato.nn.dit import patchify, unpatchify
 from sfumato.nn.layers import rotary_angles, rotate
-from sfumato.types import Cond
 
 
 def net(shape: tuple[int, ...], **settings: object) -> DiT:
@@ -64,34 +63,14 @@ def test_without_positions_order_does_not_matter() -> None:
     assert torch.allclose(out[0, :, 1, 2], out[0, :, 3, 1], atol=1e-5)
 
 
-def tokens(count: int) -> Tensor:
-    torch.manual_seed(2)
-    return torch.randn(2, count, 5)
-
-
-@pytest.mark.parametrize("per_token", [False, True])
-def test_condition_tokens_matter_and_masked_ones_do_not(per_token: bool) -> None:
-    z, clocks = torch.randn(2, 3, 8), torch.randn(2, 1)
-    if per_token:
-        clocks = clocks[:, None].expand(-1, 8, -1) + torch.linspace(0, 1, 8)[:, None]
-    model = net((3, 8), token_dim=5, patch=1)
-    mask = torch.tensor([[True, True, False, False]] * 2)
-    out = model(z, clocks, Cond(tokens=tokens(4), mask=mask))
-    changed = torch.where(mask[..., None], tokens(4), 50.0)
-    assert torch.allclose(out, model(z, clocks, Cond(tokens=changed, mask=mask)), atol=1e-5)
-    assert torch.allclose(out, model(z, clocks, Cond(tokens=tokens(4)[:, :2])), atol=1e-5)
-    assert (out - model(z, clocks, Cond(tokens=changed))).abs().max() > 1e-3
-    assert (out - model(z, clocks)).abs().max() > 1e-3
-
-
 def test_clocks_of_masked_positions_have_no_effect() -> None:
-    z, clocks, cond = torch.randn(2, 3, 8), torch.randn(2, 8, 1), Cond(tokens=tokens(4))
+    z, clocks = torch.randn(2, 3, 8), torch.randn(2, 8, 1)
     mask = (torch.arange(8) < 5).expand(2, -1)
-    model = net((3, 8), token_dim=5, patch=1)
+    model = net((3, 8), patch=1)
     changed = torch.where(mask[..., None], clocks, 3.0)
-    out = model(z, clocks, cond, mask)
-    assert torch.allclose(out[..., :5], model(z, changed, cond, mask)[..., :5], atol=1e-5)
-    assert (out - model(z, clocks + 0.1, cond, mask))[..., :5].abs().max() > 1e-4
+    out = model(z, clocks, mask=mask)
+    assert torch.allclose(out[..., :5], model(z, changed, mask=mask)[..., :5], atol=1e-5)
+    assert (out - model(z, clocks + 0.1, mask=mask))[..., :5].abs().max() > 1e-4
 
 
 def test_a_patch_takes_the_clock_of_its_first_position() -> None:
@@ -101,19 +80,12 @@ def test_a_patch_takes_the_clock_of_its_first_position() -> None:
     assert torch.allclose(model(z, clocks), model(z, first), atol=1e-6)
 
 
-def test_channels_last_equals_channels_first() -> None:
-    z, clocks = torch.randn(2, 3, 8), torch.randn(2, 1)
-    first, last = net((3, 8)), net((8, 3), channels_last=True)
-    last.load_state_dict(first.state_dict())
-    assert torch.equal(first(z, clocks), last(z.movedim(1, -1), clocks).movedim(-1, 1))
-
-
 def test_skips_carry_the_first_half_to_the_second() -> None:
     z, clocks = torch.randn(2, 3, 8), torch.randn(2, 1)
     model = net((3, 8), depth=5, skips=True)
     assert [block.skip is not None for block in model.blocks] == [False, False, False, True, True]
     recorded: dict[int, list[Tensor]] = {}
     for i, block in enumerate(model.blocks):
-        block.register_forward_hook(lambda _, args, out, i=i: recorded.update({i: [args[4], out]}))
+        block.register_forward_hook(lambda _, args, out, i=i: recorded.update({i: [args[5], out]}))
     model(z, clocks)
     assert recorded[3][0] is recorded[1][1] and recorded[4][0] is recorded[0][1]

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from sfumato.nn import DiT, ResMLP, UNet, count_flops, count_parameters
+from sfumato.types import Cond
 
 
 def test_parameters_count_once() -> None:
@@ -35,6 +36,15 @@ def test_dit_operations_by_hand() -> None:
     per_block = tokens * (3 * width * width + width * width + 8 * width * width) + 2 * tokens * tokens * width
     products = per_call + depth * per_block + 2 * tokens * patch * width
     assert count_flops(net, torch.zeros(batch, 2, 8, 8), torch.zeros(batch, 1)) == 2 * batch * products
+
+
+def test_cross_attention_operations_by_hand() -> None:
+    batch, width, depth, positions, count, dim = 3, 32, 2, 4 * 4, 5, 7
+    z, clocks, tokens = torch.zeros(batch, 2, 8, 8), torch.zeros(batch, 1), torch.zeros(batch, count, dim)
+    net = DiT((2, 8, 8), width=width, depth=depth, heads=2, patch=2, token_dim=dim)
+    products = 2 * positions * width * width + count * dim * 2 * width + 2 * positions * count * width
+    extra = count_flops(net, z, clocks, Cond(tokens=tokens)) - count_flops(net, z, clocks)
+    assert extra == 2 * batch * depth * products
 
 
 def test_unet_operations_are_dominated_by_its_convolutions() -> None:

@@ -1,6 +1,7 @@
 """All networks: shapes, zero output at the start, gradients, precision, masks, clocks, learning."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,10 +61,8 @@ def test_new_network_outputs_zero(name: str) -> None:
 @names
 def test_gradients_reach_every_parameter(name: str) -> None:
     z, clocks, cond = inputs((2, 5, 4))
-    if name == "dit":
-        cond.tokens = torch.randn(2, 3, 7)
-    net = small(name, (2, 5, 4), concat=1, **({"token_dim": 7} if name == "dit" else {}))
-    cond.concat = torch.randn(2, 1, 5, 4)
+    cond = replace(cond, concat=torch.randn(2, 1, 5, 4), tokens=None if name == "mlp" else torch.randn(2, 3, 7))
+    net = small(name, (2, 5, 4), concat=1, token_dim=0 if name == "mlp" else 7)
     net(z, clocks, cond).square().sum().backward()
     for key, p in net.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, key
@@ -103,14 +102,15 @@ def test_a_few_steps_from_zero_move_every_parameter(name: str) -> None:
 @names
 def test_every_input_matters(name: str) -> None:
     z, clocks, cond = inputs((2, 5, 4))
-    cond.concat = torch.randn(2, 1, 5, 4)
+    concat = torch.randn(2, 1, 5, 4)
+    cond = replace(cond, concat=concat)
     net = small(name, (2, 5, 4), concat=1)
     base = net(z, clocks, cond)
     others = (
         net(z + 0.1, clocks, cond),
         net(z, clocks + 0.1, cond),
         net(z, clocks, Cond(vector_of(cond) + 0.1, concat=cond.concat)),
-        net(z, clocks, Cond(cond.vector, concat=cond.concat + 0.1)),
+        net(z, clocks, Cond(cond.vector, concat=concat + 0.1)),
         net(z, clocks, Cond(concat=cond.concat)),
     )
     for other in others:
@@ -183,7 +183,8 @@ def test_a_full_mask_changes_nothing(name: str) -> None:
 def test_equal_clocks_at_all_positions_equal_one_clock(name: str) -> None:
     z, _, cond = inputs((2, 5, 4))
     clocks = torch.randn(2, 2)
-    net = small(name, (2, 5, 4), clocks=2, **({"segments": 20} if name == "mlp" else {}))
+    settings = {"segments": (1,) * 20} if name == "mlp" else {}
+    net = small(name, (2, 5, 4), clocks=2, **settings)  # pyright: ignore[reportArgumentType]
     each = clocks[:, None].expand(-1, 20, -1)
     assert torch.allclose(net(z, each, cond), net(z, clocks, cond), atol=1e-5)
     ramp = each + torch.linspace(0, 1, 20)[:, None]
@@ -256,6 +257,8 @@ def test_sizes_grow(name: str) -> None:
         (lambda: DiT((4, 8, 8), width=30, heads=4), "width=30"),
         (lambda: DiT((4, 8, 8), positions="rop"), "rope"),
         (lambda: UNet((4, 8, 8), width=30, heads=4), "width=30"),
+        (lambda: UNet((4, 80, 80), token_dim=5), "at least 400"),
+        (lambda: make_net("mlp", latent_shape=(4,), token_dim=5), "network 'mlp' cannot take text .* use dit or unet"),
     ],
 )
 def test_errors_name_wrong_settings(call: Callable[[], object], message: str) -> None:
@@ -267,7 +270,8 @@ def test_unexpected_conditions_raise() -> None:
     z, clocks, cond = inputs((2, 4, 4))
     with pytest.raises(AssertionError, match="cond_dim"):
         ResMLP((2, 4, 4), width=8, depth=1)(z, clocks, cond)
-    with pytest.raises(AssertionError, match="tokens"):
-        ResMLP((2, 4, 4), width=8, depth=1)(z, clocks, Cond(tokens=torch.zeros(2, 1, 4)))
+    for name in NETS:
+        with pytest.raises(AssertionError, match="condition tokens"):
+            small(name, (2, 4, 4))(z, clocks, Cond(tokens=torch.zeros(2, 1, 4)))
     with pytest.raises(AssertionError, match="concat"):
         ResMLP((2, 4, 4), width=8, depth=1)(z, clocks, Cond(concat=torch.zeros(2, 1, 4, 4)))

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from sfumato.modalities.image.write import write_images
 from sfumato.model import Model
 from sfumato.tasks import augmentation
 from sfumato.tasks.augment import augment
-from sfumato.types import UNKNOWN
+from sfumato.types import UNKNOWN, Items, Raw
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def predict_as(monkeypatch: pytest.MonkeyPatch, predict: Callable[[Tensor], Tensor]) -> None:
     """Replace the classifier's prediction."""
-    monkeypatch.setattr(labelers.ImageLabeler, "predict", lambda self, items: predict(items))
+    monkeypatch.setattr(labelers.ImageLabeler, "predict", lambda self, items: predict(items.stack()))
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,10 @@ def record_requests(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], 
     """The requested classes in order, with random items that `change` may alter and a classifier that agrees."""
     requested: list[int] = []
 
-    def generate(self: augmentation.ItemGenerator, numbers: range, labels: Tensor) -> Tensor:
+    def generate(self: augmentation.ItemGenerator, numbers: range, labels: Tensor) -> Items:
         requested.extend(labels.tolist())
         items = torch.stack([torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in numbers])
-        return items if change is None else change(items)
+        return Items(items if change is None else change(items))
 
     monkeypatch.setattr(augmentation.ItemGenerator, "__call__", generate)
     predict_as(monkeypatch, lambda items: torch.tensor(requested[-len(items) :]))
@@ -78,10 +79,42 @@ def test_a_balanced_set_of_real_and_generated_items(
 def test_items_are_those_of_the_model_whatever_the_batch(model: Model, digits: Path, monkeypatch: pytest.MonkeyPatch):
     predict_as(monkeypatch, lambda items: torch.arange(len(items)) % 9)
     whole, parts = (augment(model, digits, n=11, batch=batch, seed=3) for batch in (64, 5))
-    assert torch.allclose(whole.items, parts.items, atol=1e-4) and whole.metadata == parts.metadata
+    assert torch.allclose(whole.items.stack(), parts.items.stack(), atol=1e-4) and whole.metadata == parts.metadata
     row = whole.metadata[-1]
-    label = torch.tensor([row["label"]])
-    assert torch.allclose(model.decode(model.sample([row["item"]], label, seed=3))[0], whole.items[-1], atol=1e-4)
+    raw = Raw({"label": torch.tensor([row["label"]])})
+    assert torch.allclose(model.decode(model.sample([row["item"]], raw, seed=3))[0], whole.items[-1], atol=1e-4)
+
+
+@pytest.fixture
+def conditional(make_model: Callable[..., Model]) -> Model:
+    """A model of digits, styles and ages, whose training items had the style and age of their digit."""
+    styles = {"kind": "label", "names": ["thin", "bold"], "dim": 8}
+    digits = {"kind": "label", "names": [str(k) for k in range(10)], "dim": 16}
+    conditions = {"digit": digits, "style": styles, "age": {"kind": "number", "mean": 4.5, "std": 3.0, "dim": 8}}
+    model = Model(replace(make_model().config, conditioner=conditions)).eval()
+    digit = torch.arange(1_000) % 10
+    assert model.conditioner.observed is not None
+    model.conditioner.observed.learn(Raw({"digit": digit, "style": digit % 2, "age": digit / 2}), 1_000)
+    return model
+
+
+def test_other_conditions_of_generated_items_are_those_of_training_items(
+    conditional: Model, digits: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[Raw] = []
+    sample = Model.sample
+    record = lambda self, items, raw, **settings: seen.append(raw) or sample(self, items, raw, **settings)
+    monkeypatch.setattr(Model, "sample", record)
+    predict_as(monkeypatch, lambda items: torch.arange(len(items)) % 9)
+    result = augment(conditional, digits, n=11, batch=8)
+    for raw in seen:
+        digit = raw.values["digit"]
+        assert torch.equal(raw.values["style"], digit % 2) and torch.equal(raw.values["age"], digit / 2)
+    rows = result.metadata
+    assert Counter(row["digit"] for row in rows) == dict.fromkeys(range(9), 11)
+    assert all("label" not in row and ("style" in row) == ("age" in row) == ("item" in row) for row in rows)
+    made = [(row["style"], row["age"]) for row in rows if "item" in row]
+    assert made == [(["thin", "bold"][row["digit"] % 2], row["digit"] / 2) for row in rows if "item" in row]
 
 
 def test_items_predicted_as_another_class_are_rejected_and_replaced(
@@ -91,7 +124,7 @@ def test_items_predicted_as_another_class_are_rejected_and_replaced(
     predict_as(monkeypatch, lambda items: torch.where(items[:, 0, 0, 0] > 0, torch.tensor(requested[-len(items) :]), 9))
     result = augment(model, digits, n=12)
     assert 8 < result.statistics["refused"]["label"] <= result.statistics["tried"] - 32
-    assert (result.items[-32:, 0, 0, 0] > 0).all() and "short" not in result.statistics
+    assert (result.items.stack()[-32:, 0, 0, 0] > 0).all() and "short" not in result.statistics
 
 
 def test_copies_and_duplicates_are_rejected(model: Model, digits: Path, monkeypatch: pytest.MonkeyPatch):
@@ -100,7 +133,7 @@ def test_copies_and_duplicates_are_rejected(model: Model, digits: Path, monkeypa
     result = augment(model, digits, n=12)
     rejected = result.statistics["refused"]
     assert rejected["copy"] >= 1 and rejected["double"] >= 1 and result.statistics["made"] == 32
-    generated = result.items[-32:].flatten(1)
+    generated = result.items.stack()[-32:].flatten(1)
     assert (torch.cdist(generated, generated) + 9 * torch.eye(32)).min() > 0
 
 
@@ -209,8 +242,8 @@ def test_pseudo_labelled_images_come_before_generated_ones(
     unlabelled = read_images(other or tmp_path / "partly")[0].batch(range(first, first + 30)).data
     confident = truth % 2 == 0
 
-    def pseudo_label(self: object, items: Tensor) -> Tensor:
-        index = torch.cdist(items.flatten(1), unlabelled.flatten(1)).argmin(1)
+    def pseudo_label(self: object, items: Items) -> Tensor:
+        index = torch.cdist(items.stack().flatten(1), unlabelled.flatten(1)).argmin(1)
         return torch.where(torch.from_numpy(confident)[index], torch.from_numpy(truth)[index], UNKNOWN)
 
     monkeypatch.setattr(labelers.ImageLabeler, "pseudo_label", pseudo_label)
@@ -237,7 +270,7 @@ def test_only_confident_predictions_are_pseudo_labels(model: Model, tmp_path: Pa
     """Without confidence there is no pseudo-label; with full confidence it is the prediction."""
     write_partly_labelled(tmp_path / "partly")
     labeler = labelers.ImageLabeler(read_images(tmp_path / "partly")[0], [], [str(k) for k in range(10)])
-    items = labeler.given.batch(range(60)).data
+    items = Items(labeler.given.batch(range(60)).data)
     labeler.pseudo_label(items)  # the first call trains the classifier
     head = labeler.classifier.head
     head.weight.data.mul_(1e4)

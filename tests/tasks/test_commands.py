@@ -55,6 +55,24 @@ def test_one_command_reads_the_output_of_another(run: Path, folder: Path, line: 
     assert code == 0, error
 
 
+def test_several_conditions(portraits_run: Path, folder: Path):
+    given = "--label digit=7 --label style=bold --label age=30"
+    for line, shared in (
+        ("generate RUN -n 2 --out DIR/p", {"digit": 7, "style": "bold", "age": 30.0}),
+        ("edit RUN DIR/p --out DIR/q --method invert --steps 3 --guidance 1", {"source_digit": 7}),
+        ("edit RUN DIR/in --out DIR/r --strength 0.4", {"digit": 7, "style": "bold", "age": 30.0}),
+    ):
+        options = "" if "invert" in line else given
+        code, _, error = invoke(portraits_run, folder, f"{line} {options}")
+        assert code == 0, error
+        out = folder / line.split()[line.split().index("--out") + 1].removeprefix("DIR/")
+        rows = [json.loads(row) for row in (out / "metadata.jsonl").read_text().splitlines()]
+        assert len(rows) == 2 and all(shared.items() <= row.items() for row in rows), rows
+        assert all({"digit", "style", "age"} <= row.keys() and "source_age" not in row for row in rows)
+    code, _, error = invoke(portraits_run, folder, "generate RUN --out DIR/s --label style=italic")
+    assert (code, error.count("\n")) == (2, 1) and error.startswith("sfumato: style 'italic' is unknown")
+
+
 @pytest.mark.parametrize(
     ("line", "code", "message"),
     [

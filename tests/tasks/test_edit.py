@@ -8,15 +8,61 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfumato.codecs import Codec
+from sfumato.codecs.bottleneck import make_bottleneck
+from sfumato.config import DataSettings
 from sfumato.core import initial_noise, sample, time_grid
+from sfumato.data.dataset import Unlabelled
 from sfumato.errors import UserError
+from sfumato.modalities.base import Modality
 from sfumato.modalities.image.read import read_images
 from sfumato.modalities.image.write import write_images
 from sfumato.model import Model
-from sfumato.tasks.edit import edit
+from sfumato.storage import ModelConfig
+from sfumato.tasks.edit import edit, masked_denoiser
 from sfumato.tasks.generate import generate
+from sfumato.tasks.inputs import SourceItems
+from sfumato.types import Batch, Items, Latent
+from tests.training.common import stirred
 
 CLOSE = {"atol": 1e-4, "rtol": 0.0}
+STYLES = ("plain", "bold")
+
+
+class TokenCodec(Codec):
+    """Sequences of up to 8 pairs of numbers, each pair a token."""
+
+    tokens = True
+
+    def __init__(self) -> None:
+        super().__init__((8, 2))
+        self.encoder = self.decoder = torch.nn.Identity()
+        self.bottleneck = make_bottleneck("none", 2)
+
+
+class Sequences(Unlabelled):
+    """Items (L_i, 2)."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.items, self.notes = Items(torch.randn(n, 2) for n in lengths), list[str]()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def batch(self, index: list[int]) -> Batch:
+        data, mask = self.items.select(index).pad()
+        return Batch(data, torch.tensor(index), mask=mask)
+
+
+def token_model(config: ModelConfig, modality: Modality, patch: pytest.MonkeyPatch) -> Model:
+    """A model of sequences, with the methods of a modality."""
+    patch.setattr(type(modality), "codec_class", TokenCodec)
+    patch.setattr("sfumato.model.find_modality", lambda name: modality)
+    net = {"name": "dit", "width": 32, "depth": 1, "heads": 2}
+    torch.manual_seed(0)
+    model = Model(replace(config, shape=(8, 2), codec={}, conditioner={}, denoiser=config.denoiser | {"net": net}))
+    stirred(model.denoiser.net)
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -34,45 +80,41 @@ def x(digits: Path) -> torch.Tensor:
 
 
 def test_strength_goes_from_the_codec_to_pure_noise(model: Model, digits: Path, x: torch.Tensor):
-    codec = model.autoencode(x).clamp(-1, 1)
-    edited = [edit(model, digits, strength=s, guidance=1.0).items for s in (0, 0.05, 0.3, 1)]
+    codec = model.autoencode(x).stack().clamp(-1, 1)
+    edited = [edit(model, digits, strength=s, guidance=1.0).items.stack() for s in (0, 0.05, 0.3, 1)]
     assert torch.allclose(edited[0], codec, **CLOSE)
     distances = [float((items - codec).abs().mean()) for items in edited]
     assert distances == sorted(distances) and distances[3] > 5 * distances[1] > 0
     sampling = replace(model.sampling, guidance=1.0)
-    labels, schedule = read_images(digits)[0].batch(range(6)).label, model.denoiser.schedule
-    grid, noise = time_grid(schedule, sampling.steps, sampling.grid), model.noise(range(6), 0, "edit")
-    z = sample(
-        model.denoise(labels, 6, sampling),
-        schedule,
-        initial_noise(schedule, noise),
-        grid,
-        model.step_rule(labels, 6, sampling),
-        noise,
-    )
-    assert torch.allclose(edited[3], model.decode(z).clamp(-1, 1), **CLOSE)  # x is gone; the noise is that of item i
+    raw, schedule = read_images(digits)[0].batch(range(6)).raw, model.denoiser.schedule
+    levels = schedule.levels(time_grid(schedule, sampling.steps, sampling.grid))
+    noise, step = model.noise(range(6), 0, "edit"), model.step_rule(raw, 6, sampling)
+    z = sample(model.denoise(raw, 6, sampling), levels, initial_noise(levels[0], noise), step, noise)
+    new = model.decode(Latent(z)).stack().clamp(-1, 1)
+    assert torch.allclose(edited[3], new, **CLOSE)  # x is gone; the noise is that of item i
 
 
 def test_noise_differs_from_that_of_generate(model: Model, digits: Path):
     """With its original noise, a generated item would come back unchanged."""
     settings = {"label": "3", "guidance": 1.0, "seed": 2}
-    generated, edited = generate(model, n=6, **settings).items, edit(model, digits, strength=1, **settings).items
-    assert not torch.allclose(generated, edited, atol=1e-2)
+    generated, edited = generate(model, n=6, **settings), edit(model, digits, strength=1, **settings)
+    assert not torch.allclose(generated.items.stack(), edited.items.stack(), atol=1e-2)
 
 
 @pytest.mark.parametrize("method", ["noise", "invert"])
 def test_an_item_is_the_same_whatever_the_batch(model: Model, digits: Path, method: str):
     settings = {"method": method, "steps": 6, "label": "3", "seed": 2}
-    whole, parts = (edit(model, digits, batch=batch, **settings) for batch in (64, 4))
-    assert torch.allclose(whole.items, parts.items, **CLOSE) and len(whole.metadata) == 6
-    other = edit(model, digits, **(settings | {"label": "4"})).items
-    assert not torch.allclose(whole.items, other, atol=1e-2)
-    assert torch.allclose(whole.items, edit(model, digits, **(settings | {"seed": 3})).items) == (method == "invert")
+    whole, parts = (edit(model, digits, batch=batch, **settings).items.stack() for batch in (64, 4))
+    assert torch.allclose(whole, parts, **CLOSE) and len(whole) == 6
+    other = edit(model, digits, **(settings | {"label": "4"})).items.stack()
+    assert not torch.allclose(whole, other, atol=1e-2)
+    other = edit(model, digits, **(settings | {"seed": 3})).items.stack()
+    assert torch.allclose(whole, other) == (method == "invert")
 
 
 def test_inversion_reproduces_items_under_their_own_label(model: Model, digits: Path, x: torch.Tensor):
     result = edit(model, digits, method="invert", guidance=1.5)
-    assert torch.allclose(result.items, model.autoencode(x).clamp(-1, 1), atol=2e-3)
+    assert torch.allclose(result.items.stack(), model.autoencode(x).stack().clamp(-1, 1), atol=2e-3)
     assert result.statistics["steps"] == 50 and 0 < result.statistics["inversion_error"] <= 1e-3
     assert max(row["inversion_error"] for row in result.metadata) <= 1e-3
 
@@ -90,9 +132,9 @@ def test_what_is_written(model: Model, digits: Path, tmp_path: Path):
 
 def test_one_file_without_a_label(model: Model, digits: Path):
     labelled = edit(model, digits / "000003.png", method="invert", steps=4, source_label="3", label="5")
-    assert labelled.items.shape == (1, 1, 8, 8) and labelled.metadata[0]["label"] == 5
+    assert labelled.items.stack().shape == (1, 1, 8, 8) and labelled.metadata[0]["label"] == 5
     unlabelled = edit(model, digits / "000003.png", method="invert", steps=4, label="5")
-    assert not torch.allclose(labelled.items, unlabelled.items, atol=1e-3)
+    assert not torch.allclose(labelled.items.stack(), unlabelled.items.stack(), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +183,7 @@ def test_a_model_of_another_modality(make_model: Callable[..., Model], tmp_path:
 def test_inversion_at_strength_0_is_the_codec_alone(model: Model, digits: Path, x: torch.Tensor):
     result = edit(model, digits, method="invert", strength=0, label="3")
     assert result.statistics["sampler"] == "heun"
-    assert torch.allclose(result.items, model.autoencode(x).clamp(-1, 1), **CLOSE)
+    assert torch.allclose(result.items.stack(), model.autoencode(x).stack().clamp(-1, 1), **CLOSE)
     assert result.statistics["inversion_error"] == 0
 
 
@@ -163,3 +205,60 @@ def test_items_without_a_label_stay_without_one(model: Model, digits: Path, tmp_
     folder = write_images(tmp_path / "in", data.batch(range(4)).data, rows)
     assert [row.get("label") for row in edit(model, folder).metadata] == [0, 1, None, None]
     assert [row.get("sampler") for row in edit(model, folder, sampler="euler").metadata] == ["euler"] * 4
+
+
+@pytest.mark.parametrize("method", ["noise", "invert"])
+def test_conditions_that_are_not_named_keep_their_values(
+    portraits_run: Path, x: torch.Tensor, tmp_path: Path, method: str
+):
+    rows = [{"digit": i, "style": STYLES[i % 2], "age": 20.5 + i} for i in range(6)]
+    folder, settings = write_images(tmp_path / "in", x, rows), {"method": method, "steps": 4}
+    result = edit(portraits_run, folder, label="digit=7", **settings)
+    edited = result.items.stack()
+    plain, bold = (edit(portraits_run, folder, label=["7", f"style={k}"], **settings).items.stack() for k in STYLES)
+    assert torch.equal(edited[::2], plain[::2]) and torch.equal(edited[1::2], bold[1::2])
+    older = edit(portraits_run, folder, label=["7", "age=29"], **settings)
+    assert not any(torch.allclose(edited, other, atol=1e-2) for other in (plain, bold, older.items.stack()))
+    names = [f"{prefix}{name}" for name in ("digit", "style", "age") for prefix in ("", "source_")]
+    for i, (row, old) in enumerate(zip(result.metadata, older.metadata, strict=True)):
+        assert [row.get(name) for name in names] == [7, i, STYLES[i % 2], None, 20.5 + i, None]
+        assert [old.get(name) for name in names] == [7, i, STYLES[i % 2], None, 29, 20.5 + i]
+
+
+def test_a_condition_of_the_source_stays_unless_it_is_replaced(portraits: Model, digits: Path):
+    file, settings = digits / "000003.png", {"source_label": ["digit=3", "style=bold"], "method": "invert", "steps": 4}
+    kept = edit(portraits, file, label="digit=5", **settings).items.stack()
+    bold, plain = (
+        edit(portraits, file, label=["digit=5", f"style={style}"], **settings).items.stack()
+        for style in ("bold", "plain")
+    )
+    assert torch.equal(kept, bold) and not torch.allclose(kept, plain, atol=1e-2)
+    unchanged, x = edit(portraits, file, **settings).items.stack(), read_images(file)[0].batch([0]).data
+    assert torch.allclose(unchanged, portraits.autoencode(x).stack().clamp(-1, 1), atol=2e-3)
+
+
+def test_a_condition_is_given_once(portraits: Model, digits: Path):
+    with pytest.raises(UserError, match="condition 'digit' is given twice"):
+        edit(portraits, digits, label=["digit=5", "6"])
+
+
+@pytest.mark.parametrize("method", ["noise", "invert"])
+def test_items_of_several_lengths(model: Model, sound: Modality, monkeypatch: pytest.MonkeyPatch, method: str):
+    lengths = [3, 8, 1, 5]
+    torch.manual_seed(0)
+    data = Sequences(lengths)
+    monkeypatch.setattr("sfumato.tasks.inputs.read_items", lambda *_: SourceItems("x", [data], DataSettings()))
+    model = token_model(model.config, sound, monkeypatch)
+    settings = {"method": method, "steps": 4, "guidance": 1.0}
+    whole, parts = (edit(model, "x", batch=batch, **settings).items for batch in (4, 1))
+    assert [len(item) for item in whole] == lengths
+    for edited, alone, original in zip(whole, parts, data.items, strict=True):
+        assert torch.allclose(edited, alone, **CLOSE)
+        assert torch.allclose(edited, original, atol=2e-3) == (method == "invert")
+
+
+def test_inversion_sees_zeros_in_the_padding():
+    mask, z = torch.tensor([[True, False], [True, True]]), torch.zeros(2, 2, 3)
+    denoise = lambda z, level: z + 1
+    assert torch.equal(masked_denoiser(denoise, mask)(z, None), mask[..., None].expand(2, 2, 3).float())
+    assert torch.equal(masked_denoiser(denoise, None)(z, None), z + 1)

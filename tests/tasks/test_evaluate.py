@@ -16,6 +16,7 @@ from sfumato.modalities.image.dataset import ImageDataset
 from sfumato.modalities.image.read import read_source
 from sfumato.modalities.image.write import write_images
 from sfumato.model import Model
+from sfumato.sampling import balanced_labels
 from sfumato.tasks import evaluation
 from sfumato.tasks.evaluate import evaluate
 from sfumato.tasks.generate import generate
@@ -134,6 +135,12 @@ def test_a_model_is_evaluated_as_what_it_writes(model: Model, tmp_path: Path):
     assert set(report) - set(written) == {"codec_n", "codec_psnr", "codec_ssim", "codec_l1", "codec_rfd"}
     assert report["codec_n"] == 180 and 0 < report["codec_psnr"] < 40 and report["codec_rfd"] > 0
     assert ("generate", 60, 60) in reports and reports[-1] == ("measure", 1, 1)
+
+
+def test_several_conditions_are_evaluated_by_the_primary_label(portraits: Model):
+    samples = evaluation.draw_samples(portraits, 30, 3, 500, None)
+    assert samples.labels.tolist() == balanced_labels(10, range(30), 3).tolist()
+    assert {"cas", "accuracy"} <= set(evaluate(portraits, "digits", n=60, cas=True))
 
 
 def test_how_many_items_are_generated(model: Model, monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sfumato.apps.format import result_lines
 from sfumato.errors import UserError
 from sfumato.tasks.info import count_parameters, info
 
@@ -32,6 +33,44 @@ def test_info_reports_what_the_files_contain(run: Path):
     assert (report["latent_shape"], report["modality"], report["seed"]) == ([4, 4, 4], "image", 3)
     assert report["plan"] == {"steps": 10}
     assert json.loads(json.dumps(report)) == report
+
+
+def test_labels_and_conditions(run: Path):
+    assert info(run)["labels"] == ["a", "b"] and "conditions" not in info(run)  # as written before version 3
+    metadata = {"format": 3, "modality": "image", "latent_shape": [4, 4, 4], "shape": [1, 28, 28]}
+    (run / "model.json").write_text(json.dumps(metadata))
+    (run / "conditioner").mkdir()
+    label = {"kind": "label", "names": ["x", "y"], "dropout": None}
+    style = {"kind": "label", "names": ["plain", "bold"], "dim": 16}
+    age = {"kind": "number", "mean": 30.0, "std": 9.5}
+    for settings, names, described in (
+        ({}, None, None),
+        ({"label": label}, ["x", "y"], None),
+        ({"age": age}, None, [{"name": "age", "kind": "number", "mean": 30.0, "std": 9.5}]),
+        (
+            {"style": style, "text": {"kind": "text"}, "label": label},
+            ["x", "y"],
+            [
+                {"name": "style", "kind": "label", "classes": ["plain", "bold"]},
+                {"name": "text", "kind": "text"},
+                {"name": "label", "kind": "label", "classes": ["x", "y"]},
+            ],
+        ),
+        (
+            {"style": style, "age": age},
+            ["plain", "bold"],
+            [
+                {"name": "style", "kind": "label", "classes": ["plain", "bold"]},
+                {"name": "age", "kind": "number", "mean": 30.0, "std": 9.5},
+            ],
+        ),
+    ):
+        (run / "conditioner" / "config.json").write_text(json.dumps(settings))
+        report = info(run)
+        assert (report.get("labels"), report.get("conditions")) == (names, described)
+    lines = [line.split() for line in "\n".join(result_lines(report)).splitlines()]
+    assert ["name", "style", "kind", "label", "classes", "plain,", "bold"] in lines
+    assert ["name", "age", "kind", "number", "mean", "30", "std", "9.5"] in lines
 
 
 def test_info_loads_no_torch(run: Path):

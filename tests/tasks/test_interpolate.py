@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from sfumato.modalities.image.write import animation, write_images
 from sfumato.model import Model
 from sfumato.tasks.generate import generate
 from sfumato.tasks.interpolate import interpolate
+from tests.tasks.test_edit import token_model
 
 CLOSE = {"atol": 1e-4, "rtol": 0.0}
 
@@ -30,15 +32,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def ends(model: Model, files: list[Path]) -> list[torch.Tensor]:
-    return [model.autoencode(read_images(file)[0].batch([0]).data).clamp(-1, 1)[0] for file in files]
+    return [model.autoencode(read_images(file)[0].batch([0]).data).stack().clamp(-1, 1)[0] for file in files]
 
 
 def test_generated_ends_are_those_of_generate(model: Model):
-    generated = generate(model, n=5, seed=4).items
+    generated = generate(model, n=5, seed=4).items.stack()
     for path in ("flow", "latent"):
-        curve = interpolate(model, "1", "4", n=5, seed=4, path=path).items
+        curve = interpolate(model, "1", "4", n=5, seed=4, path=path).items.stack()
         assert torch.allclose(curve[[0, -1]], generated[[1, 4]], **CLOSE)
-    assert torch.equal(interpolate(model, n=2).items, interpolate(model, "0", "1", n=2).items)
+    assert torch.equal(interpolate(model, n=2).items.stack(), interpolate(model, "0", "1", n=2).items.stack())
 
 
 def test_autoguidance_is_reported(model: Model, files: list[Path], monkeypatch: pytest.MonkeyPatch):
@@ -55,23 +57,24 @@ def test_autoguidance_is_reported(model: Model, files: list[Path], monkeypatch: 
 
 @pytest.mark.parametrize("path", ["flow", "latent"])
 def test_files_are_reproduced_at_the_ends(model: Model, files: list[Path], ends: list[torch.Tensor], path: str):
-    curve = interpolate(model, *files, n=3, path=path, label_a="3", label_b="9").items
+    curve = interpolate(model, *files, n=3, path=path, label_a="3", label_b="9").items.stack()
     assert torch.allclose(curve[0], ends[0], atol=2e-3) and torch.allclose(curve[-1], ends[1], atol=2e-3)
     assert min(float((curve[1] - end).abs().mean()) for end in ends) > 0.01
 
 
 def test_the_curve_has_no_jumps(model: Model, files: list[Path]):
-    curve = interpolate(model, *files, n=33, steps=8).items
+    curve = interpolate(model, *files, n=33, steps=8).items.stack()
     steps = (curve[1:] - curve[:-1]).flatten(1).norm(dim=1)
     assert steps.max() < 0.5 * float((curve[-1] - curve[0]).norm()) and steps.min() > 0
 
 
 def test_items_do_not_depend_on_the_batch_or_on_each_other(model: Model, files: list[Path]):
     mixed = {"steps": 6, "label_b": "2"}
-    whole = interpolate(model, files[0], "5", n=9, **mixed).items
-    assert torch.allclose(interpolate(model, files[0], "5", n=9, batch=2, **mixed).items, whole, **CLOSE)
-    assert torch.allclose(interpolate(model, files[0], "5", n=5, **mixed).items, whole[::2], **CLOSE)
-    assert torch.allclose(interpolate(model, "5", files[0], n=9, steps=6, label_a="2").items.flip(0), whole, atol=1e-3)
+    whole = interpolate(model, files[0], "5", n=9, **mixed).items.stack()
+    assert torch.allclose(interpolate(model, files[0], "5", n=9, batch=2, **mixed).items.stack(), whole, **CLOSE)
+    assert torch.allclose(interpolate(model, files[0], "5", n=5, **mixed).items.stack(), whole[::2], **CLOSE)
+    reverse = interpolate(model, "5", files[0], n=9, steps=6, label_a="2").items.stack()
+    assert torch.allclose(reverse.flip(0), whole, atol=1e-3)
 
 
 @pytest.mark.parametrize("path", ["flow", "latent"])
@@ -81,12 +84,12 @@ def test_a_stochastic_sampler_is_replaced_by_a_deterministic_one(
     curves: list[torch.Tensor] = []
     for sampler in ("heun", "sde", "ddpm"):
         monkeypatch.setitem(model.config.sample, "sampler", sampler)
-        curves.append(interpolate(model, "1", "4", n=3, path=path).items)
+        curves.append(interpolate(model, "1", "4", n=3, path=path).items.stack())
     assert torch.equal(curves[0], curves[1]) and torch.equal(curves[0], curves[2])
 
 
 def test_conditions_matter(model: Model, files: list[Path]):
-    three, eight = (interpolate(model, "0", "1", n=3, label_a="3", label_b=b).items for b in ("3", "8"))
+    three, eight = (interpolate(model, "0", "1", n=3, label_a="3", label_b=b).items.stack() for b in ("3", "8"))
     assert torch.allclose(three[0], eight[0], **CLOSE) and not torch.allclose(three[1], eight[1], atol=1e-3)
 
 
@@ -159,3 +162,41 @@ def test_wrong_files_and_models(make_model: Callable[..., Model], sound: Modalit
     model.modality = sound
     with pytest.raises(UserError, match="--animation: not supported for models of modality sound"):
         interpolate(model, animation=tmp_path / "x.gif")
+
+
+def test_every_condition_is_interpolated(portraits: Model):
+    settings = {"n": 3, "seed": 4, "steps": 8}
+    mixed, plain, bold = (
+        interpolate(
+            portraits, label_a=["3", "age=23", f"style={a}"], label_b=["digit=3", "age=28", f"style={b}"], **settings
+        )
+        for a, b in (("plain", "bold"), ("plain", "plain"), ("bold", "bold"))
+    )
+    curve, ends = mixed.items.stack(), [plain.items.stack(), bold.items.stack()]
+    assert torch.allclose(curve[0], ends[0][0], **CLOSE) and torch.allclose(curve[2], ends[1][2], **CLOSE)
+    assert not any(torch.allclose(curve[1], end[1], atol=1e-3) for end in ends)
+    shared = [
+        {name: row.get(name) for name in ("digit", "style", "age")} for row in (*mixed.metadata, bold.metadata[0])
+    ]
+    assert shared == [{"digit": 3, "style": None, "age": None}] * 3 + [{"digit": 3, "style": "bold", "age": None}]
+
+
+def test_generated_ends_have_all_conditions_of_generate(portraits: Model):
+    for label in (None, "digit=3", ["style=bold", "age=22"]):
+        generated = generate(portraits, n=5, seed=4, label=label).items.stack()
+        curve = interpolate(portraits, "1", "4", n=2, seed=4, label_a=label, label_b=label).items.stack()
+        assert torch.allclose(curve, generated[[1, 4]], **CLOSE)
+
+
+@pytest.mark.parametrize("path", ["flow", "latent"])
+def test_items_of_one_length_among_several(model: Model, sound: Modality, path: str, monkeypatch: pytest.MonkeyPatch):
+    model = token_model(replace(model.config, sample={"steps": 4}), sound, monkeypatch)
+    model.codec.learn_lengths([torch.arange(8) < torch.tensor([[3], [5], [3], [3]])])
+    lengths = [int(model.draw_mask([i], 0).sum()) for i in range(20)]
+    a, b, other = lengths.index(3), len(lengths) - 1 - lengths[::-1].index(3), lengths.index(5)
+    curve = interpolate(model, str(a), str(b), n=3, path=path).items
+    new = model.decode(model.sample([a, b]))
+    assert [item.shape for item in curve] == [(3, 2)] * 3
+    assert torch.allclose(curve[0], new[0], **CLOSE) and torch.allclose(curve[2], new[1], **CLOSE)
+    with pytest.raises(UserError, match="not supported between items of different lengths"):
+        interpolate(model, str(a), str(other), path=path)

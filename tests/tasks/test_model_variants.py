@@ -67,35 +67,38 @@ def source(variant: dict[str, Any], tmp_path: Path) -> Path:
 
 def reconstructed(model: Model, source: Path) -> torch.Tensor:
     """The images through the codec."""
-    return model.autoencode(read_images(source)[0].batch(range(4)).data)
+    return model.autoencode(read_images(source)[0].batch(range(4)).data).stack()
 
 
 def test_edit(variant_model: Model, source: Path, variant: dict[str, Any], tmp_path: Path):
     label = "3" if variant["classes"] else None
     result = sfumato.edit(variant_model, source, label=label, strength=0.6, out=tmp_path / "out")
-    assert torch.isfinite(result.items).all() and not torch.allclose(
-        result.items, reconstructed(variant_model, source), atol=1e-2
+    assert torch.isfinite(result.items.stack()).all() and not torch.allclose(
+        result.items.stack(), reconstructed(variant_model, source), atol=1e-2
     )
     torch.testing.assert_close(
-        sfumato.edit(variant_model, source, label=label, batch=3).items, result.items, rtol=0, atol=1e-4
+        sfumato.edit(variant_model, source, label=label, batch=3).items.stack(), result.items.stack(), rtol=0, atol=1e-4
     )
     data = read_images(tmp_path / "out")[0]
     assert (data.spec, len(data)) == (variant["mode"], 4)
     back = sfumato.edit(variant_model, source, method="invert", guidance=1.0)
     assert back.statistics["inversion_error"] < 1e-3
-    torch.testing.assert_close(back.items, reconstructed(variant_model, source), rtol=0, atol=5e-3)
+    torch.testing.assert_close(back.items.stack(), reconstructed(variant_model, source), rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("method", ["gradient", "repaint"])
 def test_inpaint(variant_model: Model, source: Path, variant: dict[str, Any], tmp_path: Path, method: str):
     settings = {"mask": tmp_path / "mask.png", "method": method, "steps": 3, "resample": 2}
     result = sfumato.inpaint(variant_model, source, out=tmp_path / "out", **settings)
-    assert torch.isfinite(result.items).all()
+    assert torch.isfinite(result.items.stack()).all()
     before, after = read_images(source)[0], read_images(tmp_path / "out")[0]
     assert after.spec == variant["mode"] and np.array_equal(after.pixels[:, ~HOLE], before.pixels[:, ~HOLE])
     assert (after.pixels[:, HOLE] != before.pixels[:, HOLE]).mean() > 0.5
     torch.testing.assert_close(
-        sfumato.inpaint(variant_model, source, batch=3, **settings).items, result.items, rtol=0, atol=1e-4
+        sfumato.inpaint(variant_model, source, batch=3, **settings).items.stack(),
+        result.items.stack(),
+        rtol=0,
+        atol=1e-4,
     )
 
 
@@ -109,13 +112,13 @@ def test_transfer(
             sfumato.transfer(variant_model, source, label="3", **settings)
         return
     result = sfumato.transfer(variant_model, source, label="1", out=tmp_path / "out", **settings)
-    assert torch.isfinite(result.items).all() and {row["label"] for row in result.metadata} == {1}
+    assert torch.isfinite(result.items.stack()).all() and {row["label"] for row in result.metadata} == {1}
     assert read_images(tmp_path / "out")[0].spec == variant["mode"]
     torch.testing.assert_close(
-        result.items[2:], reconstructed(variant_model, source)[2:], rtol=0, atol=1e-4
+        result.items.stack()[2:], reconstructed(variant_model, source)[2:], rtol=0, atol=1e-4
     )  # these have the class already
     if variant["bottleneck"] != "vq":  # a random network may move latents too little to change their codes
-        assert not torch.allclose(result.items[:2], reconstructed(variant_model, source)[:2], atol=1e-3)
+        assert not torch.allclose(result.items.stack()[:2], reconstructed(variant_model, source)[:2], atol=1e-3)
 
 
 @pytest.mark.parametrize("path", ["flow", "latent"])
@@ -123,14 +126,14 @@ def test_interpolate(variant_model: Model, source: Path, variant: dict[str, Any]
     files = [file for file in sorted(source.rglob("*.png"))[::3]]
     ends = reconstructed(variant_model, source)[[0, 3]]
     result = sfumato.interpolate(variant_model, *files, n=3, path=path, guidance=1.0, out=tmp_path / "out")
-    torch.testing.assert_close(result.items[[0, -1]], ends, rtol=0, atol=5e-3)
+    torch.testing.assert_close(result.items.stack()[[0, -1]], ends, rtol=0, atol=5e-3)
     assert read_images(tmp_path / "out")[0].spec == variant["mode"]
     partly_generated = sfumato.interpolate(
         variant_model, files[0], "5", n=3, path=path, guidance=1.0, animation=tmp_path / "curve.webp"
-    ).items
+    ).items.stack()
     torch.testing.assert_close(partly_generated[0], ends[0], rtol=0, atol=5e-3)
     generated = sfumato.interpolate(variant_model, "2", "5", n=3, path=path)
-    assert torch.isfinite(generated.items).all() and generated.statistics["path"] == path
+    assert torch.isfinite(generated.items.stack()).all() and generated.statistics["path"] == path
 
 
 def test_outpaint_and_reconstruct(variant_model: Model, source: Path, variant: dict[str, Any], tmp_path: Path):
@@ -138,5 +141,5 @@ def test_outpaint_and_reconstruct(variant_model: Model, source: Path, variant: d
     before, after = read_images(source)[0], read_images(tmp_path / "out")[0]
     assert after.spec == variant["mode"] and np.array_equal(after.pixels[:, :, 2:], before.pixels)
     torch.testing.assert_close(
-        variant_model.reconstruct(source).items, reconstructed(variant_model, source), rtol=0, atol=1e-5
+        variant_model.reconstruct(source).items.stack(), reconstructed(variant_model, source), rtol=0, atol=1e-5
     )

@@ -15,6 +15,7 @@ from sfumato.modalities.image.read import read_images, read_source
 from sfumato.modalities.image.write import to_pixels, write_images
 from sfumato.model import Model
 from sfumato.tasks.reconstruct import reconstruct
+from sfumato.types import Items
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,8 @@ def test_reconstructions_and_metrics(model: Model, pictures: Path, tmp_path: Pat
     )
     data, _ = read_images(pictures)
     x = data.batch(range(40)).data
-    x_hat = model.autoencode(x).clamp(-1, 1)
-    assert torch.allclose(result.items, x_hat, atol=1e-5)
+    x_hat = model.autoencode(x).stack().clamp(-1, 1)
+    assert torch.allclose(result.items.stack(), x_hat, atol=1e-5)
     assert [row["source"] for row in result.metadata] == data.names
     assert [row["label"] for row in result.metadata] == [int(name[0]) for name in data.names]
     expected = [psnr(x[i : i + 1], x_hat[i : i + 1]) for i in range(40)]
@@ -50,7 +51,9 @@ def test_reconstructions_and_metrics(model: Model, pictures: Path, tmp_path: Pat
 def test_written_items_are_read_back(model: Model, pictures: Path, tmp_path: Path):
     result = reconstruct(model, pictures, out=tmp_path / "out")
     data, _ = read_images(tmp_path / "out")
-    assert (data.pixels == to_pixels(result.items, "L")).all() and data.label_names == [str(k) for k in range(10)]
+    assert (data.pixels == to_pixels(result.items.stack(), "L")).all() and data.label_names == [
+        str(k) for k in range(10)
+    ]
     rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert rows[3]["source"] == result.metadata[3]["source"] and rows[3]["file_name"] == "000003.png"
     with Image.open(tmp_path / "out-sheet.png") as sheet:
@@ -64,28 +67,28 @@ def test_the_sheet_shows_evenly_spaced_pairs(
 ):
     shown: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def preview(x: torch.Tensor, spec: str, x_hat: torch.Tensor) -> Image.Image:
-        shown.append((x, x_hat))
+    def preview(x: Items, spec: str, x_hat: Items) -> Image.Image:
+        shown.append((x.stack(), x_hat.stack()))
         return Image.new("L", (1, 1))
 
     monkeypatch.setattr(model.modality, "preview", preview)
     x = read_images(pictures)[0].batch(range(40)).data
     for batch in (7, 40):
-        items = reconstruct(model, pictures, sheet=tmp_path / "pairs.png", batch=batch, overwrite=True).items
+        items = reconstruct(model, pictures, sheet=tmp_path / "pairs.png", batch=batch, overwrite=True).items.stack()
         assert torch.equal(shown[-1][0], x[::2]) and torch.equal(shown[-1][1], items[::2])
 
 
 def test_held_out_items_come_first(model: Model):
     train, held_out = read_source("digits")
     few = reconstruct(model, "digits", n=20)
-    x_hat = model.autoencode(held_out.batch(range(len(held_out))).data)
-    gap = (few.items[:, None] - x_hat).abs().flatten(2).amax(2).min(1)
+    x_hat = model.autoencode(held_out.batch(range(len(held_out))).data).stack()
+    gap = (few.items.stack()[:, None] - x_hat).abs().flatten(2).amax(2).min(1)
     assert gap.values.max() < 1e-4 and len(gap.indices.unique()) == 20
     assert len({row["label"] for row in few.metadata}) > 3  # a random choice, not the first files
     more = reconstruct(model, "digits", n=len(held_out) + 5)
     assert len(more.items) == len(held_out) + 5
     assert len(reconstruct(model, "digits", n=10**6).items) == len(train) + len(held_out)
-    assert not torch.equal(reconstruct(model, "digits", n=20, seed=1).items, few.items)
+    assert not torch.equal(reconstruct(model, "digits", n=20, seed=1).items.stack(), few.items.stack())
 
 
 def test_images_that_do_not_fit_the_model(model: Model, tmp_path: Path):
@@ -97,14 +100,14 @@ def test_images_that_do_not_fit_the_model(model: Model, tmp_path: Path):
     assert error.value.code == 1 and not (tmp_path / "out").exists()
     assert "--set data.resolution=8 --set data.mode=L" in str(error.value)
     converted = reconstruct(model, tmp_path / "colour", overrides=["data.resolution=8", "data.mode=L"])
-    assert converted.items.shape == (3, 1, 8, 8)
+    assert converted.items.stack().shape == (3, 1, 8, 8)
 
 
 def test_a_source_is_read_as_the_run_read_its_own(run: Path, tmp_path: Path):
     write_images(tmp_path / "colour", torch.rand(3, 3, 12, 10) * 2 - 1)
     result = reconstruct(run, tmp_path / "colour")  # 8 pixels and L are recorded in run.json
     assert (
-        result.items.shape == (3, 1, 8, 8)
+        result.items.stack().shape == (3, 1, 8, 8)
         and [set(row) for row in result.metadata] == [{"source", "psnr", "ssim", "l1"}] * 3
     )
 

@@ -84,9 +84,9 @@ def test_missing_cells_are_imputed_and_other_cells_keep_their_text(run: Path, tm
 
 def test_imputation_does_not_depend_on_the_batch(run: Path, tmp_path: Path):
     source = write(tmp_path / "in.csv", with_holes(things(30, seed=2)))
-    first, second = (inpaint(run, source, batch=batch, **QUICK).items for batch in (7, 30))
+    first, second = (inpaint(run, source, batch=batch, **QUICK).items.stack() for batch in (7, 30))
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
-    assert not torch.equal(first, inpaint(run, source, seed=1, **QUICK).items)
+    assert not torch.equal(first, inpaint(run, source, seed=1, **QUICK).items.stack())
 
 
 def test_dialects_and_parquet_types_are_kept(run: Path, tmp_path: Path):
@@ -143,15 +143,16 @@ def test_balanced_categories(run: Path, tmp_path: Path):
     assert sorted(kinds.count(kind) for kind in "abc") == [10, 10, 11] and kinds != sorted(kinds)
     numbers = [row["item"] for row in result.metadata]
     assert numbers == sorted(set(numbers))
-    everything = generate(run, n=numbers[-1] + 1).items
-    torch.testing.assert_close(result.items, everything[numbers], equal_nan=True)
+    everything = generate(run, n=numbers[-1] + 1).items.stack()
+    torch.testing.assert_close(result.items.stack(), everything[numbers], equal_nan=True)
 
 
 def test_balance_combines_with_conditions_and_rare_categories(run: Path):
     model = load(run, "cpu")
     names = [column["name"] for column in model.config.spec["columns"] if column["kind"] not in ("id", "constant")]
     result = generate(model, n=40, balance="rare", where=("weight>0",))
-    assert result.items[:, names.index("rare")].sum() == 20 and (result.items[:, names.index("weight")] > 0).all()
+    items = result.items.stack()
+    assert items[:, names.index("rare")].sum() == 20 and (items[:, names.index("weight")] > 0).all()
 
 
 def test_a_rare_stratum_is_inpainted_around_its_fixed_cells(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -221,12 +222,12 @@ def test_a_few_step_model_inpaints_fixed_cells_with_the_steps_of_its_teacher(
     default: Sampling, steps: int, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[Sampling] = []
-    inpainter = lambda model, mask, labels, sampling, *rest: seen.append(sampling) or (lambda items, fixed: fixed)
+    inpainter = lambda model, mask, raw, sampling, *rest: seen.append(sampling) or (lambda numbers, fixed: fixed)
     monkeypatch.setattr(sys.modules["sfumato.tasks.inpaint"], "_FixedValues", inpainter)
     config = SimpleNamespace(
         distilled={"steps": 12, "grid": "both_ends", "guidance": 1.2} if default.sampler == JUMP else None
     )
     model: Any = SimpleNamespace(config=config, sampling=default, guide=None)
     model.choose_sampling = partial(Model.choose_sampling, model)
-    assert inpaint_fixed(model, [0, 1], torch.tensor([1.0, torch.nan]), default, 0).shape == (2, 2)
+    assert inpaint_fixed(model, [0, 1], torch.tensor([1.0, torch.nan]), default, 0).stack().shape == (2, 2)
     assert (seen[0].sampler, seen[0].steps) == ("ddpm", steps)

@@ -23,6 +23,7 @@ from sfumato.tasks.info import info
 from sfumato.tasks.inpaint import _FixedValues, _Repaint
 from sfumato.tasks.interpolate import interpolate
 from sfumato.tasks.reconstruct import reconstruct
+from sfumato.types import Items, Raw
 from tests.training.common import assert_same_run, small_fit
 
 HEADER = ["name", "height", "kind", "visits", "since", "country", "married"]
@@ -66,7 +67,7 @@ def test_generated_rows_have_the_columns_types_and_missing_values_of_the_origina
 ):
     result = generate(table_run, n=60, out=tmp_path / "samples.csv", sheet=tmp_path / "samples.png")
     header, *rows = cells(tmp_path / "samples.csv")
-    assert header == HEADER and len(rows) == 60 and result.items.shape == (60, 5)
+    assert header == HEADER and len(rows) == 60 and result.items.stack().shape == (60, 5)
     column = lambda name: [row[HEADER.index(name)] for row in rows]
     assert len(set(column("name"))) == 60 and set(column("country")) == {"FR"}
     assert set(column("kind")) <= {"a", "b", "c"} and set(column("married")) <= {"yes", "no"}
@@ -96,17 +97,17 @@ def test_rows_around_fixed_cells_have_missing_values_too(table_run: Path):
     fixed[1] = 2  # the rarest category
     for method, missing in ((_FixedValues, True), (_Repaint, False)):
         mask = fixed.isnan()[None].expand(400, 5)
-        inpainter = method(model, mask, None, replace(model.sampling, sampler="ddpm", steps=3), 1, 0)
-        items = inpainter(list(range(400)), fixed[None].expand(400, 5))
+        inpainter = method(model, mask, Raw(), replace(model.sampling, sampler="ddpm", steps=3), 1, 0)
+        items = inpainter(list(range(400)), Items(fixed[None].expand(400, 5))).stack()
         assert (items[:, 1] == 2).all() and bool(items[:, 0].isnan().any()) == missing
 
 
 def test_a_row_does_not_depend_on_n_or_batch(table_run: Path):
     model = load(table_run, "cpu")
-    many = generate(model, n=40, batch=7).items
-    assert torch.equal(many.isnan(), generate(model, n=40).items.isnan())
-    torch.testing.assert_close(generate(model, n=3).items, many[:3], equal_nan=True)
-    assert not torch.equal(generate(model, n=40, seed=1).items, many)
+    many = generate(model, n=40, batch=7).items.stack()
+    assert torch.equal(many.isnan(), generate(model, n=40).items.stack().isnan())
+    torch.testing.assert_close(generate(model, n=3).items.stack(), many[:3], equal_nan=True)
+    assert not torch.equal(generate(model, n=40, seed=1).items.stack(), many)
 
 
 def test_rows_are_reconstructed(table_run: Path, table: Path, tmp_path: Path):
@@ -198,9 +199,9 @@ def test_rows_that_match_conditions(table_run: Path, tmp_path: Path):
         assert cell["kind"] == "b" and int(cell["visits"]) >= 1 and cell["since"] < "2021-07-01"
     numbers = [row["item"] for row in result.metadata]
     assert numbers == sorted(set(numbers)) and numbers[-1] > 11
-    everything = generate(table_run, n=numbers[-1] + 1).items
-    torch.testing.assert_close(result.items, everything[numbers], equal_nan=True)
-    assert generate(table_run, n=5, where=("height=",)).items[:, 0].isnan().all()
+    everything = generate(table_run, n=numbers[-1] + 1).items.stack()
+    torch.testing.assert_close(result.items.stack(), everything[numbers], equal_nan=True)
+    assert generate(table_run, n=5, where=("height=",)).items.stack()[:, 0].isnan().all()
 
 
 @pytest.mark.parametrize(

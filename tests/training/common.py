@@ -1,16 +1,18 @@
 """Small images, a `fit` of a second, and readers of a run folder."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfumato.model import PARTS, Model
+from sfumato.model import Model
+from sfumato.storage import CONFIGURED_PARTS as PARTS
 from sfumato.training import fit
 from sfumato.training.trainer import Trainer
 
@@ -77,11 +79,17 @@ def checkpoint(run: Path) -> dict[str, Any]:
     return json.loads((run / "checkpoint" / "state.json").read_text())
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit; unlike in `torch.equal`, NaN equals NaN."""
+    bits = [x.contiguous().flatten().view(torch.uint8) for x in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
+
+
 def assert_same_run(run: Path, other: Path) -> None:
     """The two runs ended with the same weights, bit for bit, and recorded each step once."""
     first, second = weights(run), weights(other)
     assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert [name for name in first if not same_bits(first[name], second[name])] == []
     steps = [(row["stage"], row["step"]) for row in rows(run)]
     assert len(steps) == len(set(steps)), steps
     assert record(run)["plan"] == record(other)["plan"]
@@ -95,6 +103,28 @@ def reported_every_step(run: Any = Trainer.run) -> Any:
         return run(self, batches, save, *rest, **options | {"report_every": 0.0, "save_every": 0.0})
 
     return eager
+
+
+class Killed(BaseException):
+    """Simulates SIGKILL: nothing in the package may catch it, nor do more than close files."""
+
+
+def die(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
+def at_step(stage: str, step: int, action: Callable[[], None] = die) -> Callable[[pytest.MonkeyPatch], None]:
+    """Right before a step."""
+
+    def install(patch: pytest.MonkeyPatch, advance: Any = Trainer.advance) -> None:
+        def dying(self: Trainer, batch: Any) -> Any:
+            if self.stage == stage and self.done == step:
+                action()
+            return advance(self, batch)
+
+        patch.setattr(Trainer, "advance", dying)
+
+    return install
 
 
 def names_reached(loss: Tensor, modules: dict[str, torch.nn.Module]) -> set[str]:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from sfumato.model import Model, ModelConfig
+from sfumato.model import Model
+from sfumato.storage import ModelConfig
 from tests.training.common import stirred
 
 TEACHER_SAMPLING = {"sampler": "heun", "steps": 4, "grid": "uniform", "guidance": 1.0, "autoguidance": 1.0}
@@ -14,9 +15,8 @@ def new_model(classes: int = 3, predict: str = "flow", **net: Any) -> Model:
         modality="image",
         shape=(1, 8, 8),
         spec="L",
-        label_names=[str(k) for k in range(classes)],
         codec={"shape": [1, 8, 8], "downsample": 4, "channels": 2, "width": 16},
-        conditioner={"name": "label", "classes": classes, "dim": 8} if classes else {"name": "none"},
+        conditioner={"label": {"kind": "label", "names": list(map(str, range(classes))), "dim": 8}} if classes else {},
         denoiser={
             "net": {"name": "mlp", "width": 32, "depth": 1, **net},
             "schedule": {"name": "flow"},

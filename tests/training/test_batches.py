@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sfumato.config import StageSettings
-from sfumato.training.batches import DataBatches, EpochSampler, LatentBatches
+from sfumato.training.batches import DataBatches, EpochSampler, LatentBatches, StoredLatents
+from sfumato.types import Raw
 
 
 def test_each_epoch_is_a_permutation():
@@ -53,12 +54,30 @@ def test_the_cost_of_a_step_does_not_depend_on_the_number_of_items(monkeypatch: 
     assert joined == [8] * 30
 
 
-def test_data_index_and_label_of_a_batch_match():
+def test_data_index_and_conditions_of_a_batch_match():
     settings = StageSettings(batch=4)
-    z, label = torch.arange(12.0)[:, None], torch.arange(12)
-    batch = LatentBatches(z, label, settings, 0, "cpu").batch(5)
-    assert torch.equal(batch.data[:, 0].long(), batch.index) and torch.equal(batch.label, batch.index)
-    assert LatentBatches(z, None, settings, 0, "cpu").batch(0).label is None
+    latents, raw = (
+        StoredLatents(torch.arange(12.0)[:, None]),
+        Raw({"label": torch.arange(12), "text": list("abcdefghijkl")}),
+    )
+    batch = LatentBatches(latents, raw, settings, 0, "cpu").batch(5)
+    assert torch.equal(batch.data[:, 0].long(), batch.index) and torch.equal(batch.raw.values["label"], batch.index)
+    assert batch.raw.values["text"] == ["abcdefghijkl"[i] for i in batch.index]
+    assert not LatentBatches(latents, Raw(), settings, 0, "cpu").batch(0).raw
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_tokens_are_stored_without_padding_and_padded_to_the_longest_of_a_batch(segmented: bool):
+    lengths = torch.tensor([3, 1, 5, 2, 4])
+    mask = torch.arange(6) < lengths[:, None]
+    z = torch.randn(5, 6, 2)
+    stored = StoredLatents(z[mask], mask, segmented)
+    assert len(stored) == 5 and stored.z.shape == (15, 2)
+    for index in (torch.tensor([4, 1, 1]), torch.tensor([2]), torch.arange(5)):
+        latent = stored.select(index)
+        longest = 6 if segmented else int(lengths[index].max())
+        assert latent.mask is not None and torch.equal(latent.mask, mask[index, :longest])
+        assert torch.equal(latent.z, torch.where(latent.mask[..., None], z[index, :longest], 0))
 
 
 def test_data_batches_follow_the_epoch_sampler(source):

@@ -11,7 +11,7 @@ from sfumato.modalities.image.codec import ImageCodec
 from sfumato.modalities.image.dataset import ImageDataset
 from sfumato.storage import load_part, save_part
 from sfumato.training.steps import CodecStep
-from sfumato.types import Batch
+from sfumato.types import Batch, Latent
 from tests.training.common import images, pictures
 
 BOTTLENECKS = ("kl", "vq", "fsq", "none")
@@ -53,7 +53,7 @@ def trained(bottleneck: str, latent: str, shape: tuple[int, int, int]) -> tuple[
     with torch.no_grad():
         h = codec.encode_raw(x)
         codec.learn_statistics(h)
-        z = codec.whiten(h)
+        z = codec.whiten(h).z
     return codec, z
 
 
@@ -67,7 +67,7 @@ def test_shapes(bottleneck: str, latent: str, shape: tuple[int, int, int]):
     assert codec.latent_shape == ((12,) if latent == "vector" else grid)
     assert z.shape == (COUNT, *codec.latent_shape) and z.dtype == torch.float32
     with torch.no_grad():
-        x_hat = codec.decode(z[:3])
+        x_hat = codec.decode(Latent(z[:3]))
     assert x_hat.shape == (3, *shape) and x_hat.dtype == torch.float32
     assert codec.latent_size == z[0].numel()
 
@@ -114,7 +114,7 @@ def test_the_deviation_of_a_dead_channel_has_a_floor(bottleneck: str):
     h = torch.randn(50, 4, 2, 2)
     h[:, 2] = 0.25 + 1e-7 * torch.randn(50, 2, 2)
     codec.learn_statistics(h)
-    z = codec.whiten(h)
+    z = codec.whiten(h).z
     assert float(codec.latent_std[2] / codec.latent_std.max()) == pytest.approx(1e-3)
     assert float(z[:, 2].abs().max()) < 1e-2  # rounding errors are not amplified
     assert torch.allclose(z[:, [0, 1, 3]].var((0, 2, 3), correction=0), torch.ones(3), atol=1e-5)
@@ -134,7 +134,7 @@ def test_all_channels_dead():
     codec = make_codec("none", "vector", (1, 8, 8))
     h = torch.full((10, 12), 3.0)
     codec.learn_statistics(h)
-    z = codec.whiten(h)
+    z = codec.whiten(h).z
     assert bool((z == 0).all()) and bool((codec.latent_std > 0).all())
 
 
@@ -147,7 +147,8 @@ def test_discrete_latents_are_quantized_again_on_decoding(bottleneck: str, laten
     with torch.no_grad():
         index = codec.bottleneck.indices(codec.bottleneck.quantize(raw))
         assert torch.equal(index, codec.bottleneck.indices(raw))
-        assert torch.equal(codec.decode(z + 1e-4 * torch.randn_like(z)), codec.decode(z))
+        noisy = Latent(z + 1e-4 * torch.randn_like(z))
+        assert torch.equal(codec.decode(noisy), codec.decode(Latent(z)))
 
 
 @each
@@ -162,7 +163,7 @@ def test_a_saved_codec_is_loaded_unchanged(bottleneck: str, latent: str, shape: 
     x = images(4, shape)
     with torch.no_grad():
         assert torch.equal(other.encode(x).z, codec.encode(x).z)
-        assert torch.equal(other.decode(z[:4]), codec.decode(z[:4]))
+        assert torch.equal(other.decode(Latent(z[:4])), codec.decode(Latent(z[:4])))
 
 
 @each

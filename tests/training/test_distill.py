@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import sfumato
 from sfumato.config import MIN_BUDGET
-from sfumato.core import sample, time_grid
+from sfumato.core import TrajectoryDenoiser, sample, time_grid
 from sfumato.errors import UserError
 from sfumato.model import Model, load
 from sfumato.sampling import Sampling
@@ -27,6 +27,7 @@ from sfumato.training.distillation import (
 from sfumato.training.launch import make_accelerator
 from sfumato.training.profile import StepCost
 from sfumato.training.trajectories import ANCHOR_SHARE, NOISE_SHARE, TrajectoryBatches
+from sfumato.types import UNKNOWN, Raw
 from tests.core.exact import GAUSSIAN
 from tests.training.common import record, rows, weights
 from tests.training.teachers import TEACHER_SAMPLING, new_model
@@ -45,8 +46,7 @@ def distiller(model: Model, tmp_path: Path, record: dict[str, Any] | None = None
 def gaussian_teacher(monkeypatch: pytest.MonkeyPatch) -> Model:
     """A model with independent latents N(0.4, 0.7²); its flow maps noise ε to 0.4 + 0.7 ε."""
     model = new_model(classes=0, width=64, depth=2)
-    exact = GAUSSIAN.denoise(model.denoiser.schedule)
-    monkeypatch.setattr(model, "denoise", lambda label, count, sampling=None: exact)
+    monkeypatch.setattr(model, "denoise", lambda raw, count, sampling=None: GAUSSIAN.denoise)
     return model
 
 
@@ -61,22 +61,23 @@ def test_the_flow_of_a_gaussian_is_learned(monkeypatch: pytest.MonkeyPatch, tmp_
     eps = torch.randn(500, *model.codec.latent_shape, generator=torch.Generator().manual_seed(5))
     expected = 0.4 + 0.7 * eps
     error = lambda z: float((z - expected).square().mean().sqrt())
-    denoise = model.denoise(None, 500)
-    assert error(sample(denoise, schedule, eps, time_grid(schedule, 1), "ddim")) == pytest.approx(0.7, abs=0.02)
-    start = (student.denoise(None, 500), schedule, eps)
-    z = sample(*start, time_grid(schedule, 1), student.step_rule(None, 500))
+    levels = lambda *grid: schedule.levels(time_grid(schedule, *grid))
+    one_step = sample(model.denoise(Raw(), 500), levels(1), eps, "ddim")
+    assert error(one_step) == pytest.approx(0.7, abs=0.02)
+    denoise, jump = student.denoise(Raw(), 500), student.step_rule(Raw(), 500)
+    z = sample(denoise, levels(1), eps, jump)
     assert error(z) < 0.08, error(z)
     assert distillation_run.results["miss"]["1.00"] == pytest.approx(error(z), abs=0.03)
     assert distillation_run.results["miss"]["0.50"] < 0.08
     generator = torch.Generator().manual_seed(6)
     for jumps in (2, 4):
         noise = lambda: torch.randn(eps.shape, generator=generator)
-        z = sample(*start, time_grid(schedule, jumps, "data"), student.step_rule(None, 500), noise)
+        z = sample(denoise, levels(jumps, "data"), eps, jump, noise)
         assert float(z.mean()) == pytest.approx(0.4, abs=0.05)
         assert float(z.std()) == pytest.approx(0.7, abs=0.08)  # the error of a jump
-    middle = torch.full((500,), 0.6, dtype=torch.float64)
-    z_t = model.denoiser.add_noise(expected, eps, middle)
-    assert float((student.denoise(None, 500)(z_t, middle) - denoise(z_t, middle)).square().mean().sqrt()) < 0.12
+    middle = schedule(0.6)
+    z_t = middle.add_noise(expected, eps)
+    assert float((denoise(z_t, middle) - GAUSSIAN.denoise(z_t, middle)).square().mean().sqrt()) < 0.12
 
 
 @pytest.mark.parametrize("net", [{}, {"name": "dit", "heads": 2, "patch": 1}, {"name": "unet", "heads": 2}])
@@ -84,14 +85,15 @@ def test_the_flow_of_a_gaussian_is_learned(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_new_student_equals_its_teacher(net: dict[str, Any], classes: int):
     model = new_model(classes, **net)
     student = new_student(model, model.sampling)
-    label = torch.tensor([0, 1, 2]) if classes else None
+    raw = Raw({"label": torch.tensor([0, 1, 2])}) if classes else Raw()
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(3, *model.codec.latent_shape, generator=generator)
-    t, s = torch.tensor([0.9, 0.5, 0.2]).double(), torch.tensor([0.3, 0.0, 0.1]).double()
-    expected = model.denoiser(z, t, model.conditioner(label, 3))
-    cond = student.conditioner(label, 3)
-    assert torch.allclose(student.denoiser(z, t, cond), expected, atol=1e-5)
-    assert torch.allclose(student.denoiser(z, t, cond, s=s), expected, atol=1e-5)
+    level, end = (model.denoiser.schedule(torch.tensor(t)) for t in ([0.9, 0.5, 0.2], [0.3, 0.0, 0.1]))
+    expected = model.denoiser(z, level, model.conditioner(raw, 3))
+    cond = student.conditioner(raw, 3)
+    assert torch.allclose(student.denoiser(z, level, cond), expected, atol=1e-5)
+    assert isinstance(student.denoiser, TrajectoryDenoiser)
+    assert torch.allclose(student.denoiser(z, level, cond, end=end), expected, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(model.codec.parameters(), student.codec.parameters(), strict=True))
     assert not any(p.requires_grad for p in student.codec.parameters())
     assert model.config.denoiser["net"].get("clocks") is None and model.config.distilled is None
@@ -101,29 +103,32 @@ def test_guidance_is_built_in(tmp_path: Path):
     """Trajectories are those of the guided teacher; those without a label are unconditional."""
     model = new_model()
     for weight, option, other in ((1.5, None, 9.0), (9.0, 9.0, 1.5)):
-        trajectories, label = distiller(model, tmp_path, guidance=option).teacher_trajectories(0, 200)
-        assert label is not None and set(label.tolist()) == {0, 1, 2, 3}  # 3 is the null label
-        sampling, t = Sampling(guidance=weight), trajectories.grid[3]
+        trajectories, raw = distiller(model, tmp_path, guidance=option).teacher_trajectories(0, 200)
+        label = raw.values["label"]
+        assert isinstance(label, torch.Tensor) and set(label.tolist()) == {0, 1, 2, UNKNOWN}
+        sampling, level = Sampling(guidance=weight), model.denoiser.schedule(trajectories.grid[3])
         expected, wrong = (
-            model.denoise(label, 200, Sampling(guidance=w))(trajectories.z[3], t) for w in (weight, other)
+            model.denoise(raw, 200, Sampling(guidance=w))(trajectories.z[3], level) for w in (weight, other)
         )
         assert float((trajectories.z_hat[3] - expected).norm()) < 0.2 * float((wrong - expected).norm())
-        null = label == 3
-        unconditional = model.denoise(None, int(null.sum()), sampling)(trajectories.z[3][null], t[null])
+        null = label == UNKNOWN
+        null_level = level.map(lambda value: value[null])
+        unconditional = model.denoise(Raw(), int(null.sum()), sampling)(trajectories.z[3][null], null_level)
         assert torch.allclose(unconditional, expected[null], atol=1e-5)
 
 
 def test_training_states(tmp_path: Path):
-    trajectories, label = distiller(new_model(), tmp_path).teacher_trajectories(0, 64)
-    batches = TrajectoryBatches(trajectories, label, 20_000, 0, "cpu")
+    trajectories, raw = distiller(new_model(), tmp_path).teacher_trajectories(0, 64)
+    batches = TrajectoryBatches(trajectories, raw, 20_000, 0, "cpu")
     batch = batches.batch(3)
     anchor, noise = batch.s == batch.t, batch.t == 1
     assert bool((batch.s[~anchor] == 0).all()) and float(batch.t.min()) > 0
     assert float(anchor.float().mean()) == pytest.approx(ANCHOR_SHARE, abs=0.01)
     assert float(noise.float().mean()) == pytest.approx(NOISE_SHARE + (1 - NOISE_SHARE) / trajectories.steps, abs=0.02)
     assert torch.equal(batch.target[~anchor], trajectories.z[-1, batch.index[~anchor]])
-    again = TrajectoryBatches(trajectories, label, 20_000, 0, "cpu").batch(3)
-    assert torch.equal(again.target, batch.target) and torch.equal(again.label, batch.label)
+    again = TrajectoryBatches(trajectories, raw, 20_000, 0, "cpu").batch(3)
+    assert torch.equal(again.target, batch.target)
+    assert torch.equal(again.raw.values["label"], batch.raw.values["label"])
     assert not torch.equal(batches.batch(4).index, batch.index)
 
 
@@ -159,10 +164,10 @@ def test_steps_come_from_the_budget(first: float, monkeypatch: pytest.MonkeyPatc
     distillation_run.deadline = now[0] + first * 20 / 32 + 30
     cost = distillation_run.reserve_check_time(first_batch)
     assert cost == StepCost(0.1, 7.0) and distillation_run.left == pytest.approx(30)
-    trajectories, label = distillation_run.all_trajectories(first_batch, cost)
+    trajectories, raw = distillation_run.all_trajectories(first_batch, cost)
     batches = len(trajectories) // 32
-    assert batches == 1 + int((30 - 0.1 * REUSE) / (0.8 + 0.1 * REUSE)) and len(label) == 32 * batches
-    distillation_run.train(trajectories, label, cost)
+    assert batches == 1 + int((30 - 0.1 * REUSE) / (0.8 + 0.1 * REUSE)) and len(raw.values["label"]) == 32 * batches
+    distillation_run.train(trajectories, raw, cost)
     steps = distillation_run.settings.steps
     assert steps == pytest.approx((30 - 0.8 * (batches - 1)) / 0.1, abs=1)
     assert REUSE <= steps / batches < REUSE + 0.1 + (0.8 / 0.1 + REUSE) / batches  # one batch more would be too many
@@ -211,7 +216,7 @@ def test_the_folder_is_a_model(teacher: Path, student: Path):
 
 def test_the_returned_model_is_the_saved_one(teacher: Path, tmp_path: Path):
     model = sfumato.distill(load(teacher, "cpu"), out=tmp_path / "x", steps=2)
-    assert torch.equal(model.sample(range(3)), load(tmp_path / "x", "cpu").sample(range(3)))
+    assert torch.equal(model.sample(range(3)).z, load(tmp_path / "x", "cpu").sample(range(3)).z)
     assert record(tmp_path / "x")["distilled"]["teacher"] == str(teacher) and model.folder == tmp_path / "x"
 
 

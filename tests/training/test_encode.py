@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sfumato.data import cache
+from sfumato.data.conditions import Labels
 from sfumato.modalities.image.codec import ImageCodec
 from sfumato.modalities.image.dataset import ImageDataset
 from sfumato.training import stages
@@ -24,7 +25,7 @@ def make_run(folder: Path, done: bool = False, max_encoded: int | None = None) -
     """The parts of a run that encoding needs."""
     x, label = pictures(50, SHAPE)
     return SimpleNamespace(
-        train=ImageDataset(x, "L", None, label, ["0", "1", "2"]),
+        train=ImageDataset(x, "L", conditions={"label": Labels(label, ["0", "1", "2"])}),
         settings=SimpleNamespace(seed=0, train=SimpleNamespace(max_encoded=max_encoded)),
         accelerator=SimpleNamespace(autocast=nullcontext),
         log=SimpleNamespace(show=lambda *_: None),
@@ -51,28 +52,28 @@ def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_latents_are_whitened_and_cached(storage: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, run = make_model(), make_run(tmp_path)
-    z = encode_all(run, model, run.train)
+    z = encode_all(run, model, run.train).z
     with torch.no_grad():
         h = model.codec.encode_raw(run.train.batch(range(50)).data)
     std, mean = torch.std_mean(h, (0, 2, 3), correction=0)
     assert torch.allclose(model.codec.latent_mean.flatten(), mean, atol=1e-6)
     assert torch.allclose(model.codec.latent_std.flatten(), std, rtol=1e-5)
-    assert torch.allclose(z, model.codec.whiten(h), atol=1e-5)
+    assert torch.allclose(z, model.codec.whiten(h).z, atol=1e-5)
 
     monkeypatch.setattr(stages, "encode_batches", lambda *_: 1 / 0)  # in another session, nothing is encoded again
-    again = encode_all(make_run(tmp_path, done=True), model, run.train)
+    again = encode_all(make_run(tmp_path, done=True), model, run.train).z
     assert torch.equal(again, z)
 
 
 def test_a_stochastic_codec_stores_no_latents(storage: None, tmp_path: Path):
     """Those of a table may be many times larger than the table."""
     model, run = make_model(stochastic=True), make_run(tmp_path)
-    assert encode_all(run, model, run.train).shape == (0, *model.codec.latent_shape)
+    assert encode_all(run, model, run.train).z.shape == (0, *model.codec.latent_shape)
     other = make_model()
     encode_all(run, other, run.train)
     assert torch.allclose(model.codec.latent_mean, other.codec.latent_mean, atol=1e-6)
     assert torch.allclose(model.codec.latent_std, other.codec.latent_std, rtol=1e-5)
-    assert encode_all(make_run(tmp_path, done=True), model, run.train).numel() == 0
+    assert not len(encode_all(make_run(tmp_path, done=True), model, run.train))
 
 
 def test_a_subset_of_the_items_is_encoded(tmp_path: Path):

@@ -20,9 +20,9 @@ from tests.training.teachers import TEACHER_SAMPLING, new_model
 def counted(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that gets the batch size of each network evaluation."""
     calls: list[int] = []
-    output = Denoiser.network_output
+    output = Denoiser._network_output
     monkeypatch.setattr(
-        Denoiser, "network_output", lambda self, z, *rest: (calls.append(len(z)), output(self, z, *rest))[1]
+        Denoiser, "_network_output", lambda self, z, *rest: (calls.append(len(z)), output(self, z, *rest))[1]
     )
     return calls
 

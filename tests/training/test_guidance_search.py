@@ -23,7 +23,7 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[float, dict[s
     ) -> tuple[float, dict[str, Any]]:
         held_out = SimpleNamespace(labels=np.zeros(50, np.int64))
         run: Any = SimpleNamespace(classes=3, held_out=held_out, settings=SimpleNamespace(seed=0))
-        model: Any = SimpleNamespace(balanced_labels=lambda items, seed: torch.zeros(len(items)))
+        model: Any = SimpleNamespace()
         generated = lambda run, model, network, labels, weight: torch.tensor(weight)
         of_features = lambda x: TARGET if float(x) < 0 else accuracy(float(x))
         monkeypatch.setattr(guidance_search, "affordable_items", lambda run, model: 300)

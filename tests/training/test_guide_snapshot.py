@@ -15,6 +15,7 @@ from sfumato.tasks.info import info
 from sfumato.training import stages
 from sfumato.training.callbacks import GuideSnapshot
 from sfumato.training.trainer import Trainer
+from sfumato.types import Raw
 from tests.training.common import PLAIN, pictures, record, small_fit
 from tests.training.test_trainer import Batches, Line, batch, make_trainer
 
@@ -80,11 +81,11 @@ def test_a_guide_is_saved_and_loaded(source: Path, tmp_path: Path):
     model = small_fit(source, tmp_path / "run", *SHORT_CODEC, "sample.autoguidance=2", steps=40)
     assert model.config.guide == 5  # an eighth of the denoiser's 39 steps
     guide, final = (load_file(tmp_path / "run" / part / "model.safetensors") for part in ("guide", "denoiser"))
-    assert any(not torch.equal(guide[f"net.{name}"], value) for name, value in final.items())
+    assert any(not torch.equal(guide[f"denoiser.net.{name}"], value) for name, value in final.items())
     again = load(tmp_path / "run", device="cpu")
     assert again.sampling.autoguidance == 2 and again.config.guide == 5
     calls = ((model, None), (again, 2.0), (again, 1.0))
-    default, explicit, off = (m.generate(4, autoguidance=weight).items for m, weight in calls)
+    default, explicit, off = (m.generate(4, autoguidance=weight).items.stack() for m, weight in calls)
     assert torch.equal(default, explicit) and not torch.equal(default, off)
 
 
@@ -109,20 +110,18 @@ def test_a_run_without_a_guide_replaces_a_run_with_one(source: Path, tmp_path: P
 def test_both_terms_of_guidance_are_autoguided(source: Path, tmp_path: Path):
     """With a label and without, the guide gets the same condition as the model, from its own conditioner."""
     model = small_fit(source, tmp_path / "run", *SHORT_CODEC, "sample.autoguidance=2", steps=40)
-    guide, label = model.guide, torch.tensor([0, 1, 2])
+    guide, label = model.guide, Raw({"label": torch.tensor([0, 1, 2])})
     assert guide is not None
-    z, t = torch.randn(3, *model.codec.latent_shape), torch.full((3,), 0.4, dtype=torch.float64)
+    z, level = torch.randn(3, *model.codec.latent_shape), model.denoiser.schedule(torch.full((3,), 0.4))
     parts = {}
-    for name, condition in (("label", label), ("null", None)):
-        strong = model.denoiser(z, t, model.conditioner(condition, 3))
-        model.denoiser.net, net = guide["net"], model.denoiser.net
-        weak = model.denoiser(z, t, guide["conditioner"](condition, 3))
-        model.denoiser.net = net
+    for name, raw in (("label", label), ("null", Raw())):
+        strong = model.denoiser(z, level, model.conditioner(raw, 3))
+        weak = guide.denoiser(z, level, guide.conditioner(raw, 3))
         parts[name] = torch.lerp(weak, strong, 2.0)
-    guided = model.denoise(label, 3, Sampling(guidance=3.0, autoguidance=2.0))(z, t)
+    guided = model.denoise(label, 3, Sampling(guidance=3.0, autoguidance=2.0))(z, level)
     assert torch.allclose(guided, torch.lerp(parts["null"], parts["label"], 3.0), atol=1e-5)
-    plain = model.denoise(label, 3, Sampling(guidance=3.0, autoguidance=2.0).unguided)(z, t)
-    assert torch.equal(plain, model.denoiser(z, t, model.conditioner(label, 3)))
+    plain = model.denoise(label, 3, Sampling(guidance=3.0, autoguidance=2.0).unguided)(z, level)
+    assert torch.equal(plain, model.denoiser(z, level, model.conditioner(label, 3)))
 
 
 def test_the_guide_counts_as_parameters_and_must_be_there(source: Path, tmp_path: Path):

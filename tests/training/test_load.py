@@ -7,14 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from sfumato.errors import UserError
-from sfumato.model import PARTS, load
+from sfumato.model import load
+from sfumato.storage import CONFIGURED_PARTS as PARTS
+from sfumato.training import stages
 from sfumato.training.trainer import Trainer
-from tests.training.common import small_fit
+from sfumato.types import Raw
+from tests.training.common import pictures, small_fit
 
 PLAIN = ("codec.perceptual=none",)
 
@@ -41,14 +45,14 @@ def assert_refused(run: Path, code: int, match: str) -> None:
 def test_a_model_comes_back_as_it_was_saved(source: Path, tmp_path: Path):
     fitted = small_fit(source, tmp_path, *PLAIN)
     loaded = load(tmp_path, "cpu")
-    labels = torch.tensor([0, 1, 2])
-    assert torch.equal(loaded.sample(range(3), labels), fitted.sample(range(3), labels))
+    raw = Raw({"label": torch.tensor([0, 1, 2])})
+    assert torch.equal(loaded.sample(range(3), raw).z, fitted.sample(range(3), raw).z)
     x = torch.rand(2, 1, 16, 16) * 2 - 1
-    assert torch.equal(loaded.autoencode(x), fitted.autoencode(x))
+    assert torch.equal(loaded.autoencode(x).stack(), fitted.autoencode(x).stack())
     assert loaded.sampling == fitted.sampling and loaded.config.label_names == fitted.config.label_names
     loaded.save(tmp_path / "copy")
     again = load(tmp_path / "copy", "cpu")
-    assert torch.equal(again.sample(range(3), labels), fitted.sample(range(3), labels))
+    assert torch.equal(again.sample(range(3), raw).z, fitted.sample(range(3), raw).z)
 
 
 def test_no_model_in_the_folder(tmp_path: Path):
@@ -97,7 +101,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(value))
 
 
-@pytest.mark.parametrize("key", ["modality", "shape", "spec", "label_names", "sample"])
+@pytest.mark.parametrize("key", ["modality", "shape", "spec", "sample"])
 def test_a_key_is_missing(run: Path, key: str):
     edit(run / "model.json", lambda config: config.pop(key))
     assert_refused(run, 1, f"{run}.*{key}")
@@ -110,11 +114,12 @@ def test_a_key_is_missing(run: Path, key: str):
         ("denoiser", "net"),
         ("denoiser", "schedule"),
         ("denoiser", "predict"),
-        ("conditioner", "name"),
+        ("conditioner", "kind"),
+        ("conditioner", "names"),
     ],
 )
 def test_a_key_of_a_part_is_missing(run: Path, part: str, key: str):
-    edit(run / part / "config.json", lambda config: config.pop(key))
+    edit(run / part / "config.json", lambda config: (config["label"] if part == "conditioner" else config).pop(key))
     assert_refused(run, 1, key)
 
 
@@ -129,10 +134,54 @@ def test_an_unknown_network(run: Path):
         load(run, "cpu")
 
 
-@pytest.mark.parametrize("number", [None, 0, 3, "2"])
+@pytest.mark.parametrize("number", [None, 0, 4, "3"])
 def test_an_unknown_format(run: Path, number: object):
     edit(run / "model.json", lambda metadata: metadata.update(format=number))
     assert_refused(run, 2, f"format {number} is unknown; update sfumato")
+
+
+def as_format_2(run: Path) -> None:
+    """Rewrite a run as format 2: one condition without a name or none, and other names of the guide's tensors."""
+    old = {"conditions.label.table.weight": "table.weight", "denoiser.net.": "net."}
+    for part in ("conditioner", "guide"):
+        tensors = load_file(run / part / "model.safetensors")
+        for new, name in old.items():
+            tensors = {key.replace(new, name): value for key, value in tensors.items()}
+        save_file(tensors, run / part / "model.safetensors")
+    path = run / "conditioner" / "config.json"
+    names = json.loads(path.read_text()).get("label", {}).get("names", [])
+    path.write_text(json.dumps({"name": "label", "classes": len(names), "dropout": 0.1} if names else {"name": "none"}))
+    edit(run / "model.json", lambda metadata: metadata.update(format=2, label_names=names))
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_model_of_format_2_is_read(labelled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stages, "MIN_GUIDE_STEP", 1)
+    x, label = pictures(24, (1, 8, 8))
+    np.savez(tmp_path / "x.npz", images=x[..., 0], **({"labels": label} if labelled else {}))
+    run, raw = tmp_path / "run", Raw({"label": torch.tensor([0, 1, 2])}) if labelled else Raw()
+    expected = small_fit(tmp_path / "x.npz", run, *PLAIN, "sample.autoguidance=2").sample(range(3), raw).z
+    as_format_2(run)
+    model = load(run, "cpu")
+    assert model.guide is not None and torch.equal(model.sample(range(3), raw).z, expected)
+    assert model.config.label_names == (["0", "1", "2"] if labelled else [])
+    model.save(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "model.json").read_text())["format"] == 3
+    assert torch.equal(load(tmp_path / "new", "cpu").sample(range(3), raw).z, expected)
+
+
+def test_a_damaged_model_of_format_2(run: Path, tmp_path: Path):
+    (run / "guide").mkdir()
+    save_file({}, run / "guide" / "model.safetensors")
+    as_format_2(run)
+    path = run / "conditioner" / "config.json"
+    config = path.read_text()
+    for text, match in (("{}", "do not describe a model.*name"), ('{"name": "none"}', "another model")):
+        path.write_text(text)
+        assert_refused(run, 1, match)
+    path.write_text(config)
+    edit(run / "model.json", lambda metadata: metadata.pop("label_names"))
+    assert_refused(run, 1, "label_names")
 
 
 def test_a_model_of_an_older_version(run: Path):

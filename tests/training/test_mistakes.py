@@ -16,6 +16,7 @@ from sfumato import storage
 from sfumato.errors import UserError
 from sfumato.training import fit, launch
 from sfumato.training.trainer import Trainer
+from sfumato.types import Raw
 from tests.training.common import SMALL, checkpoint, pictures, record, reported_every_step, small_fit, weights
 
 PLAIN = ("codec.perceptual=none",)
@@ -125,9 +126,9 @@ def test_a_single_class_gives_a_model_without_classes(tmp_path: Path):
     model = small_fit(tmp_path / "images", tmp_path / "run")
     assert model.conditioner.classes == 0 and model.config.label_names == []
     assert record(tmp_path / "run")["data"]["classes"] == 0
-    assert model.decode(model.sample(range(3))).shape == (3, 1, 8, 8)
+    assert model.decode(model.sample(range(3))).stack().shape == (3, 1, 8, 8)
     with pytest.raises(UserError, match="trained without labels"):
-        model.class_number("only")
+        model.generate(1, label="only")
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 6), (3, 9, 20)], ids=str)
@@ -135,7 +136,8 @@ def test_images_of_odd_sizes(shape: tuple[int, int, int], tmp_path: Path):
     x, label = pictures(24, shape)
     np.savez(tmp_path / "x.npz", images=x, labels=label)
     model = small_fit(tmp_path / "x.npz", tmp_path / "run", "codec.width=16")
-    assert model.decode(model.sample(range(2), torch.tensor([0, 1]))).shape == (2, *shape)
+    raw = Raw({"label": torch.tensor([0, 1])})
+    assert model.decode(model.sample(range(2), raw)).stack().shape == (2, *shape)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16"])

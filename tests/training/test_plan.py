@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sfumato.config import Settings, StageSettings, apply_overrides
+from sfumato.data.conditions import Labels
 from sfumato.modalities.base import PlanContext
 from sfumato.modalities.image import features as image_features
 from sfumato.modalities.image.dataset import ImageDataset
@@ -62,7 +63,9 @@ def test_the_cost_of_pseudo_labels_is_measured_on_a_sample(monkeypatch: pytest.M
 
     labels = np.full(20_000, -1)
     labels[:40] = np.arange(40) % 4
-    data = ImageDataset(np.zeros((20_000, 16, 16, 1), np.uint8), "L", labels=labels, label_names=list("abcd"))
+    data = ImageDataset(
+        np.zeros((20_000, 16, 16, 1), np.uint8), "L", conditions={"label": Labels(labels, list("abcd"))}
+    )
     run: Any = Run("x", None, Settings(), IMAGE, data, data, None, None, 0.0)  # type: ignore[arg-type]
     monkeypatch.setattr(profile, "train_feature_network", network)
     monkeypatch.setattr(image_features, "comparison_seconds", lambda count: 1e-9 * count**2)

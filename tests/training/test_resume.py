@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sfumato.errors import UserError
 from sfumato.training import launch, stages
@@ -16,8 +17,11 @@ from sfumato.training.checkpoint import save_state
 from sfumato.training.run import Run
 from sfumato.training.trainer import Trainer
 from tests.training.common import (
+    Killed,
     assert_same_run,
+    at_step,
     checkpoint,
+    die,
     pictures,
     record,
     reported_every_step,
@@ -43,28 +47,6 @@ MORE_VARIANTS = {
     "guidance search": ("sample.guidance=null", "codec.bottleneck=none"),
     "autoguidance": ("sample.autoguidance=2", "codec.bottleneck=none"),
 }
-
-
-class Killed(BaseException):
-    """Simulates SIGKILL: nothing in the package may catch it, nor do more than close files."""
-
-
-def die(*_: Any, **__: Any) -> None:
-    raise Killed
-
-
-def at_step(stage: str, step: int, action: Callable[[], None] = die) -> Callable[[pytest.MonkeyPatch], None]:
-    """Right before a step."""
-
-    def install(patch: pytest.MonkeyPatch, advance: Any = Trainer.advance) -> None:
-        def dying(self: Trainer, batch: Any) -> Any:
-            if self.stage == stage and self.done == step:
-                action()
-            return advance(self, batch)
-
-        patch.setattr(Trainer, "advance", dying)
-
-    return install
 
 
 def within_step(stage: str, step: int, action: Callable[[], None] = die) -> Callable[[pytest.MonkeyPatch], None]:
@@ -267,6 +249,19 @@ def test_other_data_are_refused(source: Path, tmp_path: Path):
     with pytest.raises(UserError, match="the data differ"):
         small_fit(tmp_path / "other.npz", tmp_path / "run", resume=True)
     assert record(tmp_path / "run") == before and checkpoint(tmp_path / "run")["done"] > 0
+
+
+@pytest.mark.parametrize("change", ["renamed", "missing"])
+def test_a_checkpoint_of_another_version_is_refused(change: str, source: Path, tmp_path: Path):
+    interrupt("mid-denoiser", source, tmp_path, *PLAIN, resume=False)
+    path, name = tmp_path / "checkpoint" / "state.safetensors", "weights/model.denoiser.net.z_in.weight"
+    tensors = load_file(path)
+    renamed = {"weights/model.net.z_in.weight": tensors[name]} if change == "renamed" else {}
+    save_file({key: value for key, value in tensors.items() if key != name} | renamed, path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"^denoiser: the checkpoint was written by another version of sfumato"):
+        small_fit(source, tmp_path, *PLAIN, resume=True)
+    assert path.read_bytes() == before
 
 
 def test_the_second_stage_does_not_change_the_codec(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

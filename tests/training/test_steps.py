@@ -9,12 +9,13 @@ from sfumato.core import Denoiser, Objective, make_schedule
 from sfumato.modalities.image.classifier import Classifier
 from sfumato.modalities.image.codec import ImageCodec
 from sfumato.modalities.image.losses import PatchDiscriminator, PerceptualLoss
+from sfumato.model import ConditionalDenoiser
 from sfumato.nn import make_net
 from sfumato.training.budget import StepBudget
 from sfumato.training.optim import hidden_matrices
 from sfumato.training.steps import CodecStep, DiffusionStep
 from sfumato.training.trainer import trained_state
-from sfumato.types import Batch
+from sfumato.types import Batch, Raw
 from tests.training.common import images, names_reached, stirred
 
 SHAPE = (2, 16, 16)
@@ -155,20 +156,25 @@ def test_frozen_modules_are_not_saved():
 
 def diffusion_step(classes: int = 3, **objective: str) -> DiffusionStep:
     torch.manual_seed(0)
-    conditioner = make_conditioner("label", classes=classes, dim=8) if classes else make_conditioner("none")
+    label = {"kind": "label", "names": list(map(str, range(classes))), "dim": 8}
+    conditioner = make_conditioner({"label": label} if classes else {})
     net = make_net("mlp", latent_shape=(4, 2, 2), cond_dim=conditioner.dim, width=32, depth=1)
-    return DiffusionStep(Denoiser(stirred(net), make_schedule("flow"), "flow"), conditioner, Objective(**objective))
+    denoiser = Denoiser(stirred(net), make_schedule("flow"), "flow")
+    return DiffusionStep(ConditionalDenoiser(denoiser, conditioner), Objective(**objective))
 
 
 def latents(classes: int = 3) -> Batch:
     z = torch.randn(16, 4, 2, 2, generator=generator())
-    return Batch(z, torch.arange(16), torch.arange(16) % classes if classes else None)
+    return Batch(z, torch.arange(16), Raw({"label": torch.arange(16) % classes}) if classes else Raw())
 
 
 def test_the_diffusion_loss_reaches_denoiser_and_conditioner():
     step = diffusion_step()
     loss = step(latents(), "denoiser", 0, generator())["loss"]
-    assert names_reached(loss, {"net": step.denoiser.net, "conditioner": step.conditioner}) == {"net", "conditioner"}
+    assert names_reached(loss, {"net": step.model.denoiser.net, "conditioner": step.model.conditioner}) == {
+        "net",
+        "conditioner",
+    }
     loss.backward()
     assert all(p.grad is not None for p in step.parameters())
     (phase,) = step.phases()
@@ -178,8 +184,8 @@ def test_the_diffusion_loss_reaches_denoiser_and_conditioner():
 def test_diffusion_without_classes():
     step = diffusion_step(classes=0)
     step(latents(classes=0), "denoiser", 0, generator())["loss"].backward()
-    assert len(list(step.conditioner.parameters())) == 0
-    assert all(p.grad is not None for p in step.denoiser.parameters())
+    assert len(list(step.model.conditioner.parameters())) == 0
+    assert all(p.grad is not None for p in step.model.denoiser.parameters())
 
 
 def test_a_learned_weight_is_trained_and_not_averaged():

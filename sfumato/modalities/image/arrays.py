@@ -4,7 +4,7 @@ import gzip
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.data.cache import allocate, load_array
+from sfumato.data.conditions import LABEL, Known, Labels
 from sfumato.data.files import first_few
-from sfumato.data.metadata import encode_labels, renumber_labels
+from sfumato.data.metadata import ConditionOptions, check_column, renumber_labels
 from sfumato.errors import UserError
 from sfumato.modalities.image.dataset import ImageDataset, Parts
 
@@ -24,6 +25,8 @@ TRAIN_KEYS = ("images", "x_train", "train_images", "x", "data", "arr_0")  # name
 TRAIN_LABEL_KEYS = ("labels", "label", "y_train", "train_labels", "y", "targets", "arr_1")
 HELD_OUT_KEYS = ("x_test", "test_images", "x_val", "val_images")
 HELD_OUT_LABEL_KEYS = ("y_test", "test_labels", "y_val", "val_labels")
+HELD_OUT_PATTERNS = ("{}_test", "test_{}", "{}_val", "val_{}")  # names of the held-out array of another condition
+Arrays = tuple[NDArray[Any], Mapping[str, NDArray[Any]]]  # pixels, and conditions by name
 
 
 def _chunks(array: NDArray[Any]) -> Iterator[slice]:
@@ -64,13 +67,16 @@ def _conversion(
     raise UserError(f"{source}: pixels are {found}; save them as uint8 (0..255), uint16, or floats in [0, 1]", code=1)
 
 
-def from_array(pixels: NDArray[Any], labels: NDArray[Any] | None, source: str) -> ImageDataset:
-    """A data set of pixels and labels.
+def from_array(
+    pixels: NDArray[Any], columns: Mapping[str, NDArray[Any]], source: str, options: ConditionOptions | None = None
+) -> ImageDataset:
+    """A data set of pixels and conditions.
 
     Args:
         pixels: (N, H, W), (N, H, W, C) or (N, C, H, W) with C of 1, 3 or 4.
-        labels: (N,) or (N, 1), or None.
+        columns: The conditions by name, each (N,) or (N, 1).
         source: Where they are from, for errors and notes.
+        options: Which conditions are numbers; default none.
     """
     notes: list[str] = []
     shape = pixels.shape
@@ -84,25 +90,42 @@ def from_array(pixels: NDArray[Any], labels: NDArray[Any] | None, source: str) -
     if pixels.dtype == np.uint16 and pixels.shape[-1] != 1:
         raise UserError(f"{source}: 16-bit images must have one channel, these have {pixels.shape[-1]}", code=1)
     mode = "I;16" if pixels.dtype == np.uint16 else {1: "L", 3: "RGB", 4: "RGBA"}[pixels.shape[-1]]
-    if labels is None:
-        return ImageDataset(pixels, mode, notes=notes)
-    if labels.size != len(pixels):
-        raise UserError(f"{source}: {len(pixels)} images but labels of shape {labels.shape}", code=1)
-    values, inverse = np.unique(labels, return_inverse=True)
-    numbers, names = encode_labels(values.tolist())
-    return ImageDataset(pixels, mode, None, numbers[inverse.reshape(-1)], names, notes=notes)
+    conditions: dict[str, Known] = {}
+    for name, values in columns.items():
+        if values.size != len(pixels):
+            raise UserError(f"{source}: {len(pixels)} images but {name} of shape {values.shape}", code=1)
+        conditions[name] = _condition(name, values.reshape(-1), source, options or ConditionOptions())
+    return ImageDataset(pixels, mode, conditions=conditions, notes=notes)
+
+
+def _condition(name: str, values: NDArray[Any], source: str, options: ConditionOptions) -> Known:
+    """The condition that an array (N,) holds."""
+    distinct, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    known = options.condition(name, distinct.tolist(), [f"item {i}" for i in first], source)
+    return known.select(inverse.reshape(-1))
+
+
+def check_classes(condition: str, held: Sequence[str], trained: Sequence[str], source: object) -> None:
+    """Refuse held-out classes that are not among those of the training part."""
+    unknown = [name for name in held if name not in trained]
+    if unknown:
+        lacking = f"held-out classes the training part lacks: {first_few(unknown)}"
+        raise UserError(f"{source}: {condition}: {lacking}", code=1)
 
 
 def align_classes(train: ImageDataset, held: ImageDataset | None, source: object) -> Parts:
-    """Give the held-out classes the numbers of the training part; raises UserError for a class that it lacks."""
-    if held is None or held.labels is None or train.labels is None:
-        return train, held
-    number = {name: k for k, name in enumerate(train.label_names)}
-    unknown = [name for name in held.label_names if name not in number]
-    if unknown:
-        raise UserError(f"{source}: held-out classes the training part lacks: {first_few(unknown)}", code=1)
-    held.labels = renumber_labels(held.labels, [number[name] for name in held.label_names])
-    held.label_names = train.label_names
+    """Give the held-out classes of each label the numbers of the training part.
+
+    Raises:
+        UserError: The training part lacks a class.
+    """
+    for condition, trained in train.conditions.items():
+        known = held.conditions.get(condition) if held is not None else None
+        if held is not None and isinstance(trained, Labels) and isinstance(known, Labels):
+            check_classes(condition, known.names, trained.names, source)
+            number = {name: k for k, name in enumerate(trained.names)}
+            numbers = renumber_labels(known.numbers, [number[name] for name in known.names])
+            held.conditions[condition] = Labels(numbers, trained.names)
     return train, held
 
 
@@ -146,22 +169,62 @@ def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
         return _header(file)[0]
 
 
-def read_npz(path: Path) -> Parts:
-    """Training part, and the held-out one if the file has `x_test` or the like."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {n.removesuffix(".npy").lower(): n for n in archive.namelist() if n.endswith(".npy")}
-            choices = (TRAIN_KEYS, TRAIN_LABEL_KEYS, HELD_OUT_KEYS, HELD_OUT_LABEL_KEYS)
-            keys = [next((key for key in choice if key in members), None) for choice in choices]
-            shapes = {key: _shape(archive, name) for key, name in members.items()}
-            train, labels, held, held_labels = (None if k is None else _member(archive, members[k]) for k in keys)
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path}: not an .npz of plain arrays ({error})", code=1) from error
+def _columns(
+    members: Mapping[str, str], names: Sequence[str], label_keys: Sequence[str], patterns: Sequence[str]
+) -> dict[str, str]:
+    """The array of each condition that is in an .npz: of `label` one of `label_keys`, else one with its name."""
+    named = {name: [pattern.format(name.lower()) for pattern in patterns] for name in names if name != LABEL}
+    taken = {key for keys in named.values() for key in keys}
+    free = [key for key in label_keys if key not in taken]
+    choices = {name: named.get(name, free) for name in (names if LABEL in names else (LABEL, *names))}
+    found = {name: next((key for key in keys if key in members), None) for name, keys in choices.items()}
+    return {name: key for name, key in found.items() if key}
+
+
+def _read_parts(archive: zipfile.ZipFile, names: Sequence[str], path: Path) -> tuple[Arrays, Arrays | None]:
+    """Pixels and conditions of the training part, and of the held-out one if there is one."""
+    members = {n.removesuffix(".npy").lower(): n for n in archive.namelist() if n.endswith(".npy")}
+    shapes = {key: _shape(archive, name) for key, name in members.items()}
+    train, held = (next((key for key in keys if key in members), None) for keys in (TRAIN_KEYS, HELD_OUT_KEYS))
     if train is None:
         found = ", ".join(f"{key} {shape}" for key, shape in shapes.items()) or "nothing"
         raise UserError(f"{path}: no images under {', '.join(TRAIN_KEYS)}; found {found}", code=1)
-    data = from_array(train, labels, str(path))
-    return align_classes(data, None if held is None else from_array(held, held_labels, str(path)), path)
+    columns = _columns(members, names, TRAIN_LABEL_KEYS, ("{}",))
+    for name in names:
+        check_column(name, [*columns, *(key for key, shape in shapes.items() if len(shape) == 1)], path)
+    held_columns = _columns(members, names, HELD_OUT_LABEL_KEYS, HELD_OUT_PATTERNS)
+
+    def read(pixels: str, columns: Mapping[str, str]) -> Arrays:
+        conditions = {name: _member(archive, members[key]) for name, key in columns.items()}
+        return _member(archive, members[pixels]), conditions
+
+    return read(train, columns), None if held is None else read(held, held_columns)
+
+
+def read_npz(path: Path, options: ConditionOptions) -> Parts:
+    """Training part, and the held-out one if the file has `x_test` or the like.
+
+    The array `labels` (or `y_train` or the like) is the condition `label`; others are conditions if the options name
+    them, and their held-out values are under `HELD_OUT_PATTERNS`.
+
+    Args:
+        path: The file.
+        options: Further conditions, and which conditions are numbers.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            train, held = _read_parts(archive, options.label_column, path)
+    except UserError:
+        raise
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path}: not an .npz of plain arrays ({error})", code=1) from error
+    data = from_array(*train, str(path), options)
+    if held is None:
+        return data, None
+    absent = [name for name in options.label_column if name not in held[1]]
+    if absent:
+        data.notes.append(f"{path}: the held-out images have no {', '.join(absent)} (no array {absent[0]}_test)")
+    return align_classes(data, from_array(*held, str(path), options.like(data.conditions)), path)
 
 
 def read_npy(path: Path) -> ImageDataset:
@@ -199,13 +262,13 @@ def _idx_array(file: IO[bytes] | gzip.GzipFile, path: Path) -> NDArray[Any]:
     return array
 
 
-def _labels_beside(images: Path, read: Callable[[Path], NDArray[Any]]) -> NDArray[Any] | None:
-    """Labels from the file beside `images` that has "labels" in its name instead of "images"; None if there is none."""
+def _labels_beside(images: Path, read: Callable[[Path], NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The label from the file beside `images` that has "labels" in its name instead of "images", if there is one."""
     base = re.sub(r"\.gz$", "", images.name.replace("images", "labels").replace("idx3", "idx1"))
     if base == re.sub(r"\.gz$", "", images.name):
-        return None
+        return {}
     labels = next((p for p in (images.with_name(base + ".gz"), images.with_name(base)) if p.exists()), None)
-    return None if labels is None else read(labels)
+    return {} if labels is None else {LABEL: read(labels)}
 
 
 def read_idx_images(path: Path) -> ImageDataset:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sfumato.data.cache import cache_root
+from sfumato.data.conditions import LABEL, Labels
 from sfumato.data.download import RemoteFiles, fetch
 from sfumato.errors import UserError
 from sfumato.modalities.image.arrays import read_idx_images
@@ -62,7 +63,7 @@ def _digits() -> ImageDataset:
 
     images, labels = (np.asarray(column) for column in load_digits(return_X_y=True))
     pixels = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-    return ImageDataset(pixels, "L", None, labels.astype(np.int64), DIGITS)
+    return ImageDataset(pixels, "L", conditions={LABEL: Labels(labels.astype(np.int64), DIGITS)})
 
 
 def _mnist(name: str) -> Parts:
@@ -112,7 +113,7 @@ def _cifar10_binary(path: Path) -> Parts:
 
 def _cifar10_images(records: np.ndarray) -> ImageDataset:
     pixels = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    return ImageDataset(pixels, "RGB", None, records[:, 0].astype(np.int64), CIFAR)
+    return ImageDataset(pixels, "RGB", conditions={LABEL: Labels(records[:, 0].astype(np.int64), CIFAR)})
 
 
 def read_builtin(name: str, read_path: Callable[[Path], Parts]) -> Parts:
@@ -126,6 +127,7 @@ def read_builtin(name: str, read_path: Callable[[Path], Parts]) -> Parts:
         return _digits(), None
     parts = _cifar10(read_path) if name == "cifar10" else _mnist(name)
     for data in parts:
-        if data is not None and len(data.label_names) == len(BUILTINS[name].classes):
-            data.label_names = BUILTINS[name].classes
+        known = None if data is None else data.conditions.get(LABEL)
+        if data is not None and isinstance(known, Labels) and len(known.names) == len(BUILTINS[name].classes):
+            data.conditions[LABEL] = Labels(known.numbers, BUILTINS[name].classes)
     return parts

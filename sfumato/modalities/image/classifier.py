@@ -26,7 +26,8 @@ MAX_EPOCHS_UNAUGMENTED = 3  # images are shifted in longer runs only (Fashion-MN
 class LabelledImages(Protocol):
     """A data set of images in [-1, 1] with labels (N,), or None."""
 
-    labels: np.ndarray | None
+    @property
+    def labels(self) -> np.ndarray | None: ...
 
     def __len__(self) -> int: ...
 
@@ -165,26 +166,27 @@ class _Batches:
         self.data, self.device = data, device
         self.generator = torch.Generator().manual_seed(seed)
         self.shape = tuple(data.batch(torch.arange(1)).data.shape[1:])
-        labelled = np.arange(len(data)) if data.labels is None else np.flatnonzero(data.labels != UNKNOWN)
-        self.self_supervised = data.labels is None or classes < 2
-        assert self.self_supervised or len(labelled), "no image has a label"
-        self.index = torch.arange(len(data)) if self.self_supervised else torch.from_numpy(labelled)
+        self.labels = None if data.labels is None or classes < 2 else torch.from_numpy(data.labels)
+        used = torch.ones(len(data), dtype=torch.bool) if self.labels is None else self.labels != UNKNOWN
+        assert used.any(), "no image has a label"
+        self.index = used.nonzero().flatten()
         batch_size = batch_limit(self.shape, batch_size)
         self.order = endless_batches(len(self.index), batch_size, self.generator)
         augment = steps * batch_size > MAX_EPOCHS_UNAUGMENTED * len(self.index)
         self.max_shift = max(1, min(self.shape[1:]) // 28) if augment else 0
-        self.classes = SYMMETRIES if self.self_supervised else classes
+        self.classes = SYMMETRIES if self.labels is None else classes
         self.symmetries = SYMMETRIES if self.shape[-1] == self.shape[-2] else 4  # only squares are transposed
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in self.order:
-            batch = self.data.batch(self.index[index])
-            x = _shift(batch.data, self.max_shift, self.generator) if self.max_shift else batch.data
-            target = batch.label
-            if self.self_supervised:
+        for chosen in self.order:
+            index = self.index[chosen]
+            x = self.data.batch(index).data
+            x = _shift(x, self.max_shift, self.generator) if self.max_shift else x
+            if self.labels is None:
                 target = torch.randint(0, self.symmetries, (len(x),), generator=self.generator)
                 x = dihedral(x, target)
-            assert target is not None
+            else:
+                target = self.labels[index]
             yield x.to(self.device, memory_format=torch.channels_last), target.to(self.device)
 
 

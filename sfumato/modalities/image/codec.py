@@ -226,8 +226,8 @@ class ImageCodec(Codec):
             encoder, decoder = cast(Encoder, self.encoder), cast(Decoder, self.decoder)
             initialise_pca(encoder.patch, decoder.patch, encoder.pad(x))
 
-    def decode(self, latent: Latent | Tensor) -> Tensor:
-        """Images (B, C, H, W) in [−1, 1] of latents z."""
+    def decode(self, latent: Latent) -> Tensor:
+        """Images (B, C, H, W) in [−1, 1] of latents."""
         return super().decode(latent).clamp(-1, 1)
 
     def unmasked(self, mask: Tensor, present: bool = True) -> Tensor:

@@ -2,33 +2,29 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfumato.data.dataset import Fingerprinted, Index
-from sfumato.types import UNKNOWN, Batch
+from sfumato.data.conditions import LABEL, Index, positions
+from sfumato.data.dataset import Conditioned, Fingerprinted
+from sfumato.types import UNKNOWN, Batch, Raw
 
 CHANNELS = {"L": 1, "I;16": 1, "RGB": 3, "RGBA": 4}  # channels of each supported mode of Pillow
 HASH_CHUNK = 4096  # images hashed at a time
 
 
 @dataclass(eq=False)
-class ImageDataset(Fingerprinted):
-    """Images of one size and mode, stored as integers.
+class ImageDataset(Conditioned, Fingerprinted):
+    """Images of one size and mode, stored as integers, with the conditions and names of `Conditioned`.
 
     Args:
         store: All pixels (M, H, W, C), uint8, or uint16 for mode "I;16"; shared between subsets.
         mode: "L", "RGB", "RGBA" or "I;16".
         rows: Indices (N,) of the items in `store`; default all.
-        labels: Class numbers (N,) int64, `UNKNOWN` where an item has none; or None.
-        label_names: Name of each class.
-        captions: A text per item, or None.
-        names: File name (or other origin) per item, or None.
-        notes: What the user should know about how the data were read.
     """
 
     min_held_out: ClassVar[int] = 1
@@ -36,16 +32,11 @@ class ImageDataset(Fingerprinted):
     store: NDArray[np.uint8] | NDArray[np.uint16]
     mode: str
     rows: NDArray[np.int64] | None = None
-    labels: NDArray[np.int64] | None = None
-    label_names: list[str] = field(default_factory=list)
-    captions: list[str] | None = None
-    names: list[str] | None = None
-    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         assert self.store.ndim == 4 and self.store.shape[-1] == CHANNELS[self.mode], (self.store.shape, self.mode)
         assert self.store.dtype == (np.uint16 if self.mode == "I;16" else np.uint8), (self.store.dtype, self.mode)
-        for column in (self.labels, self.captions, self.names):
+        for column in (self.names, *self.conditions.values()):
             assert column is None or len(column) == len(self)
 
     def __len__(self) -> int:
@@ -56,16 +47,6 @@ class ImageDataset(Fingerprinted):
         """(C, H, W) of one item."""
         height, width, channels = self.store.shape[1:]
         return channels, height, width
-
-    @property
-    def classes(self) -> int:
-        """Number of classes; 0 without labels, or with one class only."""
-        return len(self.label_names) if self.labels is not None and len(self.label_names) > 1 else 0
-
-    @property
-    def labelled(self) -> bool:
-        """Whether some items have a label."""
-        return self.labels is not None and bool((self.labels != UNKNOWN).any())
 
     @property
     def pixels(self) -> NDArray[np.uint8] | NDArray[np.uint16]:
@@ -87,52 +68,40 @@ class ImageDataset(Fingerprinted):
 
         x = pixel / (maximum / 2) - 1 with maximum 255, or 65535 for 16-bit images.
         """
-        where = np.asarray(index, dtype=np.int64).reshape(-1)
+        where = positions(index)
         pixels = self.store.take(where if self.rows is None else self.rows[where], axis=0)
         half = 32767.5 if self.mode == "I;16" else 127.5
         data = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).div_(half).sub_(1.0)  # (B, C, H, W)
-        label = None if self.labels is None else torch.from_numpy(self.labels[where])
-        text = None if self.captions is None else [self.captions[i] for i in where]
-        return Batch(data, torch.from_numpy(where), label, text)
-
-    def describe(self) -> list[str]:
-        """Nothing: images need no description."""
-        return []
-
-    def relabel(self, labels: NDArray[np.int64] | None, label_names: list[str], notes: list[str]) -> "ImageDataset":
-        """The same images with other labels (N,) and notes."""
-        return replace(self, labels=labels, label_names=label_names, notes=notes)
+        return Batch(data, torch.from_numpy(where), self.raw(where))
 
     def subset(self, index: Index) -> "ImageDataset":
         """The items `index` (B,) as a data set; pixels are shared, not copied."""
-        where = np.asarray(index, dtype=np.int64).reshape(-1)
-        part = ImageDataset(
-            self.store,
-            self.mode,
-            where if self.rows is None else self.rows[where],
-            None if self.labels is None else self.labels[where],
-            self.label_names,
-            None if self.captions is None else [self.captions[i] for i in where],
-            None if self.names is None else [self.names[i] for i in where],
-            self.notes,
+        where = positions(index)
+        part = replace(
+            self,
+            rows=where if self.rows is None else self.rows[where],
+            conditions={name: known.select(where) for name, known in self.conditions.items()},
+            names=None if self.names is None else [self.names[i] for i in where],
         )
         # determined by the parent's hash and the rows, without reading the pixels again
         part._inherit_fingerprint(self, where)
         return part
 
     def _hash(self) -> str:
-        digest = hashlib.sha256(repr((self.mode, self.store.shape, self.label_names)).encode())
+        digest = hashlib.sha256(repr((self.mode, self.store.shape, list(self.label_names))).encode())
         for start in range(0, len(self.store), HASH_CHUNK):
             digest.update(np.ascontiguousarray(self.store[start : start + HASH_CHUNK]).data)
         for column in (self.rows, self.labels):
             digest.update(b"-" if column is None else np.ascontiguousarray(column).data)
-        for caption in self.captions or ():
-            digest.update(caption.encode() + b"\0")
+        if self._captions is not None:
+            digest.update(self._captions.content())
+        for name, known in self.further_conditions.items():
+            digest.update(repr((name, type(known).__name__)).encode() + known.content())
         return digest.hexdigest()
 
 
 class ConcatDataset:
-    """Several image data sets of one shape as one; labels are `UNKNOWN` where a part has none.
+    """Several image data sets of one shape as one, with the primary label only: `UNKNOWN` where a part has none.
 
     Args:
         parts: The data sets, in this order.
@@ -155,14 +124,14 @@ class ConcatDataset:
         return hashlib.sha256(content).hexdigest()
 
     def batch(self, index: Index) -> Batch:
-        """The items `index` (B,), as `ImageDataset.batch` returns them."""
-        where = np.asarray(index, dtype=np.int64).reshape(-1)
+        """The items `index` (B,), as `ImageDataset.batch` returns them, with the condition `label`."""
+        where = positions(index)
         part = np.searchsorted(self.starts, where, "right") - 1
         data = torch.empty(len(where), *self.parts[0].shape).contiguous(memory_format=torch.channels_last)
         for k in np.unique(part):
             selected = part == k
             data[torch.from_numpy(selected)] = self.parts[k].batch(where[selected] - self.starts[k]).data
-        return Batch(data, torch.from_numpy(where), torch.from_numpy(self.label_numbers[where]))
+        return Batch(data, torch.from_numpy(where), Raw({LABEL: torch.from_numpy(self.label_numbers[where])}))
 
 
 Parts = tuple[ImageDataset, ImageDataset | None]  # training part, and the source's own held-out part if it has one

@@ -19,7 +19,7 @@ from sfumato.modalities.image.classifier import MIN_SIDE, SYMMETRIES, Classifier
 from sfumato.modalities.image.dataset import ImageDataset
 from sfumato.modalities.image.inception import INCEPTION_ENV, find_inception, inception_extractor
 from sfumato.modalities.image.metrics import image_report, reconstruction_report
-from sfumato.types import Progress
+from sfumato.types import Items, Progress
 
 EVALUATOR_STEPS = 500  # optimizer steps of the classifier
 EVALUATOR_WIDTH = 24  # channels of its stem
@@ -152,6 +152,6 @@ class ImageEvaluator:
         )
         return {**report, "memorised": memorised}
 
-    def reconstruction_metrics(self, x: Tensor, x_hat: Tensor) -> dict[str, float]:
+    def reconstruction_metrics(self, x: Items, x_hat: Items) -> dict[str, float]:
         """PSNR, SSIM, L1 and the Fréchet distance of reconstructions."""
-        return reconstruction_report(x, x_hat, self.extractor)
+        return reconstruction_report(x.stack(), x_hat.stack(), self.extractor)

@@ -17,7 +17,7 @@ from sfumato.modalities.image.dataset import ConcatDataset, ImageDataset
 from sfumato.modalities.image.evaluator import cached_classifier
 from sfumato.modalities.image.metrics import thumbnails
 from sfumato.modalities.image.semi_supervised import fit_semi_supervised
-from sfumato.types import UNKNOWN, Progress
+from sfumato.types import UNKNOWN, Items, Progress
 
 LABELER_STEPS = 500  # optimizer steps of the classifier on labelled images, at least
 LABELER_MAX_STEPS = 2_000  # and at most
@@ -87,20 +87,20 @@ class ImageLabeler:
             net = cached_classifier("labeler", key, self.given.shape, classes, LABELER_WIDTH, train)
         return net.to(self.device)
 
-    def predict(self, items: Tensor) -> Tensor:
-        """Predicted class of each image (N, C, H, W): (N,)."""
-        return predict(self.classifier, items)
+    def predict(self, items: Items) -> Tensor:
+        """Predicted class of each image: (N,)."""
+        return predict(self.classifier, items.stack())
 
-    def pseudo_label(self, items: Tensor) -> Tensor:
-        """Predicted class of each image (N, C, H, W), `UNKNOWN` below the confidence threshold: (N,)."""
+    def pseudo_label(self, items: Items) -> Tensor:
+        """Predicted class of each image, `UNKNOWN` below the confidence threshold: (N,)."""
         classifier = self.classifier  # trained at the first call, so outside `no_grad`
         with torch.no_grad():
-            confidence, label = classifier(items.to(self.device)).softmax(1).max(1)
+            confidence, label = classifier(items.stack().to(self.device)).softmax(1).max(1)
         return torch.where(confidence < PSEUDO_LABEL_CONFIDENCE, UNKNOWN, label).cpu()
 
-    def embed(self, items: Tensor) -> Tensor:
-        """Thumbnails (N, D) of images (N, C, H, W), whose distances tell near-duplicates."""
-        return thumbnails(items)
+    def embed(self, items: Items) -> Tensor:
+        """Thumbnails (N, D) of images, whose distances tell near-duplicates."""
+        return thumbnails(items.stack())
 
     @cached_property
     def duplicates(self) -> NearDuplicates:
@@ -108,7 +108,7 @@ class ImageLabeler:
 
         def embeddings() -> Iterator[Tensor]:
             index = torch.arange(len(self.images)).split(EMBEDDING_CHUNK)
-            return (self.embed(self.images.batch(part).data) for part in index)
+            return (thumbnails(self.images.batch(part).data) for part in index)
 
         sample = random_indices(len(self.images), DISTANCE_SAMPLE)
-        return NearDuplicates(embeddings, self.embed(self.images.batch(sample).data))
+        return NearDuplicates(embeddings, thumbnails(self.images.batch(sample).data))

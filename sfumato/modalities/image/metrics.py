@@ -56,7 +56,7 @@ class GeneratedImages:
 
     def batch(self, index: Tensor) -> Batch:
         """The images at `index` (B,)."""
-        return Batch(self.x[index], index, None if self.labels is None else torch.from_numpy(self.labels)[index])
+        return Batch(self.x[index], index)
 
     def subset(self, index: Tensor) -> Self:
         """The images at `index` (B,) as a data set."""

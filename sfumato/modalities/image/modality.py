@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.config import CodecSettings, DataSettings, Settings
+from sfumato.data.conditions import LABEL, Known, Labels
 from sfumato.errors import UserError
 from sfumato.metrics import Extractor
 from sfumato.modalities.base import Animatable, Labelable, Maskable, Modality, PlanContext
@@ -24,7 +25,7 @@ from sfumato.modalities.image.masks import read_masks
 from sfumato.modalities.image.metrics import reconstruction_report
 from sfumato.modalities.image.read import read_images, read_source
 from sfumato.modalities.image.write import animation, check_images_output, sample_sheet, to_pixels, write_images
-from sfumato.types import Progress
+from sfumato.types import Items, Progress
 
 MIN_CODEC_ITEMS = 100_000  # training images that a codec needs; with fewer, the plan chooses a narrower one
 CODEC_ITEMS_PER_WIDTH2 = 32  # the same per squared width, because the number of weights grows with it
@@ -124,6 +125,9 @@ class ImageModality(Modality[ImageDataset], Maskable[ImageDataset], Animatable, 
             resolution=settings.resolution,
             mode=settings.mode,
             label_from=settings.label_from,
+            label_column=settings.label_column,
+            numeric=settings.numeric,
+            categorical=settings.categorical,
             skip_bad=settings.skip_bad,
         )
 
@@ -133,12 +137,16 @@ class ImageModality(Modality[ImageDataset], Maskable[ImageDataset], Animatable, 
             resolution=settings.resolution,
             mode=settings.mode,
             label_from=settings.label_from,
+            label_column=settings.label_column,
+            numeric=settings.numeric,
+            categorical=settings.categorical,
             skip_bad=settings.skip_bad,
             held_out=settings.held_out,
         )
 
-    def from_samples(self, items: Tensor, labels: Tensor | None, spec: Any, label_names: list[str]) -> ImageDataset:
-        return ImageDataset(to_pixels(items, spec), spec, None, None if labels is None else labels.numpy(), label_names)
+    def from_samples(self, items: Items, labels: Tensor | None, spec: Any, label_names: list[str]) -> ImageDataset:
+        conditions: dict[str, Known] = {} if labels is None else {LABEL: Labels(labels.numpy(), label_names)}
+        return ImageDataset(to_pixels(items.stack(), spec), spec, conditions=conditions)
 
     def plan(self, given: Settings, context: PlanContext, seconds: float) -> Settings:
         return plan_codec(given, context, seconds)
@@ -163,10 +171,10 @@ class ImageModality(Modality[ImageDataset], Maskable[ImageDataset], Animatable, 
         return ImageEvaluator(train, device, progress, target_column)
 
     def reconstruction_metrics(
-        self, x: Tensor, x_hat: Tensor, spec: Any, features: Extractor | None = None
+        self, x: Items, x_hat: Items, spec: Any, features: Extractor | None = None
     ) -> dict[str, float]:
         """PSNR, SSIM, L1 and, with features, the Fréchet distance."""
-        return reconstruction_report(x, x_hat, features)
+        return reconstruction_report(x.stack(), x_hat.stack(), features)
 
     def check_compatible(
         self, name: str, shape: tuple[int, ...], spec: Any, source: object, data: ImageDataset
@@ -184,17 +192,17 @@ class ImageModality(Modality[ImageDataset], Maskable[ImageDataset], Animatable, 
     def check_output(self, out: Path, overwrite: bool) -> None:
         check_images_output(out, overwrite)
 
-    def write(self, out: Path, items: Tensor, metadata: list[dict[str, Any]], spec: Any, overwrite: bool) -> None:
+    def write(self, out: Path, items: Items, metadata: list[dict[str, Any]], spec: Any, overwrite: bool) -> None:
         """A folder of PNG files and `metadata.jsonl`."""
-        write_images(out, items, metadata, mode=spec, overwrite=overwrite)
+        write_images(out, items.stack(), metadata, mode=spec, overwrite=overwrite)
 
-    def preview(self, items: Tensor, spec: Any, reconstructed: Tensor | None = None, columns: int | None = None) -> Any:
+    def preview(self, items: Items, spec: Any, reconstructed: Items | None = None, columns: int | None = None) -> Any:
         """A grid of images, or of originals, each above its reconstruction."""
         if reconstructed is None:
-            return sample_sheet(items, columns)
+            return sample_sheet(items.stack(), columns)
         columns = min(columns or SHEET_COLUMNS, len(items))
         count = len(items) // columns * columns  # full rows only
-        rows = [v[:count].unflatten(0, (-1, columns)) for v in (items, reconstructed)]
+        rows = [v[:count].stack().unflatten(0, (-1, columns)) for v in (items, reconstructed)]
         return sample_sheet(torch.stack(rows, 1).flatten(0, 2), columns)
 
     def contract_source(self, folder: Path) -> str:
@@ -221,8 +229,9 @@ class ImageModality(Modality[ImageDataset], Maskable[ImageDataset], Animatable, 
             raise UserError("--mask is needed: an image, white where to repaint, or a folder of such images")
         return read_masks(path, source, parts, resolution=settings.resolution)
 
-    def animation(self, path: Path) -> Callable[[Tensor], None]:
-        return animation(path)
+    def animation(self, path: Path) -> Callable[[Items], None]:
+        write = animation(path)
+        return lambda items: write(items.stack())
 
     def labeler(
         self,

@@ -2,21 +2,20 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from sfumato.data import hub
+from sfumato.data.conditions import Known, Labels
 from sfumato.data.dataset import split
 from sfumato.data.files import ARCHIVE, Files, first_few, inventory, is_image, open_files
 from sfumato.data.metadata import (
-    encode_labels,
-    folder_labels,
-    labels_from_names,
+    METADATA,
+    ConditionOptions,
     match_metadata,
-    metadata_labels,
-    read_captions,
+    read_conditions,
     read_metadata,
     split_by_folder,
 )
@@ -35,14 +34,14 @@ class ReadOptions:
     Args:
         resolution: Crop to the central square and resize to this side, in pixels; None keeps the size.
         mode: Convert to "L", "RGB", "RGBA" or "I;16"; None keeps the mode.
-        label_from: Regular expression whose first group, found in the file name, is the label.
         skip_bad: Leave out unreadable files, with a note, instead of raising.
+        conditions: Where the conditions are found.
     """
 
     resolution: int | None = None
     mode: str | None = None
-    label_from: str | None = None
     skip_bad: bool = False
+    conditions: ConditionOptions = field(default_factory=ConditionOptions)
 
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in CHANNELS:
@@ -51,33 +50,14 @@ class ReadOptions:
             raise UserError(f"data.resolution must be at least 1, not {self.resolution}")
 
 
-def _labels(
-    names: Sequence[str],
-    rows: dict[str, dict[str, object]] | None,
-    split: bool,
-    files: Files,
-    options: ReadOptions,
-    notes: list[str],
-) -> Sequence[object] | None:
-    """Labels of the files: from --label-from, else from the metadata, else from folders."""
-    if options.label_from:
-        return labels_from_names(names, options.label_from)
-    labels = metadata_labels(names, rows, notes) if rows is not None else None
-    return labels or folder_labels(names, split, notes)
-
-
-def _assemble(
-    names: list[str], labels: Sequence[object] | None, captions: list[str] | None, decoded: Decoded, notes: list[str]
-) -> ImageDataset:
+def _assemble(names: list[str], conditions: dict[str, Known], decoded: Decoded, notes: list[str]) -> ImageDataset:
     """The data set of the images that could be decoded."""
-    index = decoded.index
-    numbers, label_names = encode_labels([labels[i] for i in index]) if labels else (None, [])
-    texts = [captions[i] for i in index] if captions else None
+    kept = {name: known.select(decoded.index) for name, known in conditions.items()}
+    kept = {name: known.without_empty_classes() if isinstance(known, Labels) else known for name, known in kept.items()}
     if decoded.bad:
         notes.append(f"{len(decoded.bad)} of {len(names)} files left out: {first_few(decoded.bad)}")
-    return ImageDataset(
-        decoded.pixels, decoded.mode, None, numbers, label_names, texts, [names[i] for i in index], notes
-    )
+    file_names = [names[i] for i in decoded.index]
+    return ImageDataset(decoded.pixels, decoded.mode, conditions=kept, names=file_names, notes=notes)
 
 
 def read_files(files: Files, options: ReadOptions) -> Parts:
@@ -94,10 +74,9 @@ def read_files(files: Files, options: ReadOptions) -> Parts:
     names = train + held
     if not names:
         raise UserError(f"{files.root}: the metadata names none of the images", code=1)
-    labels = _labels(names, rows, bool(held), files, options, notes)
-    captions = read_captions(names, rows, files, notes)
+    conditions = read_conditions(names, rows, bool(held), files, options.conditions, notes)
     decoded = decode_all(names, files, resolution=options.resolution, mode=options.mode, skip_bad=options.skip_bad)
-    data = _assemble(names, labels, captions, decoded, notes)
+    data = _assemble(names, conditions, decoded, notes)
     if not held:
         return data, None
     return _split_at(data, int(np.searchsorted(decoded.index, len(train))), files.root)
@@ -105,11 +84,10 @@ def read_files(files: Files, options: ReadOptions) -> Parts:
 
 def _split_at(data: ImageDataset, first: int, root: object) -> Parts:
     """Training part before item `first`, held-out part from it on."""
-    if data.labels is not None:
-        trained = set(data.labels[:first].tolist())
-        unknown = [name for k, name in enumerate(data.label_names) if k not in trained]
-        if unknown:
-            raise UserError(f"{root}: held-out classes the training part lacks: {first_few(unknown)}", code=1)
+    for condition, known in data.conditions.items():
+        if isinstance(known, Labels):
+            trained = known.select(range(first)).without_empty_classes().names
+            arrays.check_classes(condition, known.names, trained, root)
     return data.subset(np.arange(first)), data.subset(np.arange(first, len(data)))
 
 
@@ -133,7 +111,8 @@ def _read_archives(folder: Path, train: str, names: Sequence[str], options: Read
         (n for n in names if ARCHIVE.search(n) and n.split(".")[0].lower() in ("test", "validation", "val")), None
     )
     data = read_path(folder / train, options)[0]
-    held = read_path(folder / test, options)[0] if test else None
+    like_train = replace(options, conditions=options.conditions.like(data.conditions))
+    held = read_path(folder / test, like_train)[0] if test else None
     if held is not None and (held.shape, held.mode) != (data.shape, data.mode):
         remedy = "--set data.resolution=64 or --set data.mode=RGB"
         raise UserError(f"{folder}: {train} and {test} differ in size or mode; convert with {remedy}", code=1)
@@ -145,7 +124,7 @@ def read_path(path: Path, options: ReadOptions) -> Parts:
     if path.is_dir():
         return _read_folder(path, options)
     if path.suffix.lower() == ".npz":
-        return arrays.read_npz(path)
+        return arrays.read_npz(path, options.conditions)
     if path.suffix.lower() == ".npy":
         return arrays.read_npy(path), None
     if arrays.IDX.search(path.name):
@@ -168,6 +147,9 @@ def read_images(
     resolution: int | None = None,
     mode: str | None = None,
     label_from: str | None = None,
+    label_column: Sequence[str] = (),
+    numeric: Sequence[str] = (),
+    categorical: Sequence[str] = (),
     skip_bad: bool = False,
 ) -> Parts:
     """All images of a source, and its official held-out part, or None.
@@ -177,19 +159,25 @@ def read_images(
             name wins over a folder of this name (./mnist is the folder).
         resolution: Crop to the central square and resize to this side in pixels (Lanczos); None requires equal sizes.
         mode: Convert to "L", "RGB", "RGBA" or "I;16"; None keeps the mode and requires one mode.
-        label_from: Regular expression whose first group, found in the file name, is the label.
+        label_from: Regular expression for file names: its named groups are conditions, or its first group is the label.
+        label_column: Columns of the metadata (or arrays of an .npz) that are conditions; empty for `label` alone.
+        numeric: Conditions that are numbers although they look like classes.
+        categorical: Conditions that are classes although they look like numbers.
         skip_bad: Leave out unreadable files, with a line in `ImageDataset.notes`, instead of raising.
 
     Raises:
         UserError: The source cannot be read; the message says why and what to do.
     """
-    options = ReadOptions(resolution, mode, label_from, skip_bad)
+    conditions = ConditionOptions(label_from, label_column, numeric, categorical)
+    options = ReadOptions(resolution, mode, skip_bad, conditions)
     try:
         train, held = _read(str(source), options)
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror or error})", code=1) from error
     if label_from and train.names is None:
         raise UserError(f"{source}: --label-from needs file names, and these images have none")
+    if any(name not in train.conditions for name in label_column):
+        raise UserError(f"{source}: --label-column needs {' or '.join(METADATA)}, and these images have none")
     return convert(train, resolution, mode), None if held is None else convert(held, resolution, mode)
 
 
@@ -197,7 +185,7 @@ def _read(source: str, options: ReadOptions) -> Parts:
     if source in builtin.BUILTINS:
         return builtin.read_builtin(source, lambda path: read_path(path, options))
     if source.startswith("hf://"):
-        return hub.read_hub(source, lambda files: read_files(files, options))
+        return hub.read_hub(source, lambda files: read_files(files, options), options.conditions.label_column)
     path = Path(source).expanduser()
     if not path.exists():
         raise _not_found(source)
@@ -210,6 +198,9 @@ def read_source(
     resolution: int | None = None,
     mode: str | None = None,
     label_from: str | None = None,
+    label_column: Sequence[str] = (),
+    numeric: Sequence[str] = (),
+    categorical: Sequence[str] = (),
     skip_bad: bool = False,
     held_out: float = 0.1,
 ) -> tuple[ImageDataset, ImageDataset]:
@@ -220,13 +211,25 @@ def read_source(
         resolution: As for `read_images`.
         mode: As for `read_images`.
         label_from: As for `read_images`.
+        label_column: As for `read_images`.
+        numeric: As for `read_images`.
+        categorical: As for `read_images`.
         skip_bad: As for `read_images`.
         held_out: Share of the images held out if there is no official part.
 
     Raises:
         UserError: As for `read_images`; or there are fewer than `MIN_IMAGES` images.
     """
-    data, held = read_images(source, resolution=resolution, mode=mode, label_from=label_from, skip_bad=skip_bad)
+    data, held = read_images(
+        source,
+        resolution=resolution,
+        mode=mode,
+        label_from=label_from,
+        label_column=label_column,
+        numeric=numeric,
+        categorical=categorical,
+        skip_bad=skip_bad,
+    )
     if len(data) < MIN_IMAGES:
         raise UserError(
             f"{source}: only {len(data)} image{'s' * (len(data) != 1)}; at least {MIN_IMAGES} are needed", code=1

@@ -225,29 +225,30 @@ class TableCodec(Codec):
             x = torch.cat([x, x.new_tensor(extremes)])
         self.features.scores.fit(self.features.continuous(x))
 
-    def encode_raw(self, x: Tensor) -> Tensor:
+    def encode_raw(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Raw codes h (B, *latent_shape) of rows x, from the middle score of each value."""
         return self.bottleneck.mode(self.encoder(self.features(x))).float()  # type: ignore[operator]
 
-    def sample_latent(self, x: Tensor, generator: Generator) -> Tensor:
-        """Latents z (B, *latent_shape) of rows x with random scores."""
+    def sample_latent(self, x: Tensor, generator: Generator, mask: Tensor | None = None) -> Latent:
+        """Latents of rows x with random scores."""
         with torch.no_grad():
             h = self.bottleneck.mode(self.encoder(self.features(x, generator))).float()  # type: ignore[operator]
             return self.whiten(h)
 
-    def forward(self, x: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Tensor, generator: Generator | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The training path: the decoder's output (B, F), the bottleneck's loss (B,), and its statistics."""
         h, loss, info = self.bottleneck(self.encoder(self.features(x, generator)), generator)
         return self.decoder(h), loss, info
 
-    def reconstruction_loss(self, x_hat: Tensor, x: Tensor, kind: str) -> Tensor:
+    def reconstruction_loss(self, x_hat: Tensor, x: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
         """Distance (B,) of the decoder's output x_hat (B, F) from rows x (B, D); `kind` is for images."""
         return self.features.distance(x_hat.float(), self.features(x))
 
-    def decode(self, latent: Latent | Tensor) -> Tensor:
-        """Rows (B, D), float64, NaN if missing, of latents z (B, *latent_shape)."""
-        z = latent.z if isinstance(latent, Latent) else latent
-        h = self.bottleneck.quantize(z * self.latent_std + self.latent_mean)  # type: ignore[operator]
+    def decode(self, latent: Latent) -> Tensor:
+        """Rows (B, D), float64, NaN if missing, of latents."""
+        h = self.bottleneck.quantize(latent.z * self.latent_std + self.latent_mean)  # type: ignore[operator]
         with torch.autocast(h.device.type, enabled=False):  # in bfloat16 numbers would have a few hundred values
             return self.features.inverse(self.decoder(h))
 

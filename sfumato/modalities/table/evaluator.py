@@ -10,7 +10,7 @@ from sfumato.modalities.base import report_stage
 from sfumato.modalities.table.columns import columns_from_spec, modelled, round_values, target_index
 from sfumato.modalities.table.dataset import TableDataset
 from sfumato.modalities.table.metrics import looks_copied, table_report
-from sfumato.types import Progress
+from sfumato.types import Items, Progress
 
 
 class TableEvaluator:
@@ -46,9 +46,9 @@ class TableEvaluator:
             report = table_report(fake.values, self.train.values, held.values, columns, target=target, seed=seed)
         return {**report, "memorised": looks_copied(report)}
 
-    def reconstruction_metrics(self, x: Tensor, x_hat: Tensor) -> dict[str, float]:
-        """Reconstruction metrics of rows x̂ (N, D) against x (N, D)."""
-        return cell_metrics(x, x_hat, self.train.spec)
+    def reconstruction_metrics(self, x: Items, x_hat: Items) -> dict[str, float]:
+        """Reconstruction metrics of rows x̂ against x."""
+        return cell_metrics(x.stack(), x_hat.stack(), self.train.spec)
 
 
 def cell_metrics(x: Tensor, x_hat: Tensor, spec: Mapping[str, Any]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from sfumato.modalities.table.dataset import TableDataset
 from sfumato.modalities.table.metrics import FOLDS, tree_features
 from sfumato.modalities.table.neighbours import fit_embedding
 from sfumato.modalities.table.trees import Matrix, Trees, find_trees, stratified_folds
-from sfumato.types import UNKNOWN, Progress
+from sfumato.types import UNKNOWN, Items, Progress
 
 IMPLAUSIBLE_SHARE = 0.05  # quantile of the real rows' class probability below which generated rows are rejected
 
@@ -130,13 +130,13 @@ class TableLabeler:
         with report_stage(self.progress, "train the labeler"):
             return fit_plausibility(self.values, self.columns, self.target)
 
-    def predict(self, items: Tensor) -> Tensor:
-        """The class number (N,) of each row (N, D), `UNKNOWN` if implausible."""
-        rows = round_values(self.columns, items.numpy().astype(np.float64))
+    def predict(self, items: Items) -> Tensor:
+        """The class number (N,) of each row, `UNKNOWN` if implausible."""
+        rows = round_values(self.columns, items.stack().numpy().astype(np.float64))
         return torch.where(torch.from_numpy(self.is_plausible(rows)), self.class_numbers(rows), UNKNOWN)
 
-    def pseudo_label(self, items: Tensor) -> Tensor:
-        """`UNKNOWN` (N,) for all rows (N, D): a missing class is a missing cell, which `inpaint` imputes."""
+    def pseudo_label(self, items: Items) -> Tensor:
+        """`UNKNOWN` (N,) for all rows: a missing class is a missing cell, which `inpaint` imputes."""
         return torch.full((len(items),), UNKNOWN)
 
     @cached_property
@@ -144,9 +144,9 @@ class TableLabeler:
         """Embedding of rows (N, D) as vectors (N, P)."""
         return fit_embedding(self.values, self.columns, by_range=False, weight=0.5**0.5)
 
-    def embed(self, items: Tensor) -> Tensor:
-        """Embeddings (N, P) of rows (N, D)."""
-        return self.embedding(round_values(self.columns, items.numpy().astype(np.float64)))
+    def embed(self, items: Items) -> Tensor:
+        """Embeddings (N, P) of rows."""
+        return self.embedding(round_values(self.columns, items.stack().numpy().astype(np.float64)))
 
     @cached_property
     def duplicates(self) -> NearDuplicates:

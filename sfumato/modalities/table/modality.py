@@ -34,7 +34,7 @@ from sfumato.modalities.table.metrics import MIN_ROWS
 from sfumato.modalities.table.plot import histograms
 from sfumato.modalities.table.read import is_table, read_rows, read_table, table_files
 from sfumato.modalities.table.write import check_table_output, write_table
-from sfumato.types import Progress
+from sfumato.types import Items, Progress
 
 MIN_LATENT_DIM = 16  # smallest dimension of a learned latent
 SMALL_TABLE_ROWS = 2_000  # below this number of rows the epochs are limited
@@ -79,6 +79,13 @@ def plan_table(context: PlanContext) -> Settings:
     return Settings(codec=codec, denoiser=denoiser, train=train, sample=sample)
 
 
+def check_no_labels(settings: DataSettings) -> None:
+    """Refuse columns of labels, which are for images."""
+    if settings.label_column:
+        names = ",".join(settings.label_column)
+        raise UserError(f"--label-column {names}: is for images; a table's columns are all learned")
+
+
 class TableModality(Modality[TableDataset], Maskable[TableDataset], Conditional, Labelable[TableDataset]):
     """Tables of numbers, categories and dates, with missing cells."""
 
@@ -94,12 +101,14 @@ class TableModality(Modality[TableDataset], Maskable[TableDataset], Conditional,
         return is_table(source)
 
     def read(self, source: str, settings: DataSettings, spec: Any = None) -> tuple[TableDataset, TableDataset | None]:
+        check_no_labels(settings)
         columns = columns_from_spec(spec) if spec else self.read_split(source, settings)[0].columns
         files = [read_rows(path, columns) for path in table_files(Path(source).expanduser())]
         return files[0], files[1] if len(files) > 1 else None
 
     def read_split(self, source: str, settings: DataSettings, spec: Any = None) -> tuple[TableDataset, TableDataset]:
         """Without a spec the columns are inferred, with the ranges of the training part."""
+        check_no_labels(settings)
         if not spec:
             return read_table(
                 source,
@@ -111,10 +120,10 @@ class TableModality(Modality[TableDataset], Maskable[TableDataset], Conditional,
         data, held = self.read(source, settings, spec)
         return split(data, settings.held_out) if held is None else (data, held)
 
-    def from_samples(self, items: Tensor, labels: Tensor | None, spec: Any, label_names: list[str]) -> TableDataset:
+    def from_samples(self, items: Items, labels: Tensor | None, spec: Any, label_names: list[str]) -> TableDataset:
         columns = columns_from_spec(spec)
         return TableDataset(
-            round_values(columns, items.numpy().astype(np.float64)), columns, Dialect(**spec["dialect"])
+            round_values(columns, items.stack().numpy().astype(np.float64)), columns, Dialect(**spec["dialect"])
         )
 
     def plan(self, given: Settings, context: PlanContext, seconds: float) -> Settings:
@@ -150,10 +159,10 @@ class TableModality(Modality[TableDataset], Maskable[TableDataset], Conditional,
         return TableEvaluator(train, device, progress, target_column)
 
     def reconstruction_metrics(
-        self, x: Tensor, x_hat: Tensor, spec: Any, features: Extractor | None = None
+        self, x: Items, x_hat: Items, spec: Any, features: Extractor | None = None
     ) -> dict[str, float]:
         """`cells`: share of equal cells; `error`: mean absolute error of numbers relative to their range."""
-        return cell_metrics(x, x_hat, spec)
+        return cell_metrics(x.stack(), x_hat.stack(), spec)
 
     def strata(self, conditions: Sequence[str], balance: str | None, spec: Any) -> Strata:
         """Rounded rows that match the conditions: one stratum, or one per level of a balanced column."""
@@ -161,8 +170,8 @@ class TableModality(Modality[TableDataset], Maskable[TableDataset], Conditional,
         matches, fixed = parse_conditions(columns, conditions), fixed_values(columns, conditions)
         j, levels = (0, list[str]()) if balance is None else balance_levels(columns, balance)
 
-        def assign(items: Tensor) -> Tensor:
-            values = round_values(columns, items.numpy().astype(np.float64))
+        def assign(items: Items) -> Tensor:
+            values = round_values(columns, items.stack().numpy().astype(np.float64))
             stratum = np.nan_to_num(values[:, j], nan=-1) if levels else np.zeros(len(values))
             return torch.from_numpy(np.where(matches(values), stratum, -1).astype(np.int64))
 
@@ -191,15 +200,15 @@ class TableModality(Modality[TableDataset], Maskable[TableDataset], Conditional,
     def check_output(self, out: Path, overwrite: bool) -> None:
         check_table_output(out, overwrite)
 
-    def write(self, out: Path, items: Tensor, metadata: list[dict[str, Any]], spec: Any, overwrite: bool) -> None:
+    def write(self, out: Path, items: Items, metadata: list[dict[str, Any]], spec: Any, overwrite: bool) -> None:
         """Write one file with the columns, types, order and missing cells of the source."""
-        values, dialect = items.numpy().astype(np.float64), Dialect(**spec["dialect"])
+        values, dialect = items.stack().numpy().astype(np.float64), Dialect(**spec["dialect"])
         write_table(out, columns_from_spec(spec), values, dialect=dialect, overwrite=overwrite)
 
-    def preview(self, items: Tensor, spec: Any, reconstructed: Tensor | None = None, columns: int | None = None) -> Any:
+    def preview(self, items: Items, spec: Any, reconstructed: Items | None = None, columns: int | None = None) -> Any:
         """A histogram of each column, of one table or of two."""
         tables = [items] if reconstructed is None else [items, reconstructed]
-        return histograms(modelled(columns_from_spec(spec)), [table.numpy() for table in tables], columns)
+        return histograms(modelled(columns_from_spec(spec)), [table.stack().numpy() for table in tables], columns)
 
     def contract_source(self, folder: Path) -> str:
         """A number, a category, and a date with missing cells."""
@@ -219,11 +228,11 @@ class TableModality(Modality[TableDataset], Maskable[TableDataset], Conditional,
             raise UserError(f"{source}: no cell is empty; leave the cells to impute empty", code=1)
         return torch.from_numpy(missing)
 
-    def fill_writer(self, out: Path, source: str, spec: Any, overwrite: bool) -> Callable[[Tensor], None]:
+    def fill_writer(self, out: Path, source: str, spec: Any, overwrite: bool) -> Callable[[Items], None]:
         """A writer of the source's rows with imputed missing cells; every other cell stays as it is."""
         files, columns = table_files(Path(source).expanduser()), columns_from_spec(spec)
         check_imputed_output(out, files, overwrite)
-        return lambda items: write_imputed(out, files, columns, items.numpy().astype(np.float64), overwrite)
+        return lambda items: write_imputed(out, files, columns, items.stack().numpy().astype(np.float64), overwrite)
 
     def labeler(
         self,

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from sfumato.core.denoiser import Denoise
 from sfumato.core.likelihood import QUADRATURE_POINTS, noise_prediction_error
-from sfumato.core.sampler import Denoise
 from sfumato.core.schedule import Schedule
 
 ROTATED_DIRECTIONS = 128  # leading principal directions of the target that are rotated
@@ -143,7 +143,7 @@ def search_rotation(
     only if it beats the start significantly on held-out items: R has many angles and can overfit few items.
 
     Args:
-        denoise: (z, t) -> z_hat under the target's condition, for `ROTATION_BATCH` items.
+        denoise: (z, level) -> z_hat under the target's condition, for `ROTATION_BATCH` items.
         schedule: The noise schedule.
         start: Initial map.
         z: Items of the source (N, ...).

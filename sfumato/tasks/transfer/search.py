@@ -13,14 +13,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sfumato.core import integrate_to_data, inversion_grid, step_generator, strength_time
-from sfumato.core.sampler import Denoise
+from sfumato.conditioners import constant_conditions
+from sfumato.core import Denoise, NoiseLevel, integrate_to_data, inversion_grid, step_generator, strength_time
 from sfumato.data import TensorCache, cache_root
 from sfumato.data.cache import expire, key_of
 from sfumato.errors import UserError
 from sfumato.metrics.features import weights_hash
 from sfumato.model import Model
-from sfumato.sampling import Sampling
+from sfumato.sampling import Sampling, complete_conditions
 from sfumato.tasks.inputs import report_progress, sample_latents
 from sfumato.tasks.transfer.gaussian_map import (
     ROTATION_BATCH,
@@ -31,7 +31,7 @@ from sfumato.tasks.transfer.gaussian_map import (
     search_rotation,
 )
 from sfumato.tasks.transfer.residual import ResidualMap, fit_residual
-from sfumato.types import Progress
+from sfumato.types import Progress, Raw
 
 LATENT_BATCH = 500  # latents that are generated or refined at a time
 REFINE_STRENGTH = 0.4  # strength at which mapped items are noised and denoised
@@ -65,17 +65,21 @@ class SearchBudget:
         """Number of fits of the residual, in both directions."""
         return max(0, 2 * self.rounds - 1)
 
-    def limited_to_time(self, model: Model, label: int) -> "SearchBudget":
+    def limited_to_time(self, model: Model, raw: Raw) -> "SearchBudget":
         """The budget reduced to its time limit.
+
+        Args:
+            model: The model.
+            raw: The conditions of `ROTATION_BATCH` items, for which the denoiser's speed is measured.
 
         Raises:
             UserError: The time limit is too short.
         """
         if self.seconds is None:
             return self
-        forward, both = _denoiser_seconds(
-            model.denoise(same_label(label, ROTATION_BATCH), ROTATION_BATCH, model.sampling.unguided), _blank(model)
-        )
+        level = model.denoiser.schedule(torch.full((ROTATION_BATCH,), 0.5))
+        denoise = model.denoise(raw, ROTATION_BATCH, model.sampling.unguided)
+        forward, both = _denoiser_seconds(denoise, _blank(model), level)
         calls = 2 * 2 * model.sampling.steps  # two classes, at most two evaluations per step
         calls += self.residual_fits * REFINE_STEPS * 2 * 2  # two evaluations per step, each with and without the class
         share = DENOISER_SHARE * self.seconds / (forward * calls * self.samples / ROTATION_BATCH + both * self.align)
@@ -87,14 +91,13 @@ class SearchBudget:
         return replace(self, align=align, samples=samples, share=share)
 
 
-def _denoiser_seconds(denoise: Denoise, z: Tensor) -> tuple[float, float]:
+def _denoiser_seconds(denoise: Denoise, z: Tensor, level: NoiseLevel) -> tuple[float, float]:
     """Median seconds of the denoiser for latents z: the forward pass alone, and with the backward pass."""
-    t = torch.full((len(z),), 0.5, dtype=torch.float64)
     forward, both = list[float](), list[float]()
     for _ in range(TIMED_EVALUATIONS + 1):
         x = z.clone().requires_grad_()
         start = time.perf_counter()
-        error = denoise(x, t).square().sum()
+        error = denoise(x, level).square().sum()
         forward.append(time.perf_counter() - start)
         error.backward()
         error.item()
@@ -107,17 +110,16 @@ def _blank(model: Model) -> Tensor:
     return torch.zeros(ROTATION_BATCH, *model.codec.latent_shape, device=model.device)
 
 
-def same_label(label: int, count: int) -> Tensor:
-    """The same class number `count` times (count,)."""
-    return torch.full((count,), label)
-
-
 @dataclass
 class Search:
     """Finds the map from a class to the target class, or takes it from the cache.
 
+    The classes are those of one label condition. In the search other conditions are null, so that the map is that of
+    whole classes; generated items have those of training items.
+
     Args:
         model: The model.
+        name: Name of the label condition.
         target: Class number of the target.
         budget: Size of the search.
         seed: Seed of generated items and of the search.
@@ -126,6 +128,7 @@ class Search:
     """
 
     model: Model
+    name: str
     target: int
     budget: SearchBudget
     seed: int
@@ -150,7 +153,8 @@ class Search:
     def _cached(self, key: tuple[object, ...], search: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The cached result for the same model and budget, else that of `search`."""
         budget = replace(self.budget, rounds=0)
-        cache_key = key_of(CACHE_VERSION, self._weights, self.model.sampling, self.target, budget, self.seed, *key)
+        address = self.name, self.target, budget, self.seed, *key
+        cache_key = key_of(CACHE_VERSION, self._weights, self.model.sampling, *address)
         cache = TensorCache(cache_root() / "transfer", cache_key)
         state = cache.get()
         if state is None:
@@ -169,7 +173,7 @@ class Search:
     @cached_property
     def affordable(self) -> SearchBudget:
         """The budget reduced to its time limit."""
-        return self.budget.limited_to_time(self.model, self.target)
+        return self.budget.limited_to_time(self.model, self.of_class(self.target, ROTATION_BATCH))
 
     def align(self, label: int) -> GaussianMap:
         """Search for the Gaussian map from a class."""
@@ -178,7 +182,7 @@ class Search:
         if not steps:
             return start
         return search_rotation(
-            model.denoise(same_label(self.target, ROTATION_BATCH), ROTATION_BATCH, model.sampling.unguided),
+            model.denoise(self.of_class(self.target, ROTATION_BATCH), ROTATION_BATCH, model.sampling.unguided),
             model.denoiser.schedule,
             start,
             z,
@@ -204,8 +208,7 @@ class Search:
     def refine_toward(self, label: int) -> Callable[[Tensor], Tensor]:
         """A function that moves latents (N, ...) toward a class by adding noise and denoising."""
         model, schedule = self.model, self.model.denoiser.schedule
-        t = strength_time(schedule, REFINE_STRENGTH)
-        alpha, sigma = (float(value) for value in schedule(t))
+        levels = schedule.levels(inversion_grid(schedule, REFINE_STEPS, strength_time(schedule, REFINE_STRENGTH)))
         generator = step_generator(self.seed, "bend", label)
         sampling = replace(model.sampling.unguided, guidance=REFINE_GUIDANCE)
 
@@ -213,9 +216,9 @@ class Search:
             parts = list[Tensor]()
             for first in range(0, len(z), LATENT_BATCH):
                 part = z[first : first + LATENT_BATCH]
-                z_t = alpha * part + sigma * torch.randn(part.shape, generator=generator).to(part)
-                denoise = model.denoise(same_label(label, len(part)), len(part), sampling)
-                parts.append(integrate_to_data(denoise, schedule, z_t, inversion_grid(schedule, REFINE_STEPS, t)))
+                z_t = levels[0].add_noise(part, torch.randn(part.shape, generator=generator).to(part))
+                denoise = model.denoise(self.of_class(label, len(part)), len(part), sampling)
+                parts.append(integrate_to_data(denoise, levels, z_t))
             return torch.cat(parts)
 
         return refine
@@ -228,13 +231,22 @@ class Search:
     def class_latents(self, label: int) -> Tensor:
         """Generated latents of a class (N, ...), without guidance, which would shift their mean and narrow them."""
         if label not in self.latents:
-            self.latents[label] = self.sample(label, self.affordable.samples, self.model.sampling.unguided)
+            raw = self.new_items(label, self.affordable.samples)
+            self.latents[label] = self.sample(raw, self.affordable.samples, self.model.sampling.unguided)
         return self.latents[label]
 
-    def sample(self, label: int, count: int, sampling: Sampling) -> Tensor:
-        """Generate `count` latents of a class."""
-        parts, labels = list[Tensor](), same_label(label, count)
-        for z in sample_latents(self.model, range(count), labels, sampling, self.seed, LATENT_BATCH):
-            parts.append(z)
+    def of_class(self, label: int, count: int) -> Raw:
+        """The conditions of `count` items of which only the class is known."""
+        return constant_conditions(self.model.conditioner, {self.name: label}, count)
+
+    def new_items(self, label: int, count: int) -> Raw:
+        """The conditions of `count` new items of a class."""
+        return complete_conditions(self.model.conditioner, self.of_class(label, count), range(count), self.seed)
+
+    def sample(self, raw: Raw, count: int, sampling: Sampling) -> Tensor:
+        """Generate `count` latents with these conditions."""
+        parts = list[Tensor]()
+        for latent in sample_latents(self.model, range(count), raw, sampling, self.seed, LATENT_BATCH):
+            parts.append(latent.z)
             report_progress(self.progress, "samples", sum(map(len, parts)), count)
         return torch.cat(parts)

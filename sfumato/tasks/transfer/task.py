@@ -5,17 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sfumato.tasks.outputs import Result
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sfumato.core import NoiseLevel
     from sfumato.model import Model
     from sfumato.sampling import Sampling
     from sfumato.tasks.transfer.residual import ResidualMap
-    from sfumato.types import Progress
+    from sfumato.types import Items, Progress, Raw
 
 GUIDANCE_WEIGHTS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # weights of the target class, tried in this order
 EVIDENCE_QUANTILE = 0.2  # quantile of generated items' evidence that transferred items must reach
@@ -29,7 +30,7 @@ def transfer(
     source: str | Path,
     *,
     label: str,
-    source_label: str | None = None,
+    source_label: "str | Sequence[str] | None" = None,
     out: Path | None = None,
     sheet: Path | None = None,
     strength: float = 0.35,
@@ -58,8 +59,9 @@ def transfer(
     Args:
         model: Folder of the model.
         source: Built-in data set, folder, file or hf://owner/name.
-        label: Target class.
-        source_label: Current class of all items (default: the labels of the source).
+        label: Target class, or name=class for another label than the first.
+        source_label: Class of all items before, or name=value of a condition; may be given several times (default: the
+            conditions of the source).
         out: Output folder for the items and metadata.jsonl; for tables, the output file.
         sheet: Contact sheet of originals and results (default: OUT-sheet.png).
         strength: Share of noise at which items are mapped, from 0 (the map alone) to 1. More brings out finer traits of
@@ -85,9 +87,9 @@ def transfer(
         the class already, or the map alone sufficed), settings.
 
     Raises:
-        UserError: The model, source or class does not exist; the model has no classes; the items have no labels or do
-            not fit the model; the strength is outside 0..1; the budget is too small; or the output folder is not empty
-            or cannot be written.
+        UserError: The model, source or class does not exist; the model has no classes, or its items have several
+            lengths; the items have no labels or do not fit the model; the strength is outside 0..1; the budget is too
+            small; or the output folder is not empty or cannot be written.
 
     References:
         Su et al., Dual Diffusion Implicit Bridges, https://arxiv.org/abs/2203.08382 (algorithm 1), which is the special
@@ -96,11 +98,10 @@ def transfer(
     """
     import time
 
-    import torch
-
+    from sfumato.conditioners import constant_conditions
     from sfumato.config import parse_budget
     from sfumato.core import strength_time
-    from sfumato.tasks.inputs import check_counts, class_numbers, map_items, open_model, output_metadata, read_items
+    from sfumato.tasks.inputs import check_counts, item_conditions, map_items, open_model, output_metadata, read_items
     from sfumato.tasks.outputs import check_outputs, write_result
     from sfumato.tasks.transfer.search import Search, SearchBudget
 
@@ -109,20 +110,22 @@ def transfer(
     check_counts(minimum=0, align=align, rounds=rounds)
     check_counts(minimum=2, samples=samples)
     loaded = open_model(model, device)
-    target, sampling = loaded.class_number(label), loaded.choose_sampling(steps, guidance, "heun")
+    (name, target), sampling = _target_class(loaded, label), loaded.choose_sampling(steps, guidance, "heun")
     t_start = strength_time(loaded.denoiser.schedule, strength)
     sheet = check_outputs(loaded, out, sheet, overwrite, sources=[source])
     originals = read_items(model, loaded, source, overrides, skip_bad)
-    source_labels = _check_labels(source, class_numbers(loaded, source_label, originals))
-    classes = sorted({int(k) for k in source_labels} - {target})
+    raw = item_conditions(loaded, source_label, originals)
+    classes = sorted({int(k) for k in _check_labels(source, raw, name)} - {target})
     search_budget = SearchBudget(align, rounds, samples, None if budget is None else parse_budget(budget, 1.0))
-    search = Search(loaded, target, search_budget, seed, progress)
-    translator = _Translator(loaded, source_labels, target, {k: search(k) for k in classes}, t_start, sampling)
-    if guidance is None and classes and translator.grid is not None:
-        translator.calibrate(search.sample(target, EVIDENCE_SAMPLES, loaded.sampling))
+    search = Search(loaded, name, target, search_budget, seed, progress)
+    translator = _Translator(loaded, raw, name, target, {k: search(k) for k in classes}, t_start, sampling)
+    if guidance is None and classes and translator.levels is not None:
+        new = search.new_items(target, EVIDENCE_SAMPLES)
+        translator.calibrate(search.sample(new, EVIDENCE_SAMPLES, loaded.sampling), new)
     items = map_items(loaded, originals, translator, batch, "transfer", progress)
     settings = {"strength": strength, "align": align, "rounds": rounds, "steps": steps, "seed": seed}
-    metadata = output_metadata(loaded, originals, torch.full((len(originals),), target), settings)
+    changed = constant_conditions(loaded.conditioner, {name: target}, len(originals))
+    metadata = output_metadata(loaded, originals, changed, settings)
     _record_guidance(metadata, translator.weights)
     statistics = settings | {"guidance": guidance, **originals.notes()}
     write_result(loaded, originals, items, metadata, out, sheet, overwrite)
@@ -137,13 +140,31 @@ def _record_guidance(metadata: "list[dict[str, Any]]", weights: "Tensor") -> Non
         row["guidance"] = float(weight) or None
 
 
-def _check_labels(source: "str | Path", labels: "Tensor | None") -> "Tensor":
+def _target_class(model: "Model", label: str) -> tuple[str, int]:
+    """The label condition that is changed and the number of the target class."""
+    from sfumato.conditioners import parse_conditions
+    from sfumato.errors import UserError
+
+    if model.codec.tokens:
+        raise UserError(
+            f"transfer: not supported for models of modality {model.modality.name}, whose items have several lengths"
+        )
+    ((name, value),) = parse_conditions(model.conditioner, label).items()
+    if not isinstance(value, int):
+        raise UserError(f"label '{label}': transfer changes a class; {name} has no classes")
+    return name, value
+
+
+def _check_labels(source: "str | Path", raw: "Raw", name: str) -> "Tensor":
     """The class numbers (N,) of all items; refuse unlabelled items."""
+    from torch import Tensor
+
     from sfumato.errors import UserError
     from sfumato.types import UNKNOWN
 
+    labels = raw.values.get(name)
     remedy = "give the class of its items with --source-label"
-    if labels is None:
+    if not isinstance(labels, Tensor):
         raise UserError(f"{source}: has no labels; {remedy}")
     if (labels == UNKNOWN).any():
         raise UserError(f"{source}: {int((labels == UNKNOWN).sum())} items have no label; {remedy}")
@@ -156,7 +177,8 @@ class _Translator:
 
     Args:
         model: The model.
-        source_labels: Class number of each item (N,).
+        raw: The conditions of the items (N); all have a class.
+        name: The label condition that is changed.
         target: Class number of the target.
         maps: The map from each source class.
         t_start: Time at which items are mapped.
@@ -165,7 +187,8 @@ class _Translator:
     """
 
     model: "Model"
-    source_labels: "Tensor"
+    raw: "Raw"
+    name: str
     target: int
     maps: "dict[int, ResidualMap]"
     t_start: float
@@ -177,96 +200,106 @@ class _Translator:
         """The guidance weight of each item (N,), 0 without regeneration."""
         import torch
 
-        return torch.zeros(len(self.source_labels), dtype=torch.float64)
+        return torch.zeros(len(self.classes(self.raw)), dtype=torch.float64)
 
-    def __call__(self, items: list[int], x: "Tensor") -> "Tensor":
+    def __call__(self, numbers: list[int], items: "Items") -> "Items":
         import torch
 
-        z, labels = self.model.encode(x).to(self.model.device), self.source_labels[items]
-        changes = labels != self.target  # the others have the class already
-        if changes.any():
-            on_device, index = changes.to(z.device), torch.tensor(items)[changes]
-            z = z.clone()
-            z[on_device], self.weights[index] = self.translate(z[on_device], labels[changes])
-        return self.model.decode(z)
+        from sfumato.types import Latent
+
+        z, raw = self.model.encode(items).z.to(self.model.device), self.raw.select(numbers)
+        changes = (self.classes(raw) != self.target).nonzero().flatten()  # the others have the class already
+        if len(changes):
+            index, z = torch.tensor(numbers)[changes], z.clone()
+            z[changes], self.weights[index] = self.translate(z[changes], raw.select(changes))
+        return self.model.decode(Latent(z))
+
+    def classes(self, raw: "Raw") -> "Tensor":
+        """The class numbers (B,) of items."""
+        return cast("Tensor", raw.values[self.name])
+
+    def of_class(self, label: int, raw: "Raw") -> "Raw":
+        """The conditions of items, with this class number for all."""
+        import torch
+
+        return raw.with_value(self.name, torch.full_like(self.classes(raw), label))
 
     @cached_property
-    def grid(self) -> "Tensor | None":
-        """Times of the flow; None if the noise at the start is invisible, so that the data themselves are mapped."""
+    def levels(self) -> "list[NoiseLevel] | None":
+        """Noise levels of the flow; None if the first is invisible, so that the data themselves are mapped."""
         from sfumato.core import inversion_grid
 
-        grid = inversion_grid(self.model.denoiser.schedule, self.sampling.steps, self.t_start)
-        return None if self.t_start <= float(grid[-1]) else grid
+        schedule = self.model.denoiser.schedule
+        grid = inversion_grid(schedule, self.sampling.steps, self.t_start)
+        return None if self.t_start <= float(grid[-1]) else schedule.levels(grid)
 
-    def invert_and_map(self, z: "Tensor", labels: "Tensor") -> "Tensor":
-        """Latents (B, ...) of classes `labels` (B,), inverted to the start time and mapped to the target."""
+    def invert_and_map(self, z: "Tensor", raw: "Raw") -> "Tensor":
+        """Latents (B, ...) with these conditions, inverted to the start time and mapped to the target."""
         from sfumato.core import invert
 
-        assert self.grid is not None
-        denoise = self.model.denoise(labels, len(z), self.sampling.unguided)
-        return self.map(invert(denoise, self.model.denoiser.schedule, z, self.grid), z, labels, self.t_start)
+        assert self.levels is not None
+        denoise = self.model.denoise(raw, len(z), self.sampling.unguided)
+        return self.map(invert(denoise, self.levels, z), z, raw, self.t_start)
 
-    def translate(self, z: "Tensor", labels: "Tensor") -> "tuple[Tensor, Tensor]":
-        """Target latents for latents (B, ...) of classes `labels` (B,), and guidance (B,), 0 for the map alone."""
+    def translate(self, z: "Tensor", raw: "Raw") -> "tuple[Tensor, Tensor]":
+        """Target latents for latents (B, ...) with these conditions, and guidance (B,), 0 for the map alone."""
         import torch
 
-        result, weights = self.map(z, z, labels, 0.0), torch.zeros(len(z), dtype=torch.float64)
-        if self.grid is None:
+        result, weights = self.map(z, z, raw, 0.0), torch.zeros(len(z), dtype=torch.float64)
+        if self.levels is None:
             return result, weights
         if self.required_evidence is None:
-            return self.regenerate(self.invert_and_map(z, labels), self.sampling), weights + self.sampling.guidance
-        index = self.unclear(result, torch.arange(len(z)))
+            return self.regenerate(self.invert_and_map(z, raw), raw, self.sampling), weights + self.sampling.guidance
+        index = self.unclear(result, raw)
         if not len(index):
             return result, weights
-        z_t = self.invert_and_map(z[index], labels[index])
+        z_t = self.invert_and_map(z[index], raw.select(index))
         for weight in GUIDANCE_WEIGHTS:
-            weights[index] = weight
-            result[index] = self.regenerate(z_t, replace(self.sampling, guidance=weight))
-            unclear = self.unclear(result[index], torch.arange(len(index)))
+            weights[index], part = weight, raw.select(index)
+            result[index] = self.regenerate(z_t, part, replace(self.sampling, guidance=weight))
+            unclear = self.unclear(result[index], part)
             index, z_t = index[unclear], z_t[unclear]
             if not len(index):
                 break
         return result, weights
 
-    def calibrate(self, generated: "Tensor") -> None:
+    def calibrate(self, generated: "Tensor", raw: "Raw") -> None:
         """Require as much evidence as most of these generated latents (B, ...) have, at most `MAX_EVIDENCE`."""
-        self.required_evidence = min(MAX_EVIDENCE, float(self.evidence(generated).quantile(EVIDENCE_QUANTILE)))
+        self.required_evidence = min(MAX_EVIDENCE, float(self.evidence(generated, raw).quantile(EVIDENCE_QUANTILE)))
 
-    def unclear(self, z: "Tensor", index: "Tensor") -> "Tensor":
-        """The indices (B,) of latents z (B, ...) that lack the required evidence of the target class."""
+    def unclear(self, z: "Tensor", raw: "Raw") -> "Tensor":
+        """The positions of those latents z (B, ...) that lack the required evidence of the target class."""
         assert self.required_evidence is not None
-        return index[(self.evidence(z) < self.required_evidence).cpu()]
+        return (self.evidence(z, raw) < self.required_evidence).nonzero().flatten().cpu()
 
-    def regenerate(self, z_t: "Tensor", sampling: "Sampling") -> "Tensor":
-        """Latents of the target class by the flow from z_t (B, ...)."""
+    def regenerate(self, z_t: "Tensor", raw: "Raw", sampling: "Sampling") -> "Tensor":
+        """Latents of the target class by the flow from z_t (B, ...); other conditions stay."""
         from sfumato.core import integrate_to_data
-        from sfumato.tasks.transfer.search import same_label
 
-        assert self.grid is not None
-        denoise = self.model.denoise(same_label(self.target, len(z_t)), len(z_t), sampling)
-        return integrate_to_data(denoise, self.model.denoiser.schedule, z_t, self.grid)
+        assert self.levels is not None
+        denoise = self.model.denoise(self.of_class(self.target, raw), len(z_t), sampling)
+        return integrate_to_data(denoise, self.levels, z_t)
 
-    def evidence(self, z: "Tensor") -> "Tensor":
+    def evidence(self, z: "Tensor", raw: "Raw") -> "Tensor":
         """Log-likelihood ratio (B,) of latents (B, ...) under the target class against other classes."""
         from sfumato.core import step_generator
         from sfumato.core.likelihood import class_log_likelihood_ratio
-        from sfumato.tasks.transfer.search import same_label
 
-        others = [*self.maps, *(k for k in range(len(self.model.config.label_names)) if k not in self.maps)]
+        classes = self.model.conditioner.labels[self.name].classes
+        others = [*self.maps, *(k for k in range(classes) if k not in self.maps)]
         labels = [self.target, *[k for k in others if k != self.target][:MAX_ALTERNATIVES]]
         target, *alternatives = (
-            self.model.denoise(same_label(k, len(z)), len(z), self.sampling.unguided) for k in labels
+            self.model.denoise(self.of_class(k, raw), len(z), self.sampling.unguided) for k in labels
         )
         generator = step_generator(0, "evidence", 0)
         return class_log_likelihood_ratio(target, alternatives, self.model.denoiser.schedule, z, generator)
 
-    def map(self, z_t: "Tensor", z: "Tensor", labels: "Tensor", t: float) -> "Tensor":
-        """Noisy latents z_t (B, ...) at time t of latents z of classes `labels` (B,), mapped to the target class."""
-        alpha, sigma = (float(value) for value in self.model.denoiser.schedule(t))
-        z_t = z_t.clone()
+    def map(self, z_t: "Tensor", z: "Tensor", raw: "Raw", t: float) -> "Tensor":
+        """Noisy latents z_t (B, ...) at time t of latents z with these conditions, mapped to the target class."""
+        level = self.model.denoiser.schedule(t)
+        alpha, sigma, z_t = float(level.alpha), float(level.sigma), z_t.clone()
         for label, residual_map in self.maps.items():
-            of_class = (labels == label).to(z.device)
-            z_t[of_class] = residual_map.gaussian_map(z_t[of_class], alpha, sigma) + alpha * residual_map.residual(
-                z[of_class]
-            )
+            of_class = (self.classes(raw) == label).to(z.device)
+            mapped = residual_map.gaussian_map(z_t[of_class], alpha, sigma)
+            z_t[of_class] = mapped + alpha * residual_map.residual(z[of_class])
         return z_t

@@ -59,7 +59,7 @@ def test_mapped_arrays_are_read_equally(tmp_path: Path, small_memory: Callable[[
 
 
 def test_pixel_values_are_kept() -> None:
-    read = lambda name: arrays.from_array(ARRAYS[name], None, "here")
+    read = lambda name: arrays.from_array(ARRAYS[name], {}, "here")
     assert (read("big-endian").store[..., 0] == ARRAYS["big-endian"]).all()
     assert (read("integers").store[..., 0] == ARRAYS["integers"]).all() and read("integers").mode == "L"
     assert (read("booleans").store[..., 0] == ARRAYS["booleans"] * 255).all()
@@ -108,4 +108,4 @@ def test_nan_pixels_are_refused(tmp_path: Path) -> None:
     unit = ARRAYS["floats"].copy()
     unit[4, 0, 0] = np.nan
     with pytest.raises(UserError, match="float64 from nan to nan"):
-        arrays.from_array(unit, None, "here")
+        arrays.from_array(unit, {}, "here")

@@ -24,7 +24,7 @@ class Ramps:
         return len(self.x)
 
     def batch(self, index):
-        return Batch(self.x[index], index, self.y[index] if self.labels is not None else None)
+        return Batch(self.x[index], index)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 20), (4, 32, 32), (2, 64, 96), (3, 128, 128)])

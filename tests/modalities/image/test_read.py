@@ -96,7 +96,7 @@ def test_metadata_may_be_a_csv_in_a_subfolder(folder: Folder) -> None:
 def test_captions_from_text_files(folder: Folder) -> None:
     texts = {f"{i}.txt": f" caption {i}\n" for i in range(7)}
     data = read_images(folder({f"{i}.png": i for i in range(8)} | texts | {"README.txt": "hello"}))[0]
-    assert data.captions == [*(f"caption {i}" for i in range(7)), ""]
+    assert data.captions == [*(f"caption {i}" for i in range(7)), None]
     assert "1 of 8 images have no caption" in data.notes[0]
 
 

@@ -1,7 +1,6 @@
 """Label propagation and semi-supervised training."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,7 +34,7 @@ def partly(data: ImageDataset, per_class: int) -> ImageDataset:
     labels = np.full(len(data), UNKNOWN)
     for k in range(10):
         labels[np.flatnonzero(data.labels == k)[:per_class]] = k
-    return replace(data, labels=labels)
+    return data.relabel(labels, list(data.label_names), data.notes)
 
 
 def test_labels_propagate_along_the_graph():
@@ -99,7 +98,8 @@ def test_unlabelled_images_improve_the_accuracy():
 
 def test_one_class_falls_back_to_the_self_supervised_task():
     data, _ = read_images("digits")
-    part = replace(partly(data.subset(range(100)), 3), label_names=["digit"])
+    part = partly(data.subset(range(100)), 3)
+    part = part.relabel(part.labels, ["digit"], [])
     assert part.classes == 0
     assert fit_semi_supervised(part, part.classes, steps=2, width=16).head.weight.shape[0] == SYMMETRIES
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from sfumato.modalities.table.codec import TableCodec
 from sfumato.modalities.table.quantile import QuantileTransform, cdf_knots
 from sfumato.training.steps import CodecStep
-from sfumato.types import Batch
+from sfumato.types import Batch, Latent
 from tests.training.common import names_reached, stirred
 
 ROWS = 3_000
@@ -83,7 +83,7 @@ def test_random_latents_of_a_mostly_missing_column_are_not_noise():
     """The score is 0 if the level determines the cell, also in training; so only the other cells have variance."""
     codec, x = make_codec("identity"), rows()
     codec.learn_statistics(codec.encode_raw(x))
-    z = codec.sample_latent(x, torch.Generator().manual_seed(0))[:, 2]  # the gain
+    z = codec.sample_latent(x, torch.Generator().manual_seed(0)).z[:, 2]  # the gain
     scored = (x[:, 3] != 0) & ~x[:, 3].isnan()
     assert 0.05 < scored.double().mean() < 0.15
     assert float(z[~scored].std()) < 1e-6
@@ -177,7 +177,7 @@ def test_spikes_ignore_the_score_and_other_values_depend_on_it():
     score = codec.features.numbers.index(3)
     moved = z.clone()
     moved[:, score] += 1
-    back, other = codec.decode(z)[:, 3], codec.decode(moved)[:, 3]
+    back, other = codec.decode(Latent(z))[:, 3], codec.decode(Latent(moved))[:, 3]
     assert back[0] == other[0] == 0 and back[2].isnan() and other[2].isnan()
     assert back[1] == pytest.approx(5e3, rel=1e-3) and other[1] > back[1]
 
@@ -185,7 +185,7 @@ def test_spikes_ignore_the_score_and_other_values_depend_on_it():
 def test_the_categorical_layout_has_the_positions_of_levels():
     codec, x = make_codec("identity"), rows(200)
     codec.learn_statistics(codec.encode_raw(rows()))
-    layout, z = codec.categorical_layout(), codec.sample_latent(x, torch.Generator().manual_seed(0))
+    layout, z = codec.categorical_layout(), codec.sample_latent(x, torch.Generator().manual_seed(0)).z
     assert layout is not None and layout.start == 3 and layout.widths == (6, 3, 2)
     levels = z[:, layout.start :] * layout.std + layout.mean
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
@@ -206,8 +206,8 @@ def test_numbers_keep_their_digits_under_autocast(bottleneck: str):
     """In bfloat16 a decoder would return a few hundred distinct numbers."""
     codec = make_codec(bottleneck).eval()
     codec.learn_statistics(codec.encode_raw(rows()))
-    z = torch.randn(500, *codec.latent_shape, generator=torch.Generator().manual_seed(0))
+    latent = Latent(torch.randn(500, *codec.latent_shape, generator=torch.Generator().manual_seed(0)))
     with torch.no_grad():
-        plain = codec.decode(z)
+        plain = codec.decode(latent)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(codec.decode(z).nan_to_num(), plain.nan_to_num())
+            assert torch.equal(codec.decode(latent).nan_to_num(), plain.nan_to_num())

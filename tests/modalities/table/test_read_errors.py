@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sfumato.config import DataSettings
 from sfumato.errors import UserError
 from sfumato.modalities.table.columns import Column
+from sfumato.modalities.table.modality import TableModality
 from sfumato.modalities.table.read import read_rows, read_table
 from sfumato.modalities.table.write import write_table
 
@@ -120,6 +122,15 @@ def test_unknown_names(tmp_path: Path) -> None:
         read_table(tmp_path / "absent.csv")
     with pytest.raises(UserError, match=r"not a table; expected \.csv"):
         read_table(Path(__file__))
+
+
+def test_columns_of_labels_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(GOOD)
+    settings, columns = DataSettings(label_column=("a", "b")), read_table(tmp_path / "t.csv")[0].spec
+    for read in (TableModality().read, TableModality().read_split):
+        for spec in (None, columns):
+            with pytest.raises(UserError, match=r"--label-column a,b: is for images; .* all learned$"):
+                read(str(tmp_path / "t.csv"), settings, spec)
 
 
 def test_category_with_too_many_levels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

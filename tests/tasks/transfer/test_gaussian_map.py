@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.core import make_schedule
+from sfumato.core import NoiseLevel, make_schedule
 from sfumato.core.likelihood import NOISE_FRACTIONS
 from sfumato.tasks.transfer.gaussian_map import (
     GaussianMap,
@@ -69,9 +69,10 @@ def test_optimal_transport_to_the_same_class_is_the_identity():
     torch.testing.assert_close(optimal_transport(gaussian, gaussian)(z), z, rtol=1e-5, atol=1e-5)
 
 
-def exact(z: Tensor, alpha: Tensor, sigma: Tensor, data: Tensor) -> Tensor:
+def exact(z: Tensor, level: NoiseLevel, data: Tensor) -> Tensor:
     """E[z | z_t] for a distribution of the points `data` (M, D)."""
-    square = torch.cdist(z, alpha[:, None, None] * data).squeeze(1).square()  # (B, M)
+    alpha, sigma = level.alpha.float(), level.sigma.float()
+    square = torch.cdist(z[:, None], alpha[:, None, None] * data).squeeze(1).square()  # (B, M)
     return torch.softmax(-square / (2 * sigma[:, None] ** 2), 1) @ data
 
 
@@ -80,9 +81,8 @@ def test_a_mirror_image_is_found():
     source, target = items(0, count=600), -items(1, count=600)
     schedule = make_schedule("flow")
 
-    def denoise(z: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (value.float() for value in schedule(t))
-        return exact(z[:, None], alpha, sigma, target)
+    def denoise(z: Tensor, level: NoiseLevel) -> Tensor:
+        return exact(z, level, target)
 
     start = optimal_transport(fit_gaussian(source), fit_gaussian(target))
     done: list[int] = []
@@ -98,9 +98,8 @@ def test_a_rotation_that_overfits_few_items_is_rejected():
     """Source and target are the same: what ten items suggest does not hold for others."""
     schedule = make_schedule("flow")
 
-    def denoise(z: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (value.float() for value in schedule(t))
-        return exact(z[:, None], alpha, sigma, items(1, count=600))
+    def denoise(z: Tensor, level: NoiseLevel) -> Tensor:
+        return exact(z, level, items(1, count=600))
 
     z = items(0, count=10)
     start = optimal_transport(fit_gaussian(items(0, count=600)), fit_gaussian(items(1, count=600)))
@@ -129,8 +128,8 @@ def test_errors_in_the_noise_are_uniform_over_log_snr():
     """For N(0, 1), E[z | z_t] leaves an error of snr / (1 + snr) in the noise at each log-SNR."""
     schedule = make_schedule("flow")
 
-    def denoise(z: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (value.float()[:, None] for value in schedule(t))
+    def denoise(z: Tensor, level: NoiseLevel) -> Tensor:
+        alpha, sigma = level.alpha.float()[:, None], level.sigma.float()[:, None]
         return alpha * z / (alpha**2 + sigma**2)
 
     generator = torch.Generator().manual_seed(0)

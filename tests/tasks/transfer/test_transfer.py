@@ -14,6 +14,7 @@ from sfumato.errors import UserError
 from sfumato.modalities.image.write import write_images
 from sfumato.tasks.outputs import Result
 from sfumato.tasks.transfer import search
+from sfumato.types import Raw
 from tests.training.common import pictures, small_fit
 
 QUICK = {"samples": 8, "align": 4, "rounds": 1, "steps": 3}
@@ -45,7 +46,7 @@ def write_source(path: Path, count: int, labels: bool = True) -> Path:
 def test_items_get_the_new_label_and_keep_the_old_one_as_source_label(run: Path, tmp_path: Path):
     source = write_source(tmp_path / "in", 6)
     result = sfumato.transfer(run, source, label="b", out=tmp_path / "out", **QUICK)
-    assert result.items.shape == (6, 1, 8, 8)
+    assert result.items.stack().shape == (6, 1, 8, 8)
     assert {row["label"] for row in result.metadata} == {"b"} and {row["source_label"] for row in result.metadata} == {
         *"abc"
     }
@@ -64,7 +65,7 @@ def test_the_residual_network_is_used_unless_rounds_is_0(run: Path, tmp_path: Pa
         run, source, label="b", **settings | {"rounds": 2}, progress=lambda *report: reports.append(report)
     )
     changed = torch.tensor([row["source_label"] != "b" for row in linear.metadata])
-    gap = (linear.items - residual.items).abs().flatten(1).amax(1)
+    gap = (linear.items.stack() - residual.items.stack()).abs().flatten(1).amax(1)
     assert (gap[changed] > 1e-3).any() and gap[~changed].max() == 0
     assert [report[1:] for report in reports if report[0] == "residual"] == [
         (1, 3),
@@ -83,7 +84,7 @@ def test_the_search_is_cached(run: Path, tmp_path: Path):
     assert {"samples", "align", "residual"} < set(stages)
     stages.clear()
     again = sfumato.transfer(run, source, **settings, progress=progress)
-    assert set(stages) == {"transfer"} and torch.equal(first.items, again.items)
+    assert set(stages) == {"transfer"} and torch.equal(first.items.stack(), again.items.stack())
     stages.clear()
     sfumato.transfer(run, source, **settings | {"rounds": 2}, progress=progress)
     assert "residual" in stages and "align" not in stages
@@ -108,12 +109,13 @@ def test_a_time_limit_reduces_the_search(run: Path, monkeypatch: pytest.MonkeyPa
     calls = 4 * model.sampling.steps + 3 * 6 * 4  # 2 classes, 2 calls per step; 3 fits of 6 steps, 2 calls of 2 each
     full = (10 * calls + 200) / 0.7  # seconds, of which 30 % are for other work
     whole = search.SearchBudget(align=100, rounds=2, samples=2560, seconds=full / 2)
-    half = whole.limited_to_time(model, 1)
+    raw = Raw({"label": torch.ones(256, dtype=torch.int64)})
+    half = whole.limited_to_time(model, raw)
     assert (half.align, half.samples, half.rounds) == (50, 1280, 2) and half.share == pytest.approx(0.5)
-    assert replace(whole, seconds=1e9).limited_to_time(model, 1).align == 100
-    assert replace(whole, seconds=None).limited_to_time(model, 1).samples == 2560
+    assert replace(whole, seconds=1e9).limited_to_time(model, raw).align == 100
+    assert replace(whole, seconds=None).limited_to_time(model, raw).samples == 2560
     with pytest.raises(UserError, match=f"a search of 1 s is too short .* needs {0.05 * full:.0f} s"):
-        replace(whole, seconds=1.0).limited_to_time(model, 1)
+        replace(whole, seconds=1.0).limited_to_time(model, raw)
 
 
 def test_a_time_limit_applies_to_the_whole_search(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -129,7 +131,8 @@ def test_a_time_limit_applies_to_the_whole_search(run: Path, tmp_path: Path, mon
 
 def test_the_same_seed_gives_the_same_items(run: Path, tmp_path: Path):
     source = write_source(tmp_path / "in", 4)
-    first, second, other = (sfumato.transfer(run, source, label="b", seed=seed, **QUICK).items for seed in (0, 0, 1))
+    results = [sfumato.transfer(run, source, label="b", seed=seed, **QUICK) for seed in (0, 0, 1)]
+    first, second, other = (result.items.stack() for result in results)
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
@@ -138,12 +141,62 @@ def test_items_of_the_target_class_stay(run: Path, tmp_path: Path, strength: flo
     source = write_source(tmp_path / "in", 6)
     result = sfumato.transfer(run, source, label="b", strength=strength, **QUICK)
     unchanged = torch.tensor([row["source_label"] == "b" for row in result.metadata])
-    x_hat = sfumato.reconstruct(run, source, n=6).items
-    torch.testing.assert_close(result.items[unchanged], x_hat[unchanged], rtol=0, atol=1e-4)
-    assert (result.items[~unchanged] - x_hat[~unchanged]).abs().max() > 1e-3
+    x, x_hat = result.items.stack(), sfumato.reconstruct(run, source, n=6).items.stack()
+    torch.testing.assert_close(x[unchanged], x_hat[unchanged], rtol=0, atol=1e-4)
+    assert (x[~unchanged] - x_hat[~unchanged]).abs().max() > 1e-3
     assert {
         weight for weight, unguided in zip(weights(result), unchanged | (strength == 0), strict=True) if unguided
     } == {None}
+
+
+@pytest.fixture(scope="module")
+def styles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source of shapes in two styles, each with a size; and a model of all three conditions."""
+    folder = tmp_path_factory.mktemp("styles")
+    x, shape = pictures(12, (1, 8, 8))
+    images = torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
+    rows = [{"shape": "abc"[k], "style": ["thin", "bold"][i % 2], "size": i / 4} for i, k in enumerate(shape.tolist())]
+    source = write_images(folder / "in", images.float(), rows, mode="L")
+    small_fit(source, folder / "run", label_column="shape,style,size")
+    return source, folder / "run"
+
+
+@pytest.mark.parametrize(("label", "name"), [("style=bold", "style"), ("b", "shape")])
+def test_other_conditions_are_kept(styles: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, label: str, name: str):
+    (source, run), seen = styles, list[Raw]()
+    denoise = sfumato.model.Model.denoise
+    record = lambda self, raw, *rest: seen.append(raw) or denoise(self, raw, *rest)
+    settings = QUICK | {"align": 0, "rounds": 0, "guidance": 1.5, "label": label}
+    sfumato.transfer(run, source, **settings)  # its maps are cached
+    monkeypatch.setattr(sfumato.model.Model, "denoise", record)
+    result = sfumato.transfer(run, source, **settings)
+    value, i = label.split("=")[-1], torch.arange(12)
+    for k, row in enumerate(result.metadata):
+        before = {"shape": "abc"[k % 3], "style": ["thin", "bold"][k % 2], "size": k / 4}
+        assert row.get(f"source_{name}", value) == before[name]
+        assert row.items() >= (before | {name: value}).items()
+    changed = i[torch.tensor([row.get(f"source_{name}", value) != value for row in result.metadata])]
+    now, then = seen
+    expected = {
+        "shape": changed % 3,
+        "style": 1 - changed % 2,
+        "size": changed / 4,
+    }  # classes are in alphabetical order
+    target = torch.full_like(changed, {"style": 0, "shape": 1}[name])
+    for raw, values in ((now, expected), (then, expected | {name: target})):
+        assert all(torch.equal(raw.values[key], value) for key, value in values.items())
+
+
+def test_only_classes_are_changed_and_only_those_of_items_of_one_length(
+    styles: tuple[Path, Path], run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source, of_styles = styles
+    with pytest.raises(UserError, match="label 'size=1': transfer changes a class; size has no classes"):
+        sfumato.transfer(of_styles, source, label="size=1")
+    model = sfumato.model.load(run)
+    monkeypatch.setattr(model.codec, "tokens", True)
+    with pytest.raises(UserError, match="not supported for models of modality image, whose items have several lengths"):
+        sfumato.transfer(model, source, label="b")
 
 
 @pytest.mark.parametrize(
@@ -219,10 +272,11 @@ def test_evidence_compares_with_the_source_classes_first(run: Path, tmp_path: Pa
     compared: list[list[int]] = []
     original = sfumato.model.Model.denoise
 
-    def denoise(self: sfumato.model.Model, label: torch.Tensor | None, *rest: object):
-        denoiser = original(self, label, *rest)
-        denoiser.label = None if label is None else int(label[0])  # type: ignore[attr-defined]
-        return denoiser
+    def denoise(self: sfumato.model.Model, raw: Raw, *rest: object):
+        denoiser = original(self, raw, *rest)
+        labelled = lambda z, level: denoiser(z, level)
+        labelled.label = int(raw.values["label"][0]) if raw else None  # type: ignore[attr-defined]
+        return labelled
 
     def evidence(target: object, alternatives: list[object], *_: object) -> torch.Tensor:
         compared.append([denoiser.label for denoiser in (target, *alternatives)])  # type: ignore[attr-defined]
@@ -248,5 +302,5 @@ def test_guidance_stops_at_the_last_weight(run: Path, tmp_path: Path, monkeypatc
     source = write_source(tmp_path / "in", 4)
     result = sfumato.transfer(run, source, label="b", source_label="a", **QUICK)
     fixed = sfumato.transfer(run, source, label="b", source_label="a", guidance=8.0, **QUICK)
-    torch.testing.assert_close(result.items, fixed.items)
+    torch.testing.assert_close(result.items.stack(), fixed.items.stack())
     assert weights(result) == weights(fixed) == [8.0] * 4
