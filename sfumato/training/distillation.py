@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from sfumato import __version__
+from sfumato.conditioners import TextCondition
 from sfumato.config import StageSettings
 from sfumato.core import Trajectories, concat, initial_noise, integrate_trajectories, jitter, step_generator, time_grid
 from sfumato.data.output import check_swappable, swapped_folder
@@ -119,6 +120,8 @@ def check_teacher(teacher: Model, name: str) -> None:
         raise UserError(f"{name}: is a few-step model already; distill its teacher instead")
     if teacher.codec.tokens:
         raise UserError(f"{name}: few-step models of items of several lengths are not supported")
+    if teacher.conditioner.of_kind(TextCondition):
+        raise UserError(f"{name}: few-step models of text conditions are not supported")
     if teacher.config.denoiser["predict"] == "eps":
         remedy = "train one with --set denoiser.predict=flow"
         raise UserError(
