@@ -41,6 +41,15 @@ FIXED = ("train.precision=fp32", "train.denoiser.batch=16", "sample.guidance=1.5
 
 
 @pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A model trained for seconds depends on the order of sums, and so on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache for these tests, a machine that is not measured, and the strokes."""
     with pytest.MonkeyPatch.context() as patch:
