@@ -225,6 +225,7 @@ def test_texts_are_requested_as_labels_and_written(model: Model, tmp_path: Path)
 # runs
 
 
+@pytest.mark.slow
 def test_a_run_with_a_guide_and_early_stopping(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sfumato.training.stages.MIN_GUIDE_STEP", 1)
     options = ("train.early_stopping=true", "sample.autoguidance=2", "train.denoiser.steps=60", "sample.steps=2")
@@ -260,6 +261,7 @@ sfumato.fit(source, out=out, steps=50, overrides=overrides, device="cpu")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(source: Path, tmp_path: Path):
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     overrides = [*OVERRIDES, "train.denoiser.steps=40"]
